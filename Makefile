@@ -1,0 +1,33 @@
+# TORCH names the build to install before everything else; give another to choose CPU or CUDA wheels.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+POLICY ?= bupo
+SEED ?= 0
+
+BIN := .venv/bin
+
+.PHONY: install demo test lint bench clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test]"
+	touch $@
+
+demo: install ## a small model learns sums with BuPO (POLICY=grpo: the baseline); about three minutes
+	$(BIN)/bupo demo --policy $(POLICY) --seed $(SEED)
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: install ## against the bare GEMM of the same run
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-enable
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .benchmarks

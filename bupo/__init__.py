@@ -1,0 +1,1 @@
+"""Bottom-up Policy Optimization: a minimal trainer on top of :mod:`bupo_kernels`."""

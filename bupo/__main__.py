@@ -1,0 +1,5 @@
+import sys
+
+from bupo.cli import main
+
+sys.exit(main())

@@ -1,0 +1,148 @@
+"""The demo: a model of about a million parameters learns two-digit sums, first from examples, then from reward.
+
+It writes what a run needs (prompts, a warm checkpoint, a configuration) and then runs the very code of ``bupo train``.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import torch
+import yaml
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from bupo.config import ConfigError, load_config
+from bupo.data import Example, stream_seed
+from bupo.evaluation import Accuracy
+from bupo.monitor import progress_bar, save_checkpoint
+from bupo.rewards import exact_match
+from bupo.rollout import Sample, collate, generate
+from bupo.trainer import train
+from bupo_kernels import FusedLMHead, policy_logprobs
+
+HELDOUT = 512  # of the 10,000 sums of two numbers below 100
+ANSWER_TOKENS = 4  # three digits and the end of the sequence
+WARM_ACCURACY = 0.5  # share of right samples at which the warm-up hands over to reinforcement
+WARM_STEPS = 1500  # by which a healthy warm-up is long done
+
+CONFIG = {
+    "bupo": {"layer": 3, "internal_steps": 15},
+    "steps": 100,
+    "rollout": {"prompts": 32, "samples": 8, "max_new_tokens": ANSWER_TOKENS},
+    "optimizer": {"learning_rate": 1e-4, "mini_batch": 16, "micro_batch": 256},
+    "evaluation": {"samples": 8},
+}
+
+
+def demo(folder: Path, policy: str = "bupo", seed: int = 0) -> tuple[Accuracy, Accuracy]:
+    """Prepares ``folder`` and trains in ``folder/run``; returns held-out accuracy before and after.
+
+    Raises :class:`ConfigError` when ``folder`` is not new or empty.
+    """
+    config = prepare(folder, policy, seed)
+    print(f"\nbupo train {config}", flush=True)
+    return train(load_config(config))
+
+
+def prepare(folder: Path, policy: str, seed: int) -> Path:
+    """Writes prompts, the warm checkpoint and the configuration of a demo run; returns the configuration's path."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"output: {folder} is not empty, accepted is a new or empty folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    sums = [Example(f"{a}+{b}=", str(a + b)) for a in range(100) for b in range(100)]
+    random.Random(seed).shuffle(sums)
+    examples = {"heldout": sums[:HELDOUT], "train": sums[HELDOUT:]}
+    for name, rows in examples.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(vars(row)) + "\n" for row in rows))
+
+    tokenizer = character_tokenizer("0123456789+=")
+    model = small_model(len(tokenizer), tokenizer, seed)
+    print(f"warm-up: {model.num_parameters() / 1e6:.2f} M parameters, until {WARM_ACCURACY:.0%} of samples are right", flush=True)
+    warm_up(model, tokenizer, examples["train"], seed)
+    save_checkpoint(model, tokenizer, folder / "warm")
+
+    config = {
+        "model": str(folder / "warm"),
+        "output_dir": str(folder / "run"),
+        "data": {name: str(folder / f"{name}.jsonl") for name in examples},
+        "policy": policy,
+        "seed": seed,
+        **CONFIG,
+    }
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+def character_tokenizer(characters: str) -> PreTrainedTokenizerBase:
+    """One token per character, and ``<pad>`` and ``<eos>``."""
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *characters])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def small_model(vocabulary: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
+    """A Qwen3 of random weights, 1.2 M parameters in five layers."""
+    torch.manual_seed(seed)
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=160,
+        intermediate_size=480,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=64,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+def warm_up(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, examples: list[Example], seed: int) -> None:
+    """Supervised learning on ``examples`` until :data:`WARM_ACCURACY` of the model's samples are right."""
+    FusedLMHead.adopt(model.lm_head)
+    rng = random.Random(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=50)
+    with progress_bar() as progress:
+        task = progress.add_task("warm-up", total=WARM_ACCURACY)
+        for step in range(1, WARM_STEPS + 1):
+            batch = collate(
+                [solution(tokenizer, e) for e in rng.sample(examples, 128)], torch.zeros(128), tokenizer.pad_token_id, model.device
+            )
+            answers = policy_logprobs(model, batch.input_ids, batch.targets, return_entropy=False)
+            loss = -answers.logprobs.sum() / batch.mask.sum()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            if step % 10 == 0:
+                accuracy = sampled_accuracy(model, tokenizer, rng.sample(examples, 256), stream_seed(seed, step))
+                progress.update(task, completed=accuracy)
+                progress.console.print(
+                    f"warm-up step {step}  loss {loss.item():.3f}  sampled accuracy {accuracy:.1%}", highlight=False
+                )
+                if accuracy >= WARM_ACCURACY:
+                    return
+    raise RuntimeError(f"warm-up: {accuracy:.1%} of samples right after {WARM_STEPS} steps, expected {WARM_ACCURACY:.0%}")
+
+
+def solution(tokenizer: PreTrainedTokenizerBase, example: Example) -> Sample:
+    """The example with its answer as the response."""
+    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (example.prompt, example.answer)]
+    return Sample(example.prompt, example.answer, ids[0], ids[1] + [tokenizer.eos_token_id], finished=True)
+
+
+def sampled_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, examples: list[Example], seed: int) -> float:
+    prompts = [example.prompt for example in examples]
+    samples = generate(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, temperature=1.0, seed=seed)
+    return sum(exact_match(s.response, e.answer) for s, e in zip(samples, examples, strict=True)) / len(examples)

@@ -1,0 +1,31 @@
+"""Pictures of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+
+def draw_run(metrics: list[dict], accuracies: list[dict], path: Path) -> None:
+    """Reward with held-out accuracy, and both entropies, over the steps; the phase boundary is a dashed line."""
+    steps = [row["step"] for row in metrics]
+    internal = [row["step"] for row in metrics if row["phase"] != "final"]
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    top, bottom = figure.subplots(2, sharex=True)
+
+    top.plot(steps, [row["reward"] for row in metrics], color="#56B4E9", linewidth=1, label="reward of the samples")
+    top.plot(
+        [row["step"] for row in accuracies], [row["greedy"] for row in accuracies], "o-", color="#D55E00", label="held-out, greedy"
+    )
+    top.set(ylabel="reward, accuracy", ylim=(0, 1.02))
+    bottom.plot(steps, [row["entropy"] for row in metrics], color="#009E73", label="optimised policy")
+    bottom.plot(steps, [row["entropy_final"] for row in metrics], color="#000000", linestyle=":", label="final policy")
+    bottom.set(ylabel="entropy (nats per token)", xlabel="step", ylim=(0, None))
+    for axes in (top, bottom):
+        if internal:
+            axes.axvspan(0, internal[-1] + 0.5, color="#F0E442", alpha=0.2, linewidth=0, label=f"phase 1: {metrics[0]['phase']}")
+            axes.axvline(internal[-1] + 0.5, color="grey", linestyle="--", linewidth=1)
+        axes.grid(alpha=0.3)
+        axes.legend(loc="center right", frameon=False)
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,29 @@
+"""Verifiable rewards: functions of (response, answer) -> float, named in the configuration by import path."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+from bupo.config import ConfigError
+
+Reward = Callable[[str, str], float]
+
+
+def exact_match(response: str, answer: str) -> float:
+    """1.0 when the response is the answer, white space around it apart."""
+    return float(response.strip() == answer.strip())
+
+
+def load_reward(path: str) -> Reward:
+    """The function ``module:function`` names. Raises :class:`ConfigError` when there is none."""
+    module_name, colon, function_name = path.partition(":")
+    if not colon:
+        raise ConfigError(f"reward: {path!r} given, accepted is module:function")
+    try:
+        reward = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"reward: {path!r} given, accepted is an importable module:function ({error})") from None
+    if not callable(reward):
+        raise ConfigError(f"reward: {path!r} is a {type(reward).__name__}, accepted is a function of (response, answer)")
+    return reward

@@ -1,0 +1,270 @@
+"""The ops as functions, and the only door to the backends: check the arguments, make the plan, run it.
+
+For a row with hidden vector ``h``, unembedding ``W`` and target ``y`` the logits are
+``z_j = softcap(logit_scale · (h·W_j + b_j)) / temperature`` and
+
+* logprob ``z_y − lse``, with ``lse = ln Σ_j e^(z_j)``
+* entropy ``−Σ_j p_j ln p_j`` in nats, with ``p = softmax(z)`` (BuPO, arXiv 2512.19673, equation 7)
+
+With ``h = H^l``, the residual stream after layer ``l``, this is the paper's internal layer policy (equation 5).
+
+Numerics, the same for every op here. Products accumulate in fp32 and every statistic is taken from that accumulator, never
+from a rounded logit; 16-bit inputs are exact. Against float64 on the same inputs ``|Δlogprob| ≤ 2e-6 · (1 + max|z|)``. dH and
+dW are summed in fp32 and rounded once, to the dtype of their tensor. float64 inputs are computed in float64 throughout.
+Logits must be finite (a ``bias`` of −inf is not supported).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bupo_kernels.backends.torch_chunked import Readout
+from bupo_kernels.dispatch import BACKENDS, DEFAULT_MEMORY_BUDGET, Plan, Problem, make_plan
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class LinearLogprobs(NamedTuple):
+    """Statistics of ``softmax(h Wᵀ)``: fp32 (float64 for float64 inputs), shape of ``targets``, 0.0 on masked rows."""
+
+    logprobs: Tensor  # [...], z_y − lse, never above 0
+    entropy: Tensor | None  # [...], nats, in [0, ln V], differentiable
+    logsumexp: Tensor  # [...], lse, differentiable
+
+
+def linear_logprobs(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [...] int64
+    *,
+    bias: Tensor | None = None,  # [V]
+    temperature: float | Tensor = 1.0,  # or [...]
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    mask: Tensor | None = None,  # [...] bool
+    ignore_index: int = -100,
+    return_entropy: bool = True,
+    backend: str = "auto",
+    memory_budget: int | None = None,
+) -> LinearLogprobs:
+    """Per-token log-prob, entropy and logsumexp of ``softmax(h Wᵀ)``, without ``[..., V]`` logits.
+
+    Args:
+        hidden: ``[..., D]``, fp32, bf16, fp16 or float64; any view, also a non-contiguous one.
+        weight: the unembedding, ``[V, D]``, dtype of ``hidden``. Under autocast both are cast to its dtype, as
+            ``F.linear`` would.
+        targets: ``[...]``, int64 ids in ``[0, V)``. A target equal to ``ignore_index`` masks its row.
+        bias: ``[V]``, floating point.
+        temperature: positive; a float, or one value per row in the shape of ``targets``. No gradient flows to it.
+        logit_scale: factor on the product, before the softcap (Cohere, Granite).
+        softcap: if given, ``softcap · tanh(· / softcap)``, before the temperature (Gemma).
+        mask: ``[...]`` bool, True = the row counts. Masked rows cost nothing: no product is formed for them.
+        return_entropy: False skips the entropy; the field is then None.
+        backend: ``"auto"`` or one of the backends :func:`explain` names.
+        memory_budget: upper bound in bytes on working memory, 256 MiB by default. Outputs and gradients come on top, and
+            for 16-bit inputs (or where rows are dropped) one fp32 sum of dH; :func:`explain` states each.
+
+    Returns:
+        :class:`LinearLogprobs`. All three are differentiable, alone or together, with respect to ``hidden``, ``weight`` and
+        ``bias``; an operand that needs no gradient costs no gradient GEMM, and a row whose upstream gradients are all
+        exactly zero is left out of the backward. Differentiable once.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is accepted.
+    """
+    return _prepare(
+        hidden,
+        weight,
+        targets,
+        bias=bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        mask=mask,
+        ignore_index=ignore_index,
+        return_entropy=return_entropy,
+        backend=backend,
+        memory_budget=memory_budget,
+    ).run()
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [...] int64
+    *,
+    reduction: str = "mean",
+    **options,
+) -> Tensor:
+    """Cross entropy ``−logprob`` of ``softmax(h Wᵀ)`` without logits.
+
+    Args:
+        reduction: ``"mean"`` over the rows that count (0.0 when none does, where ``F.cross_entropy`` gives NaN), ``"sum"``,
+            or ``"none"`` for the shape of ``targets`` with 0.0 on masked rows.
+        options: those of :func:`linear_logprobs`, except ``return_entropy``.
+
+    Returns:
+        fp32 (float64 for float64 inputs), a scalar or ``[...]``. Gradients, numerics and errors as in
+        :func:`linear_logprobs`.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: {reduction!r} given, accepted are 'mean', 'sum', 'none'")
+    call = _prepare(hidden, weight, targets, return_entropy=False, **options)
+    losses = -call.run().logprobs
+    if reduction == "none":
+        return losses
+    return losses.sum() / (max(call.plan.problem.active_rows, 1) if reduction == "mean" else 1)
+
+
+def explain(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor | None = None,  # [...] int64
+    **options,
+) -> Plan:
+    """The plan :func:`linear_logprobs` would follow for the same arguments; nothing is computed. ``print`` it.
+
+    Without ``targets`` every row counts. Which gradients are planned follows ``requires_grad`` of the operands and
+    ``torch.is_grad_enabled()``. Raises what :func:`linear_logprobs` would.
+
+    Example:
+        >>> print(explain(torch.randn(512, 64), torch.randn(1000, 64, requires_grad=True)))
+        problem   512 of 512 rows x 1000 columns x 64, float32 on cpu, no gradient for hidden
+        backend   torch: recompute, tiles of 512 x 1000
+        forward   0.066 GFLOP, 4.13 MiB of working memory
+        ...
+    """
+    if targets is None:
+        targets = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+    return _prepare(hidden, weight, targets, **options).plan
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A checked call and its plan."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    targets: Tensor
+    rows: tuple[Tensor, ...]  # coordinates of the rows that count
+    readout: Readout
+    return_entropy: bool
+    plan: Plan
+
+    def run(self) -> LinearLogprobs:
+        statistics = BACKENDS[self.plan.backend].LinearStatistics
+        # Autocast has already chosen the operands' dtype; inside, it would round the products.
+        with torch.autocast(self.hidden.device.type, enabled=False):
+            outputs = statistics.apply(
+                self.hidden,
+                self.weight,
+                self.bias,
+                self.targets,
+                self.rows,
+                self.readout,
+                self.plan.tile,
+                self.return_entropy,
+                self.plan.problem.statistics_dtype,
+            )
+        return LinearLogprobs(*outputs)
+
+
+def _prepare(
+    hidden,
+    weight,
+    targets,
+    *,
+    bias=None,
+    temperature=1.0,
+    logit_scale=1.0,
+    softcap=None,
+    mask=None,
+    ignore_index=-100,
+    return_entropy=True,
+    backend="auto",
+    memory_budget=None,
+) -> _Call:
+    """Everything before the computation: checks (with the messages users see), autocast, row selection, plan."""
+    _check_tensors(hidden, weight, targets, bias, mask, temperature)
+    if not isinstance(temperature, Tensor) and not temperature > 0:
+        raise ValueError(f"temperature: {temperature} given, accepted are positive numbers or one value per row")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap: {softcap} given, accepted are None and positive numbers")
+    if memory_budget is not None and not memory_budget > 0:
+        raise ValueError(f"memory_budget: {memory_budget} given, accepted are None and positive numbers of bytes")
+
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden, weight = (x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))
+    if hidden.dtype != weight.dtype:
+        raise TypeError(f"weight: {weight.dtype} given, accepted is the dtype of hidden, {hidden.dtype}; or call under autocast")
+
+    counts = targets != ignore_index if mask is None else (targets != ignore_index) & mask
+    rows = counts.nonzero(as_tuple=True)
+    chosen = targets[rows]
+    if ((chosen < 0) | (chosen >= weight.shape[0])).any():
+        bad = chosen[(chosen < 0) | (chosen >= weight.shape[0])][0].item()
+        raise ValueError(f"targets: {bad} given, accepted are ids in [0, {weight.shape[0]}) and ignore_index ({ignore_index})")
+
+    grad = torch.is_grad_enabled()
+    problem = Problem(
+        rows=targets.numel(),
+        active_rows=len(chosen),
+        vocab=weight.shape[0],
+        width=weight.shape[1],
+        dtype=hidden.dtype,
+        device=device_type,
+        grad_hidden=grad and hidden.requires_grad,
+        grad_weight=grad and weight.requires_grad,
+        grad_bias=grad and bias is not None and bias.requires_grad,
+        softcap=softcap is not None,
+        memory_budget=DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget,
+    )
+    readout = Readout(temperature, logit_scale, softcap)
+    return _Call(hidden, weight, bias, targets, rows, readout, return_entropy, make_plan(problem, backend))
+
+
+def _check_tensors(hidden, weight, targets, bias, mask, temperature) -> None:
+    named = {"hidden": hidden, "weight": weight, "targets": targets, "bias": bias, "mask": mask}
+    for name, tensor in named.items():
+        if tensor is None and name in ("bias", "mask"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {type(tensor).__name__} given, accepted is a Tensor")
+        if hasattr(tensor, "full_tensor"):
+            raise TypeError(f"{name}: a sharded DTensor given, accepted is a plain Tensor; unshard its module around the call")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name}: on {tensor.device}, accepted is the device of hidden, {hidden.device}")
+    if hidden.dtype not in DTYPES:
+        raise TypeError(f"hidden: {hidden.dtype} given, accepted are {', '.join(map(str, DTYPES))}")
+    if weight.dtype not in DTYPES:
+        raise TypeError(f"weight: {weight.dtype} given, accepted are {', '.join(map(str, DTYPES))}")
+    if hidden.dim() < 2:
+        raise ValueError(f"hidden: shape {tuple(hidden.shape)} given, accepted is [..., D] with at least one leading dimension")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        raise ValueError(f"weight: shape {tuple(weight.shape)} given, accepted is [V, D] with D = {hidden.shape[-1]}, as in hidden")
+    if targets.dtype != torch.int64:
+        raise TypeError(f"targets: {targets.dtype} given, accepted is torch.int64")
+    leading = hidden.shape[:-1]
+    if targets.shape != leading:
+        raise ValueError(f"targets: shape {tuple(targets.shape)} given, accepted is {tuple(leading)}, as in hidden")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != leading):
+        raise ValueError(f"mask: {mask.dtype} of shape {tuple(mask.shape)} given, accepted is torch.bool of {tuple(leading)}")
+    if bias is not None and (not bias.is_floating_point() or bias.shape != weight.shape[:1]):
+        raise ValueError(
+            f"bias: {bias.dtype} of shape {tuple(bias.shape)} given, accepted is floating point of ({weight.shape[0]},)"
+        )
+    if isinstance(temperature, Tensor):
+        if temperature.shape != leading or not temperature.is_floating_point() or temperature.device != hidden.device:
+            raise ValueError(
+                f"temperature: {temperature.dtype} of shape {tuple(temperature.shape)} on {temperature.device} given, accepted "
+                f"is a number, or floating point of {tuple(leading)} on {hidden.device}"
+            )
+        if temperature.requires_grad:
+            raise ValueError("temperature: requires a gradient, accepted is a tensor that does not; detach it")

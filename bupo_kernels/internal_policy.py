@@ -1,0 +1,144 @@
+"""Internal layer, attention and FFN policies of a Hugging Face decoder (BuPO, arXiv 2512.19673, equations 5 and 6).
+
+With ``A^l`` and ``F^l`` the outputs of attention and FFN in layer ``l`` and ``H^l`` the residual stream after it, the policies are
+``softmax(H^l E_uᵀ)``, ``softmax(A^l E_uᵀ)`` and ``softmax(F^l E_uᵀ)``. Layers count from 1. The decoders of transformers ≥ 5 all
+loop over ``self.layers[: self.config.num_hidden_layers]`` and then call ``self.norm``; a truncated *copy* of the config and two
+hooks on that norm are therefore enough, and no modelling code is copied or edited.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from bupo_kernels.functional import LinearLogprobs
+from bupo_kernels.modules import FusedLMHead
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+MODULES = ("layer", "attention", "ffn")
+
+
+@contextmanager
+def internal_policy(model: nn.Module, layer: int, module: str = "layer", final_norm: bool = False) -> Iterator[nn.Module]:
+    """Within the context ``model`` is its own internal policy: it runs layers 1..``layer`` only, and what reaches the head is
+    ``H^l`` (``A^l``, ``F^l``) instead of the normed last hidden state.
+
+    Args:
+        model: a causal language model of transformers ≥ 5 of type llama, mistral, qwen2 or qwen3; tied or untied,
+            with or without gradient checkpointing.
+        layer: 1-based, up to the number of layers L. ``layer=L`` with ``module="layer"`` is the model's own policy, final
+            norm included whatever ``final_norm`` says.
+        module: ``"layer"`` reads the residual stream, ``"attention"`` and ``"ffn"`` the output of that module in layer
+            ``layer``. The attention policy does not run the FFN of its layer.
+        final_norm: apply the model's final norm before the head. The paper does not, and neither is it done here by default.
+
+    Gradients: layers above ``layer``, and the final norm where it is not applied, get none (``grad`` stays None).
+
+    The depth is never written into ``model.config``: a checkpoint saved at any time, also inside the context, carries the
+    full depth, and an exception leaves nothing behind. A KV cache must not live across the border of the context.
+
+    Raises:
+        ValueError: unknown model type, ``layer`` out of range, unknown ``module``.
+    """
+    backbone = _backbone(model)
+    depth = backbone.config.num_hidden_layers
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= depth:
+        raise ValueError(
+            f"layer: {layer!r} given, accepted are 1 to {depth} (layers count from 1, {depth} is the model's own policy)"
+        )
+    if module not in MODULES:
+        raise ValueError(f"module: {module!r} given, accepted are {', '.join(map(repr, MODULES))}")
+    if module == "layer" and layer == depth:
+        yield model
+        return
+
+    config, block = backbone.config, backbone.layers[layer - 1]
+    truncated = copy.copy(config)
+    truncated.num_hidden_layers = layer
+    truncated.save_pretrained = config.save_pretrained  # of a backbone saved on its own inside the context
+    captured: list[Tensor] = []
+    hooks = []
+    if module != "layer":
+        source = block.self_attn if module == "attention" else block.mlp
+        hooks.append(source.register_forward_hook(lambda _, __, output: captured.append(_tensor(output))))
+        hooks.append(backbone.norm.register_forward_pre_hook(lambda _, __: captured.pop()))
+    if not final_norm:
+        # The norm is still called, and its output dropped: FSDP2 gathers a head that shares its unit around that call.
+        hooks.append(backbone.norm.register_forward_hook(lambda _, inputs, __: inputs[0]))
+    if module == "attention":
+        block.mlp.forward = lambda hidden: hidden  # its result is never read
+    backbone.config = truncated
+    try:
+        yield model
+    finally:
+        backbone.config = config
+        if module == "attention":
+            del block.mlp.forward
+        for hook in hooks:
+            hook.remove()
+
+
+def policy_logprobs(
+    model: nn.Module,
+    input_ids: Tensor,  # [B, S] int64
+    targets: Tensor,  # [B, S] int64
+    *,
+    attention_mask: Tensor | None = None,  # [B, S]
+    position_ids: Tensor | None = None,  # [B, S]
+    layer: int | None = None,
+    module: str = "layer",
+    final_norm: bool = False,
+    **options,
+) -> LinearLogprobs:
+    """Log-prob, entropy and logsumexp of ``targets`` under the policy of ``layer``, or under the model's own.
+
+    Args:
+        model: as in :func:`internal_policy`.
+        input_ids: ``[B, S]``.
+        targets: ``[B, S]``; ``targets[b, i]`` is the token that follows position ``i`` (already shifted). Positions with
+            ``ignore_index`` do not reach the head and cost no product there.
+        attention_mask: ``[B, S]``, 1 = real token, for padded batches. Right padding needs none: nothing real looks at it.
+            Positions are counted over the real tokens.
+        position_ids: ``[B, S]``, restarting at 0 for every sequence of a packed batch. Not together with
+            ``attention_mask``, which would let packed sequences see one another.
+        layer, module, final_norm: the policy, as in :func:`internal_policy`; ``layer=None`` is the model's own.
+        options: those of :func:`bupo_kernels.linear_logprobs`.
+
+    Returns:
+        :class:`LinearLogprobs`, each field ``[B, S]`` fp32; gradients reach the head, the embedding and layers 1..``layer``.
+
+    Raises:
+        ValueError, TypeError: naming the argument, as the functions above do.
+    """
+    if attention_mask is not None and position_ids is not None:
+        raise ValueError("position_ids: given with attention_mask, accepted is one of the two (packed or padded, not both)")
+    if attention_mask is not None:
+        position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    if layer is None:
+        if module != "layer" or final_norm:
+            raise ValueError("layer: None given with module or final_norm, accepted is a layer number")
+        layer = _backbone(model).config.num_hidden_layers
+    with internal_policy(model, layer, module, final_norm):
+        hidden = _backbone(model)(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        return FusedLMHead.forward(head, hidden, targets, **options)
+    if not isinstance(head, FusedLMHead):
+        raise TypeError(f"model: its head is a {type(head).__name__}, accepted are nn.Linear and FusedLMHead")
+    return head(hidden, targets, **options)
+
+
+def _backbone(model: nn.Module) -> nn.Module:
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if model_type not in MODEL_TYPES or not hasattr(model, "get_output_embeddings"):
+        raise ValueError(f"model: of type {model_type!r}, accepted are causal language models of type {', '.join(MODEL_TYPES)}")
+    return model.base_model
+
+
+def _tensor(output) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output

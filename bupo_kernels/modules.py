@@ -1,0 +1,39 @@
+"""Faces of the ops as ``nn.Module``."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from bupo_kernels.functional import LinearLogprobs, linear_logprobs
+
+
+class FusedLMHead(nn.Linear):
+    """The unembedding of a language model, which can answer with statistics instead of logits.
+
+    A plain ``nn.Linear`` in every other respect: the same parameters under the same state-dict keys, and ``head(hidden)``
+    still gives logits, so generation and saving work unchanged. The weight is only ever read inside :meth:`forward`, which is
+    what sharded training needs (FSDP2 gathers a module's parameters around its forward).
+    """
+
+    @classmethod
+    def adopt(cls, linear: nn.Linear) -> FusedLMHead:
+        """Turns ``linear`` into a :class:`FusedLMHead` in place and returns it; its parameters, ties and hooks stay.
+
+        Raises ``TypeError`` unless ``linear`` is an ``nn.Linear`` itself: a subclass (LoRA, quantised) may not compute
+        ``hidden @ weight.T``.
+        """
+        if type(linear) is cls:
+            return linear
+        if type(linear) is not nn.Linear:
+            raise TypeError(f"linear: {type(linear).__name__} given, accepted is a plain nn.Linear")
+        linear.__class__ = cls
+        return linear
+
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, **options) -> Tensor | LinearLogprobs:
+        """Logits ``[..., V]`` of ``hidden[..., D]``, or, given ``targets[...]``, :class:`LinearLogprobs` with the options of
+        :func:`bupo_kernels.linear_logprobs` (``bias`` apart, which is the module's own)."""
+        if targets is None:
+            if options:
+                raise TypeError(f"{', '.join(options)}: given without targets, accepted only with them")
+            return super().forward(hidden)
+        return linear_logprobs(hidden, self.weight, targets, bias=self.bias, **options)

@@ -1,0 +1,50 @@
+"""The oracle: plain torch, any dtype up to float64, materialises the logits. Used by tests and by nobody else."""
+
+import torch
+from torch import Tensor
+
+
+def logits(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    *,
+    bias: Tensor | None = None,  # [V]
+    temperature: float | Tensor = 1.0,  # or [...]
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> Tensor:  # [..., V]
+    """``z_j = softcap(logit_scale · (h·W_j + b_j)) / temperature``, in the dtype of the operands."""
+    z = hidden @ weight.T
+    if bias is not None:
+        z = z + bias
+    z = z * logit_scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    return z / (temperature.unsqueeze(-1) if isinstance(temperature, Tensor) else temperature)
+
+
+def linear_logprobs(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [...]
+    *,
+    mask: Tensor | None = None,  # [...]
+    ignore_index: int = -100,
+    dtype: torch.dtype = torch.float64,
+    **options,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-prob, entropy and logsumexp, each ``[...]`` in ``dtype``; 0 on rows that do not count.
+
+    The operands are cast to ``dtype`` first, so that in float64 every later rounding is negligible; gradients are
+    autograd's.
+    """
+    options = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
+    z = logits(hidden.to(dtype), weight.to(dtype), **options)
+    counts = targets != ignore_index
+    if mask is not None:
+        counts = counts & mask
+    logprobs = z.log_softmax(-1)
+    chosen = logprobs.gather(-1, targets.where(counts, 0).unsqueeze(-1)).squeeze(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    zero = torch.zeros((), dtype=dtype, device=z.device)
+    return tuple(torch.where(counts, statistic, zero) for statistic in (chosen, entropy, z.logsumexp(-1)))
