@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # the statistics sweep over what the GEMM has just written. Elsewhere: large enough to fill a GPU, small against its memory.
 CPU_TILE = (512, 2048)
 DEVICE_TILE = (4096, 8192)
+SMALL_TILE = 64  # rows, columns: below this products are slow, so slices are cut so that this many rows fit
 
 
 class Tile(NamedTuple):
@@ -50,14 +51,20 @@ def why_not(problem: Problem) -> str | None:
 
 
 def tile(problem: Problem) -> Tile:
-    """The largest tile within the budget. Rows give way before columns: slice borders depend on V and the budget alone."""
+    """The largest tile within the budget. Slice borders depend on V, D and the budget, never on the number of rows."""
     most_rows, most_columns = CPU_TILE if problem.device == "cpu" else DEVICE_TILE
-    rows, columns = min(most_rows, max(problem.active_rows, 1)), min(most_columns, problem.vocab)
-    while max(memory(problem, Tile(rows, columns))[:2]) > problem.memory_budget:
-        if rows > 1:
-            rows = (rows + 1) // 2
-        else:
-            columns = (columns + 1) // 2
+
+    def fits(rows: int, columns: int, problem: Problem) -> bool:
+        return max(memory(problem, Tile(rows, columns))[:2]) <= problem.memory_budget
+
+    columns = min(most_columns, problem.vocab)
+    while columns > SMALL_TILE and not fits(SMALL_TILE, columns, replace(problem, active_rows=0)):
+        columns = (columns + 1) // 2
+    rows = max(min(most_rows, problem.active_rows), 1)
+    while rows > 1 and not fits(rows, columns, problem):
+        rows = (rows + 1) // 2
+    while columns > 1 and not fits(rows, columns, problem):  # a budget that only just suffices
+        columns = (columns + 1) // 2
     return Tile(rows, columns)
 
 

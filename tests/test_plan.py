@@ -1,0 +1,107 @@
+"""Plans: what explain states is what a call does, bad input is named, memory stays within the budget."""
+
+import pytest
+import torch
+from problems import gradients, peak_bytes, random_case
+
+from bupo_kernels import explain, linear_cross_entropy, linear_logprobs
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(512, 20000, 64), (4096, 500, 16), (3, 50000, 200), (3000, 3000, 256)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"mask": True}], ids=str)
+@pytest.mark.parametrize("budget", [2 * MIB, None], ids=str)
+def test_measured_memory_is_what_explain_states_and_within_the_budget(dtype, shape, options, budget):
+    rows, vocab, width = shape
+    case = random_case(rows, vocab, width, dtype=dtype)
+    options = {**options, "memory_budget": budget}
+    if options.get("mask"):
+        options["mask"] = torch.arange(rows) % 2 == 0
+    plan = explain(case.hidden, case.weight, case.targets, **options)
+    kept = []
+    forward = peak_bytes(lambda: kept.append(linear_logprobs(case.hidden, case.weight, case.targets, **options)))
+    loss = sum(statistic.sum() for statistic in kept[0])
+    backward = peak_bytes(lambda: kept.append(gradients(loss, case.hidden, case.weight)))
+
+    # Outputs (three statistics) and gradients come on top of working memory, and so do the row coordinates kept for backward.
+    results = sum(statistic.nbytes for statistic in kept[0])
+    leaves = case.hidden.nbytes + case.weight.nbytes
+    assert 0.8 * plan.memory.forward <= forward <= plan.memory.forward + results
+    assert backward <= plan.memory.backward + plan.memory.accumulator + leaves
+    assert backward >= 0.8 * (plan.memory.backward + plan.memory.accumulator)
+    assert max(plan.memory.forward, plan.memory.backward) <= plan.problem.memory_budget
+
+
+def test_working_memory_does_not_grow_with_the_vocabulary():
+    stated = [explain(torch.randn(256, 8), torch.randn(vocab, 8)).memory.forward for vocab in (4000, 64000)]
+    assert stated[0] == stated[1]
+
+
+def test_a_budget_too_small_for_any_tile_names_what_would_do():
+    case = random_case(10, 50, 8)
+    with pytest.raises(ValueError, match=r"memory_budget: 100 bytes given, accepted are at least \d+"):
+        linear_logprobs(case.hidden, case.weight, case.targets, memory_budget=100)
+    least = int(str(pytest.raises(ValueError, explain, case.hidden, case.weight, memory_budget=100).value).split()[-5])
+    assert torch.isfinite(linear_logprobs(case.hidden, case.weight, case.targets, memory_budget=least).logprobs).all()
+
+
+def test_slice_borders_do_not_depend_on_the_number_of_rows():
+    tiles = [explain(torch.randn(rows, 64), torch.randn(70000, 64)).tile for rows in (1, 100, 2000)]
+    assert len({tile.columns for tile in tiles}) == 1
+
+
+def test_explain_prints_problem_backend_cost_and_budget():
+    case = random_case(512, 1000, 64)
+    case.hidden.requires_grad_(False)
+    text = str(explain(case.hidden, case.weight, case.targets.index_fill(0, torch.arange(12), -100)))
+    assert "500 of 512 rows x 1000 columns x 64, float32 on cpu, no gradient for hidden" in text
+    assert "backend   torch: recompute, tiles of 500 x 1000" in text
+    assert f"forward   {2 * 500 * 1000 * 64 / 1e9:.3f} GFLOP" in text
+    assert f"backward  {4 * 500 * 1000 * 64 / 1e9:.3f} GFLOP" in text
+    assert "budget    256.00 MiB" in text
+
+
+def test_explain_computes_nothing_and_needs_no_targets():
+    hidden, weight = torch.full((4, 8), float("nan")), torch.randn(20, 8)
+    assert explain(hidden, weight).problem.active_rows == 4
+
+
+H, W, Y = torch.randn(3, 8), torch.randn(20, 8), torch.tensor([0, 5, 19])
+BAD = {
+    "hidden is a list": (TypeError, "hidden: list given", dict(hidden=[1.0])),
+    "integer hidden": (TypeError, "hidden: torch.int64 given", dict(hidden=torch.ones(3, 8, dtype=torch.int64))),
+    "no leading dimension": (ValueError, r"hidden: shape \(8,\) given", dict(hidden=H[0], targets=Y[0])),
+    "other width": (ValueError, r"weight: shape \(20, 7\) given, accepted is \[V, D\] with D = 8", dict(weight=W[:, :7])),
+    "empty vocabulary": (ValueError, r"weight: shape \(0, 8\) given", dict(weight=W[:0])),
+    "other dtype": (TypeError, "weight: torch.bfloat16 given, accepted is the dtype of hidden", dict(weight=W.bfloat16())),
+    "targets of another shape": (ValueError, r"targets: shape \(2,\) given, accepted is \(3,\)", dict(targets=Y[:2])),
+    "targets of another dtype": (TypeError, "targets: torch.int32 given", dict(targets=Y.int())),
+    "target past the end": (ValueError, r"targets: 20 given, accepted are ids in \[0, 20\)", dict(targets=Y + 1)),
+    "negative target": (ValueError, "targets: -1 given", dict(targets=Y - 1)),
+    "mask of integers": (ValueError, "mask: torch.int64 of shape", dict(mask=torch.ones(3, dtype=torch.int64))),
+    "mask of another shape": (ValueError, "mask: torch.bool of shape", dict(mask=torch.ones(2, dtype=torch.bool))),
+    "bias of another size": (ValueError, r"bias: torch.float32 of shape \(19,\)", dict(bias=torch.ones(19))),
+    "temperature 0": (ValueError, "temperature: 0 given, accepted are positive", dict(temperature=0)),
+    "temperature NaN": (ValueError, "temperature: nan given", dict(temperature=float("nan"))),
+    "temperature of another shape": (ValueError, r"temperature: torch.float32 of shape \(2,\)", dict(temperature=torch.ones(2))),
+    "temperature with a gradient": (ValueError, "temperature: requires", dict(temperature=torch.ones(3, requires_grad=True))),
+    "softcap below 0": (ValueError, "softcap: -1 given", dict(softcap=-1)),
+    "unknown backend": (ValueError, "backend: 'cuda' given, accepted are 'auto', 'torch'", dict(backend="cuda")),
+    "budget of 0": (ValueError, "memory_budget: 0 given", dict(memory_budget=0)),
+    "unknown option": (TypeError, "softmax", dict(softmax=True)),
+}
+
+
+@pytest.mark.parametrize(("error", "message", "change"), BAD.values(), ids=BAD)
+def test_bad_input_names_the_argument_what_was_given_and_what_is_accepted(error, message, change):
+    arguments = {"hidden": H, "weight": W, "targets": Y, **change}
+    for op in (linear_logprobs, linear_cross_entropy, explain):
+        with pytest.raises(error, match=message):
+            op(**arguments)
+
+
+def test_unknown_reduction_is_named():
+    with pytest.raises(ValueError, match="reduction: 'avg' given, accepted are 'mean', 'sum', 'none'"):
+        linear_cross_entropy(H, W, Y, reduction="avg")
