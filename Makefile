@@ -6,7 +6,7 @@ SEED ?= 0
 
 BIN := .venv/bin
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-demo lint bench clean
 
 install: .venv/installed
 
@@ -21,6 +21,9 @@ demo: install ## a small model learns sums with BuPO (POLICY=grpo: the baseline)
 
 test: install
 	$(BIN)/python -m pytest
+
+test-demo: install ## the demo must learn; minutes
+	$(BIN)/python -m pytest -m slow -s
 
 lint: install
 	$(BIN)/ruff check .

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from bupo.config import ConfigError
@@ -59,5 +60,8 @@ class PromptOrder:
 
 
 def stream_seed(seed: int, index: int) -> int:
-    """A seed of its own for the ``index``-th use of a run's random numbers (an epoch, a step)."""
-    return (seed << 32) + index
+    """A seed of its own for the ``index``-th use of a run's random numbers (an epoch, a step).
+
+    Hashed to 32 bits: torch's CPU generator reads no more of its seed, so that sums and shifts of the two would collide.
+    """
+    return int(np.random.SeedSequence((seed, index)).generate_state(1)[0])

@@ -18,7 +18,7 @@ from bupo.config import ConfigError, load_config
 from bupo.data import Example, stream_seed
 from bupo.evaluation import Accuracy
 from bupo.monitor import progress_bar, save_checkpoint
-from bupo.rewards import exact_match
+from bupo.rewards import exact_match, score
 from bupo.rollout import Sample, collate, generate
 from bupo.trainer import train
 from bupo_kernels import FusedLMHead, policy_logprobs
@@ -33,7 +33,7 @@ CONFIG = {
     "steps": 100,
     "rollout": {"prompts": 32, "samples": 8, "max_new_tokens": ANSWER_TOKENS},
     "optimizer": {"learning_rate": 1e-4, "mini_batch": 16, "micro_batch": 256},
-    "evaluation": {"samples": 8},
+    "evaluation": {"samples": 8, "every": 25},
 }
 
 
@@ -145,4 +145,4 @@ def solution(tokenizer: PreTrainedTokenizerBase, example: Example) -> Sample:
 def sampled_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, examples: list[Example], seed: int) -> float:
     prompts = [example.prompt for example in examples]
     samples = generate(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, temperature=1.0, seed=seed)
-    return sum(exact_match(s.response, e.answer) for s, e in zip(samples, examples, strict=True)) / len(examples)
+    return score(exact_match, samples, examples).mean().item()

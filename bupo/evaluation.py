@@ -8,7 +8,7 @@ from math import comb
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bupo.data import Example
-from bupo.rewards import Reward
+from bupo.rewards import Reward, score
 from bupo.rollout import generate
 
 SOLVED = 0.5  # a response counts as right when its reward is above this
@@ -61,7 +61,7 @@ def evaluate(
             seed=seed,
             batch=batch,
         )
-        return [reward(sample.response, example.answer) > SOLVED for sample, example in zip(responses, prompts, strict=True)]
+        return (score(reward, responses, prompts) > SOLVED).tolist()
 
     greedy = right(examples, 0)
     sampled = right([example for example in examples for _ in range(samples)], temperature)

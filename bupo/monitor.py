@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -46,12 +47,14 @@ class RunFolder:
     def __enter__(self) -> RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         (self.path / "config.yaml").write_text(dump_config(self.config))
+        self.started = time.perf_counter()
         self.progress.start()
         self.task = self.progress.add_task("training", total=self.steps)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.progress.stop()
+        print(f"{len(self.metrics)} of {self.steps} steps in {time.perf_counter() - self.started:.0f} s", flush=True)
         if self.metrics:
             draw_run(self.metrics, self.accuracies, self.path / "run.png")
 

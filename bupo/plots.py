@@ -21,11 +21,13 @@ def draw_run(metrics: list[dict], accuracies: list[dict], path: Path) -> None:
     top.set(ylabel="reward, accuracy", ylim=(0, 1.02))
     bottom.plot(steps, [row["entropy"] for row in metrics], color="#009E73", label="optimised policy")
     bottom.plot(steps, [row["entropy_final"] for row in metrics], color="#000000", linestyle=":", label="final policy")
-    bottom.set(ylabel="entropy (nats per token)", xlabel="step", ylim=(0, None))
+    highest = max(max(row["entropy"], row["entropy_final"]) for row in metrics)
+    bottom.set(ylabel="entropy (nats per token)", xlabel="step", ylim=(0, 1.3 * highest or 1))
     for axes in (top, bottom):
         if internal:
             axes.axvspan(0, internal[-1] + 0.5, color="#F0E442", alpha=0.2, linewidth=0, label=f"phase 1: {metrics[0]['phase']}")
             axes.axvline(internal[-1] + 0.5, color="grey", linestyle="--", linewidth=1)
         axes.grid(alpha=0.3)
-        axes.legend(loc="center right", frameon=False)
+    top.legend(loc="lower right")
+    bottom.legend(loc="upper right")
     figure.savefig(path, dpi=150)

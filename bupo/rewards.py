@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
 from bupo.config import ConfigError
+from bupo.data import Example
+from bupo.rollout import Sample
 
 Reward = Callable[[str, str], float]
 
@@ -13,6 +19,15 @@ Reward = Callable[[str, str], float]
 def exact_match(response: str, answer: str) -> float:
     """1.0 when the response is the answer, white space around it apart."""
     return float(response.strip() == answer.strip())
+
+
+def score(reward: Reward, samples: list[Sample], asked: list[Example]) -> Tensor:  # [B]
+    """The reward of each sample. Raises ``ValueError`` when one is not a finite number."""
+    rewards = [float(reward(sample.response, example.answer)) for sample, example in zip(samples, asked, strict=True)]
+    for value, sample in zip(rewards, samples, strict=True):
+        if not math.isfinite(value):
+            raise ValueError(f"reward: {value} returned for the response {sample.response!r}, accepted are finite numbers")
+    return torch.tensor(rewards)
 
 
 def load_reward(path: str) -> Reward:

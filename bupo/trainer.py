@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bupo.advantages import group_advantages
 from bupo.config import ConfigError, TrainConfig
 from bupo.data import PromptOrder, load_examples, stream_seed
 from bupo.evaluation import Accuracy, evaluate
 from bupo.monitor import RunFolder
-from bupo.rewards import load_reward
+from bupo.rewards import load_reward, score
 from bupo.rollout import Batch, collate, generate
 from bupo.schedule import FINAL, OptimisedPolicy, policy_at
-from bupo_kernels import FusedLMHead, LinearLogprobs, internal_policy, policy_logprobs
+from bupo_kernels import FusedLMHead, LinearLogprobs, policy_logprobs
+from bupo_kernels.internal_policy import MODEL_TYPES
 from bupo_kernels.policy_losses import clipped_policy_loss, token_weights
 
 
@@ -63,7 +63,7 @@ def train(config: TrainConfig) -> tuple[Accuracy, Accuracy]:
                 temperature=config.rollout.temperature,
                 seed=stream_seed(config.seed, step),
             )
-            rewards = torch.tensor([reward(s.response, e.answer) for s, e in zip(samples, asked, strict=True)])  # [P·G]
+            rewards = score(reward, samples, asked)  # [P·G]
             advantages = group_advantages(rewards.view(-1, group), config.objective.advantage_std).flatten()
             batch = collate(samples, advantages, tokenizer.pad_token_id, model.device)
 
@@ -102,25 +102,26 @@ def train(config: TrainConfig) -> tuple[Accuracy, Accuracy]:
 
 def load_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in fp32 with a :class:`FusedLMHead`, and its tokenizer. Raises :class:`ConfigError`."""
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        architecture = AutoConfig.from_pretrained(config.model)
+        if architecture.model_type not in MODEL_TYPES:
+            raise ValueError(f"it is of type {architecture.model_type}, accepted are {', '.join(MODEL_TYPES)}")
+        depth = architecture.num_hidden_layers
+        if config.policy == "bupo" and config.bupo.layer > depth:
+            raise ConfigError(f"bupo.layer: {config.bupo.layer} given, accepted are 1 to {depth} (the layers of {config.model})")
         tokenizer = AutoTokenizer.from_pretrained(config.model)
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model: {config.model} cannot be loaded: {' '.join(str(error).split())}") from None
+        FusedLMHead.adopt(model.get_output_embeddings())
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"model: {config.model} cannot be used: {' '.join(str(error).split())}") from None
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model.to(device)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(
-            f"device: {config.device!r} given, accepted are auto, cpu, cuda, cuda:N ({str(error).splitlines()[0]})"
-        ) from None
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device: {config.device!r} given, accepted are auto, cpu, cuda, cuda:N ({reason})") from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    try:
-        with internal_policy(model, **policy_at(1, config).options) if policy_at(1, config) != FINAL else nullcontext():
-            FusedLMHead.adopt(model.get_output_embeddings())
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"bupo.{error}") from None
     # The old and the new log-probs of a ratio must come from one and the same network: no dropout.
     return model.eval(), tokenizer
 
