@@ -14,10 +14,11 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from bupo.checkpoint import save_checkpoint
 from bupo.config import ConfigError, load_config
 from bupo.data import Example, stream_seed
 from bupo.evaluation import Accuracy
-from bupo.monitor import progress_bar, save_checkpoint
+from bupo.monitor import progress_bar
 from bupo.rewards import exact_match, score
 from bupo.rollout import Sample, collate, generate
 from bupo.trainer import train

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import time
-from pathlib import Path
 from types import TracebackType
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bupo.config import TrainConfig, dump_config
 from bupo.data import Example
@@ -53,8 +50,8 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.say(f"{len(self.metrics)} of {self.steps} steps in {time.perf_counter() - self.started:.0f} s")
         self.progress.stop()
-        print(f"{len(self.metrics)} of {self.steps} steps in {time.perf_counter() - self.started:.0f} s", flush=True)
         if self.metrics:
             draw_run(self.metrics, self.accuracies, self.path / "run.png")
 
@@ -87,18 +84,6 @@ class RunFolder:
         with (self.path / "episodes.txt").open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n\n")
 
-    def save_checkpoint(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Path:
-        return save_checkpoint(model, tokenizer, self.path / "checkpoint")
-
     def _append(self, name: str, row: dict) -> None:
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
-
-
-def save_checkpoint(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path) -> Path:
-    """A Hugging Face checkpoint at ``path``, which appears whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    os.replace(partial, path)
-    return path

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from bupo.advantages import group_advantages
+from bupo.checkpoint import save_checkpoint
 from bupo.config import ConfigError, TrainConfig
 from bupo.data import PromptOrder, load_examples, stream_seed
 from bupo.evaluation import Accuracy, evaluate
@@ -95,8 +96,8 @@ def train(config: TrainConfig) -> tuple[Accuracy, Accuracy]:
                 run.log_episodes(step, policy.phase, samples[:group], asked[:group], rewards[:group], advantages[:group])
             if config.evaluation.every and step % config.evaluation.every == 0 and step < config.steps:
                 run.log_accuracy(step, accuracy())
+        save_checkpoint(model, tokenizer, run.path / "checkpoint")
         run.log_accuracy(config.steps, after := accuracy())
-        run.save_checkpoint(model, tokenizer)
     return before, after
 
 

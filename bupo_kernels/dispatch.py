@@ -4,35 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import torch
-
 from bupo_kernels.backends import torch_chunked
+from bupo_kernels.backends.problem import Memory, Problem, Tile
 
 # In order of preference. A backend is a module with why_not(problem), tile(problem) and memory(problem, tile).
 BACKENDS = {"torch": torch_chunked}
 
 DEFAULT_MEMORY_BUDGET = 256 * 2**20  # bytes
-
-
-@dataclass(frozen=True)
-class Problem:
-    """All that a plan depends on. Sizes in elements, ``memory_budget`` in bytes."""
-
-    rows: int  # token positions of the call
-    active_rows: int  # those that are not masked out
-    vocab: int
-    width: int  # D, the size of a hidden vector
-    dtype: torch.dtype  # of the operands of the products
-    device: str  # device type
-    grad_hidden: bool
-    grad_weight: bool
-    grad_bias: bool
-    softcap: bool
-    memory_budget: int
-
-    @property
-    def statistics_dtype(self) -> torch.dtype:
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
 
 
 @dataclass(frozen=True)
@@ -43,8 +21,8 @@ class Plan:
     problem: Problem
     backend: str
     strategy: str
-    tile: torch_chunked.Tile
-    memory: torch_chunked.Memory  # bytes beyond inputs, outputs and gradients
+    tile: Tile
+    memory: Memory  # bytes beyond inputs, outputs and gradients
     flops_forward: int
     flops_backward: int
     why_not: dict[str, str] = field(default_factory=dict)  # backend -> reason, for the backends that cannot run this

@@ -22,8 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bupo_kernels.backends.torch_chunked import Readout
-from bupo_kernels.dispatch import BACKENDS, DEFAULT_MEMORY_BUDGET, Plan, Problem, make_plan
+from bupo_kernels.backends.problem import Problem, Readout
+from bupo_kernels.dispatch import BACKENDS, DEFAULT_MEMORY_BUDGET, Plan, make_plan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

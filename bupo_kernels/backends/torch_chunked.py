@@ -12,34 +12,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-if TYPE_CHECKING:
-    from bupo_kernels.dispatch import Problem
+from bupo_kernels.backends.problem import Memory, Problem, Readout, Tile
 
 # Largest tile worth having (rows, columns). CPU: two fp32 tiles of 512 x 2048 are 8 MiB, which stays in a shared L3 while
 # the statistics sweep over what the GEMM has just written. Elsewhere: large enough to fill a GPU, small against its memory.
 CPU_TILE = (512, 2048)
 DEVICE_TILE = (4096, 8192)
 SMALL_TILE = 64  # rows, columns: below this products are slow, so slices are cut so that this many rows fit
-
-
-class Tile(NamedTuple):
-    rows: int
-    columns: int
-
-
-class Memory(NamedTuple):
-    """Bytes a call needs beyond its inputs, its outputs and their gradients."""
-
-    forward: int  # working memory of the forward
-    backward: int  # working memory of the backward
-    accumulator: int  # fp32 twin of dH, where dH itself cannot serve as the accumulator
 
 
 def why_not(problem: Problem) -> str | None:
@@ -89,29 +75,13 @@ def memory(problem: Problem, tile: Tile) -> Memory:
     return Memory(forward, backward, accumulator)
 
 
-@dataclass(frozen=True)
-class Readout:
-    """How a product becomes a logit: ``z = softcap(logit_scale · (h·W_j + b_j)) / temperature``."""
-
-    temperature: float | Tensor  # or [rows]
-    logit_scale: float
-    softcap: float | None
-
-    def rows(self, index: tuple[Tensor, ...], dtype: torch.dtype) -> Readout:
-        """The same for a selection of the rows, ``temperature`` as a column [n, 1]."""
-        if not isinstance(self.temperature, Tensor):
-            return self
-        return Readout(self.temperature[index].to(dtype).unsqueeze(1), self.logit_scale, self.softcap)
-
-    def apply_(self, product: Tensor, bias: Tensor | None) -> Tensor:  # [r, c], [c]
-        """Turns products into logits in place."""
-        if bias is not None:
-            product.add_(bias)
-        if self.softcap is not None:
-            product.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
-        elif isinstance(self.temperature, Tensor) or self.logit_scale != self.temperature:
-            product.mul_(self.logit_scale / self.temperature)
-        return product
+def _to_logits_(product: Tensor, bias: Tensor | None, readout: Readout) -> Tensor:  # [r, c], [c]
+    """Turns a tile of products into logits in place."""
+    if bias is not None:
+        product.add_(bias)
+    if readout.softcap is not None:
+        return product.mul_(readout.logit_scale / readout.softcap).tanh_().mul_(readout.softcap / readout.temperature)
+    return product if readout.is_identity else product.mul_(readout.logit_scale / readout.temperature)
 
 
 class _Block(NamedTuple):
@@ -143,7 +113,7 @@ def _blocks(hidden, weight, bias, rows, readout, tile, dtype) -> Iterator[_Block
             logits, scratch = (buffer[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0]) for buffer in buffers)
             selected = readout.rows(index, dtype)
             torch.mm(h, w.T, out=logits)
-            yield _Block(columns, block, w, h, selected.apply_(logits, b), scratch, selected)
+            yield _Block(columns, block, w, h, _to_logits_(logits, b, selected), scratch, selected)
 
 
 def _target_column(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:  # [r] -> [r, 1], [r, 1]
@@ -244,7 +214,7 @@ class LinearStatistics(torch.autograd.Function):
             if readout.softcap is not None:
                 dz.mul_(softcap_slope)
                 del softcap_slope
-            if isinstance(readout.temperature, Tensor) or readout.logit_scale != readout.temperature:
+            if not readout.is_identity:
                 dz.mul_(readout.logit_scale / readout.temperature)
 
             if need_hidden:
