@@ -8,10 +8,14 @@ BIN := .venv/bin
 
 .PHONY: install demo test test-demo lint bench clean
 
-install: .venv/installed
+# One stamp, named after the torch it stands for: asking for another torch installs it.
+STAMP := .venv/installed-$(subst =,,$(TORCH))
 
-.venv/installed: pyproject.toml setup.py
+install: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
+	rm -f .venv/installed-*
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test]"
 	touch $@

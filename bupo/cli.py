@@ -60,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
+    sys.path.insert(0, "")  # so that a reward in the current folder is found, as under python -m
     _quiet_libraries()
     from bupo.trainer import train
 
@@ -69,8 +70,8 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    if options.seed < 0:
-        raise ConfigError(f"--seed: {options.seed} given, accepted are 0 and above")
+    if not 0 <= options.seed < 2**32:
+        raise ConfigError(f"--seed: {options.seed} given, accepted are 0 to 2^32 - 1")
     folder = options.output or _free_folder(Path("runs") / f"demo-{options.policy}-seed{options.seed}")
     _quiet_libraries()
     from bupo.demo import demo

@@ -7,9 +7,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ConfigError(Exception):
@@ -18,6 +30,13 @@ class ConfigError(Exception):
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _flags_are_not_numbers(cls, value: Any, field: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[field.field_name].annotation is not bool:
+            raise PydanticCustomError("flag", "not true or false")
+        return value
 
 
 class Data(Section):
@@ -51,7 +70,7 @@ class Objective(Section):
 
 class Optimizer(Section):
     learning_rate: PositiveFloat = 1e-6
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: PositiveFloat = 1.0
     mini_batch: PositiveInt = Field(32, description="prompts per optimizer step; must divide rollout.prompts")
@@ -73,8 +92,8 @@ class TrainConfig(Section):
     policy: Literal["bupo", "grpo"] = "bupo"
     reward: str = Field("bupo.rewards:exact_match", description="`module:function` of (response, answer) -> float")
     steps: PositiveInt = 300
-    seed: Annotated[int, Field(ge=0)] = 0
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
     episodes_every: PositiveInt = Field(20, description="steps between groups of episodes written as text")
     rollout: Rollout = Rollout()
     objective: Objective = Objective()
@@ -102,8 +121,8 @@ def load_config(path: Path, overrides: list[str] = ()) -> TrainConfig:
     if not path.is_file():
         raise ConfigError(f"config: {path} is not a file, accepted is a YAML file")
     try:
-        tree = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config: {path} holds a {type(tree).__name__}, accepted is a mapping of keys to values")
@@ -123,9 +142,17 @@ def parse_config(tree: dict[str, Any]) -> TrainConfig:
             raise ConfigError(f"{key}: {path} is not a file, accepted is a JSONL file")
     if not (config.model / "config.json").is_file():
         raise ConfigError(f"model: {config.model} has no config.json, accepted is the folder of a Hugging Face checkpoint")
-    if config.output_dir.exists() and (not config.output_dir.is_dir() or any(config.output_dir.iterdir())):
-        raise ConfigError(f"output_dir: {config.output_dir} is not empty, accepted is a new or empty folder")
+    check_new_folder(config.output_dir, "output_dir")
     return config
+
+
+def check_new_folder(path: Path, key: str) -> None:
+    """Raises :class:`ConfigError` unless ``path`` is an empty folder, or can become one."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise ConfigError(f"{key}: {existing} is a file, accepted is a new or empty folder")
+    if existing == path and any(path.iterdir()):
+        raise ConfigError(f"{key}: {path} is not empty, accepted is a new or empty folder")
 
 
 def dump_config(config: TrainConfig) -> str:
@@ -159,7 +186,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override: {override!r} given, accepted is key.path=value")
     *parents, leaf = key.split(".")
     for parent in parents:
-        tree = tree.setdefault(parent, {})
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
         if not isinstance(tree, dict):
             raise ConfigError(f"{key}: {parent} is a single value, it has no keys below it")
     try:

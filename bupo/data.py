@@ -23,19 +23,22 @@ def load_examples(path: Path, key: str) -> list[Example]:
 
     Raises :class:`ConfigError` with the configuration ``key`` and the line number of the first bad row.
     """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{key}: {path} is not UTF-8: {error}") from None
     examples = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ConfigError(f"{key}: {path} line {number} is not JSON: {error.msg}") from None
-            for column in ("prompt", "answer"):
-                if not isinstance(row, dict) or not isinstance(row.get(column), str) or not row[column]:
-                    raise ConfigError(f"{key}: {path} line {number} has no {column!r}, accepted is a non-empty string")
-            examples.append(Example(row["prompt"], row["answer"]))
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"{key}: {path} line {number} is not JSON: {error.msg}") from None
+        for column in ("prompt", "answer"):
+            if not isinstance(row, dict) or not isinstance(row.get(column), str) or not row[column]:
+                raise ConfigError(f"{key}: {path} line {number} has no {column!r}, accepted is a non-empty string")
+        examples.append(Example(row["prompt"], row["answer"]))
     if not examples:
         raise ConfigError(f"{key}: {path} is empty, accepted is at least one example")
     return examples
@@ -56,12 +59,16 @@ class PromptOrder:
         return [self.examples[i] for i in order[offset : offset + self.batch]]
 
     def _permutation(self, epoch: int) -> list[int]:
-        return torch.randperm(len(self.examples), generator=torch.Generator().manual_seed(stream_seed(self.seed, epoch))).tolist()
+        generator = torch.Generator().manual_seed(stream_seed(self.seed, "order", epoch))
+        return torch.randperm(len(self.examples), generator=generator).tolist()
 
 
-def stream_seed(seed: int, index: int) -> int:
-    """A seed of its own for the ``index``-th use of a run's random numbers (an epoch, a step).
+STREAMS = ("order", "rollout", "evaluation", "warm-up")
 
-    Hashed to 32 bits: torch's CPU generator reads no more of its seed, so that sums and shifts of the two would collide.
+
+def stream_seed(seed: int, stream: str, index: int = 0) -> int:
+    """A seed of its own for the ``index``-th use (an epoch, a step) of one of a run's :data:`STREAMS` of random numbers.
+
+    Hashed to 32 bits: torch's CPU generator reads no more of its seed, so that sums and shifts would collide.
     """
-    return int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
+    return int(np.random.SeedSequence((seed, STREAMS.index(stream), index)).generate_state(1)[0])

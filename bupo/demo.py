@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from bupo.checkpoint import save_checkpoint
-from bupo.config import ConfigError, load_config
+from bupo.config import check_new_folder, load_config
 from bupo.data import Example, stream_seed
 from bupo.evaluation import Accuracy
 from bupo.monitor import progress_bar
@@ -50,8 +50,7 @@ def demo(folder: Path, policy: str = "bupo", seed: int = 0) -> tuple[Accuracy, A
 
 def prepare(folder: Path, policy: str, seed: int) -> Path:
     """Writes prompts, the warm checkpoint and the configuration of a demo run; returns the configuration's path."""
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"output: {folder} is not empty, accepted is a new or empty folder")
+    check_new_folder(folder, "--output")
     folder.mkdir(parents=True, exist_ok=True)
     sums = [Example(f"{a}+{b}=", str(a + b)) for a in range(100) for b in range(100)]
     random.Random(seed).shuffle(sums)
@@ -88,7 +87,7 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerBase:
 
 
 def small_model(vocabulary: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3 of random weights, 1.2 M parameters in five layers."""
+    """A Qwen3 of random weights: four layers, 1.2 M parameters."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=vocabulary,
@@ -127,7 +126,7 @@ def warm_up(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, example
             schedule.step()
             optimizer.zero_grad()
             if step % 10 == 0:
-                accuracy = sampled_accuracy(model, tokenizer, rng.sample(examples, 256), stream_seed(seed, step))
+                accuracy = sampled_accuracy(model, tokenizer, rng.sample(examples, 256), stream_seed(seed, "warm-up", step))
                 progress.update(task, completed=accuracy)
                 progress.console.print(
                     f"warm-up step {step}  loss {loss.item():.3f}  sampled accuracy {accuracy:.1%}", highlight=False

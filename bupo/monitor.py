@@ -43,7 +43,7 @@ class RunFolder:
 
     def __enter__(self) -> RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(dump_config(self.config))
+        (self.path / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
         self.started = time.perf_counter()
         self.progress.start()
         self.task = self.progress.add_task("training", total=self.steps)

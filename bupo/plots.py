@@ -18,7 +18,8 @@ def draw_run(metrics: list[dict], accuracies: list[dict], path: Path) -> None:
     top.plot(
         [row["step"] for row in accuracies], [row["greedy"] for row in accuracies], "o-", color="#D55E00", label="held-out, greedy"
     )
-    top.set(ylabel="reward, accuracy", ylim=(0, 1.02))
+    rewards = [row["reward"] for row in metrics]
+    top.set(ylabel="reward, accuracy", ylim=(min(0, *rewards) - 0.02, max(1, *rewards) + 0.02))
     bottom.plot(steps, [row["entropy"] for row in metrics], color="#009E73", label="optimised policy")
     bottom.plot(steps, [row["entropy_final"] for row in metrics], color="#000000", linestyle=":", label="final policy")
     highest = max(max(row["entropy"], row["entropy_final"]) for row in metrics)

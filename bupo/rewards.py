@@ -37,8 +37,9 @@ def load_reward(path: str) -> Reward:
         raise ConfigError(f"reward: {path!r} given, accepted is module:function")
     try:
         reward = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"reward: {path!r} given, accepted is an importable module:function ({error})") from None
+    except Exception as error:  # whatever a user's module raises while it is imported
+        reason = f"{type(error).__name__}: {error}"
+        raise ConfigError(f"reward: {path!r} given, accepted is an importable module:function ({reason})") from error
     if not callable(reward):
         raise ConfigError(f"reward: {path!r} is a {type(reward).__name__}, accepted is a function of (response, answer)")
     return reward

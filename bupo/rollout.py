@@ -40,31 +40,37 @@ def generate(
         batch: sequences at a time; None runs all at once.
     """
     torch.manual_seed(seed)
-    was_training = model.training
-    model.eval()
-    sampling = (
-        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
-    )
+    batch = batch or max(len(prompts), 1)
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     settings = GenerationConfig(
-        **sampling, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
+        **(sampling if temperature > 0 else {"do_sample": False}),
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
-    samples = []
-    for start in range(0, len(prompts), batch or max(len(prompts), 1)):
-        part = prompts[start : start + (batch or len(prompts))]
-        encoded = tokenizer(part, padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False).to(
-            model.device
-        )
-        sequences = model.generate(**encoded, generation_config=settings)
-        width = encoded.input_ids.shape[1]
-        for prompt, ids, mask, sequence in zip(part, encoded.input_ids, encoded.attention_mask, sequences, strict=True):
-            response = sequence[width:].tolist()
-            finished = tokenizer.eos_token_id in response
-            if finished:
-                response = response[: response.index(tokenizer.eos_token_id) + 1]
-            text = tokenizer.decode(response, skip_special_tokens=True)
-            samples.append(Sample(prompt, text, ids[mask.bool()].tolist(), response, finished))
-    model.train(was_training)
-    return samples
+    was_training, own_settings = model.training, model.generation_config
+    # What generate is not told it takes from the checkpoint (a repetition penalty, min_p), which would be another policy.
+    model.eval().generation_config = GenerationConfig()
+    try:
+        parts = (prompts[start : start + batch] for start in range(0, len(prompts), batch))
+        return [sample for part in parts for sample in _generate_together(model, tokenizer, part, settings)]
+    finally:
+        model.train(was_training).generation_config = own_settings
+
+
+def _generate_together(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], settings: GenerationConfig
+) -> Iterator[Sample]:
+    encoded = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False)
+    encoded = encoded.to(model.device)
+    sequences = model.generate(**encoded, generation_config=settings)
+    responses = sequences[:, encoded.input_ids.shape[1] :].tolist()
+    for prompt, ids, mask, response in zip(prompts, encoded.input_ids, encoded.attention_mask, responses, strict=True):
+        finished = tokenizer.eos_token_id in response
+        if finished:
+            response = response[: response.index(tokenizer.eos_token_id) + 1]
+        text = tokenizer.decode(response, skip_special_tokens=True)
+        yield Sample(prompt, text, ids[mask.bool()].tolist(), response, finished)
 
 
 @dataclass(frozen=True)

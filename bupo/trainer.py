@@ -46,7 +46,8 @@ def train(config: TrainConfig) -> tuple[Accuracy, Accuracy]:
 
     def accuracy() -> Accuracy:
         how = config.evaluation.model_dump(exclude={"every"})
-        return evaluate(model, tokenizer, heldout, reward, max_new_tokens=max_new_tokens, seed=config.seed, **how)
+        seed = stream_seed(config.seed, "evaluation")
+        return evaluate(model, tokenizer, heldout, reward, max_new_tokens=max_new_tokens, seed=seed, **how)
 
     with RunFolder(config) as run:
         run.log_accuracy(0, before := accuracy())
@@ -62,7 +63,7 @@ def train(config: TrainConfig) -> tuple[Accuracy, Accuracy]:
                 [example.prompt for example in asked],
                 max_new_tokens=max_new_tokens,
                 temperature=config.rollout.temperature,
-                seed=stream_seed(config.seed, step),
+                seed=stream_seed(config.seed, "rollout", step),
             )
             rewards = score(reward, samples, asked)  # [P·G]
             advantages = group_advantages(rewards.view(-1, group), config.objective.advantage_std).flatten()
@@ -111,6 +112,8 @@ def load_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenize
         if config.policy == "bupo" and config.bupo.layer > depth:
             raise ConfigError(f"bupo.layer: {config.bupo.layer} given, accepted are 1 to {depth} (the layers of {config.model})")
         tokenizer = AutoTokenizer.from_pretrained(config.model)
+        if tokenizer.eos_token_id is None:
+            raise ValueError("its tokenizer has no end-of-sequence token")
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
         FusedLMHead.adopt(model.get_output_embeddings())
     except (OSError, ValueError, TypeError, KeyError) as error:

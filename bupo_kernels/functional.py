@@ -10,12 +10,15 @@ With ``h = H^l``, the residual stream after layer ``l``, this is the paper's int
 
 Numerics, the same for every op here. Products accumulate in fp32 and every statistic is taken from that accumulator, never
 from a rounded logit; 16-bit inputs are exact. Against float64 on the same inputs ``|Δlogprob| ≤ 2e-6 · (1 + max|z|)``. dH and
-dW are summed in fp32 and rounded once, to the dtype of their tensor. float64 inputs are computed in float64 throughout.
+dW are summed in fp32 and rounded once, to the dtype of their tensor. float64 inputs are computed in float64 throughout. fp32
+products follow torch's own precision setting (``torch.set_float32_matmul_precision``); the bound is for its default,
+``"highest"``.
 Logits must be finite (a ``bias`` of −inf is not supported).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,7 +69,7 @@ def linear_logprobs(
         return_entropy: False skips the entropy; the field is then None.
         backend: ``"auto"`` or one of the backends :func:`explain` names.
         memory_budget: upper bound in bytes on working memory, 256 MiB by default. Outputs and gradients come on top, and
-            for 16-bit inputs (or where rows are dropped) one fp32 sum of dH; :func:`explain` states each.
+            for 16-bit inputs one fp32 sum of dH; :func:`explain` states each.
 
     Returns:
         :class:`LinearLogprobs`. All three are differentiable, alone or together, with respect to ``hidden``, ``weight`` and
@@ -126,19 +129,20 @@ def explain(
     targets: Tensor | None = None,  # [...] int64
     **options,
 ) -> Plan:
-    """The plan :func:`linear_logprobs` would follow for the same arguments; nothing is computed. ``print`` it.
+    """The plan :func:`linear_logprobs` would follow for the same arguments; no product is formed. ``print`` it.
 
     Without ``targets`` every row counts. Which gradients are planned follows ``requires_grad`` of the operands and
-    ``torch.is_grad_enabled()``. Raises what :func:`linear_logprobs` would.
+    ``torch.is_grad_enabled()``. Under autocast the copies that it casts come on top of the stated bytes. Raises what
+    :func:`linear_logprobs` would.
 
     Example:
         >>> print(explain(torch.randn(512, 64), torch.randn(1000, 64, requires_grad=True)))
         problem   512 of 512 rows x 1000 columns x 64, float32 on cpu, no gradient for hidden
         backend   torch: recompute, tiles of 512 x 1000
-        forward   0.066 GFLOP, 4.13 MiB of working memory
+        forward   0.066 GFLOP, 4.12 MiB of working memory
         ...
     """
-    if targets is None:
+    if targets is None and isinstance(hidden, Tensor):
         targets = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
     return _prepare(hidden, weight, targets, **options).plan
 
@@ -191,12 +195,13 @@ def _prepare(
 ) -> _Call:
     """Everything before the computation: checks (with the messages users see), autocast, row selection, plan."""
     _check_tensors(hidden, weight, targets, bias, mask, temperature)
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"temperature: {temperature} given, accepted are positive numbers or one value per row")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"softcap: {softcap} given, accepted are None and positive numbers")
-    if memory_budget is not None and not memory_budget > 0:
-        raise ValueError(f"memory_budget: {memory_budget} given, accepted are None and positive numbers of bytes")
+    if not isinstance(temperature, Tensor):
+        _check_number("temperature", temperature, "positive numbers, or a tensor with one per row")
+    if softcap is not None:
+        _check_number("softcap", softcap, "None and positive numbers")
+    _check_number("logit_scale", logit_scale, "finite numbers", positive=False)
+    if memory_budget is not None:
+        _check_number("memory_budget", memory_budget, "None and positive numbers of bytes")
 
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
@@ -208,9 +213,15 @@ def _prepare(
     counts = targets != ignore_index if mask is None else (targets != ignore_index) & mask
     rows = counts.nonzero(as_tuple=True)
     chosen = targets[rows]
-    if ((chosen < 0) | (chosen >= weight.shape[0])).any():
-        bad = chosen[(chosen < 0) | (chosen >= weight.shape[0])][0].item()
-        raise ValueError(f"targets: {bad} given, accepted are ids in [0, {weight.shape[0]}) and ignore_index ({ignore_index})")
+    outside = (chosen < 0) | (chosen >= weight.shape[0])
+    if outside.any():
+        accepted = f"ids in [0, {weight.shape[0]}) and ignore_index ({ignore_index})"
+        raise ValueError(f"targets: {chosen[outside][0].item()} given, accepted are {accepted}")
+    if isinstance(temperature, Tensor):
+        used = temperature[rows]
+        impossible = ~(used.isfinite() & (used > 0))
+        if impossible.any():
+            raise ValueError(f"temperature: {used[impossible][0].item()} given, accepted are positive numbers on rows that count")
 
     grad = torch.is_grad_enabled()
     problem = Problem(
@@ -228,6 +239,13 @@ def _prepare(
     )
     readout = Readout(temperature, logit_scale, softcap)
     return _Call(hidden, weight, bias, targets, rows, readout, return_entropy, make_plan(problem, backend))
+
+
+def _check_number(name: str, value, accepted: str, positive: bool = True) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: {type(value).__name__} given, accepted are {accepted}")
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name}: {value} given, accepted are {accepted}")
 
 
 def _check_tensors(hidden, weight, targets, bias, mask, temperature) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ def internal_policy(model: nn.Module, layer: int, module: str = "layer", final_n
 
     Args:
         model: a causal language model of transformers ≥ 5 of type llama, mistral, qwen2 or qwen3; tied or untied,
-            with or without gradient checkpointing.
+            with or without (non-reentrant) gradient checkpointing.
         layer: 1-based, up to the number of layers L. ``layer=L`` with ``module="layer"`` is the model's own policy, final
             norm included whatever ``final_norm`` says.
         module: ``"layer"`` reads the residual stream, ``"attention"`` and ``"ffn"`` the output of that module in layer
@@ -41,10 +41,13 @@ def internal_policy(model: nn.Module, layer: int, module: str = "layer", final_n
     full depth, and an exception leaves nothing behind. A KV cache must not live across the border of the context.
 
     Raises:
-        ValueError: unknown model type, ``layer`` out of range, unknown ``module``.
+        ValueError: unknown model type, ``layer`` out of range, unknown ``module``, a context within another, and (from the
+            forward of a module policy) reentrant activation checkpointing, which would lose its gradient.
     """
     backbone = _backbone(model)
-    depth = backbone.config.num_hidden_layers
+    config, depth = backbone.config, backbone.config.num_hidden_layers
+    if config is not model.config:
+        raise ValueError("model: already an internal policy, accepted is one such context at a time")
     if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= depth:
         raise ValueError(
             f"layer: {layer!r} given, accepted are 1 to {depth} (layers count from 1, {depth} is the model's own policy)"
@@ -55,30 +58,49 @@ def internal_policy(model: nn.Module, layer: int, module: str = "layer", final_n
         yield model
         return
 
-    config, block = backbone.config, backbone.layers[layer - 1]
+    block = backbone.layers[layer - 1]
     truncated = copy.copy(config)
     truncated.num_hidden_layers = layer
-    truncated.save_pretrained = config.save_pretrained  # of a backbone saved on its own inside the context
     captured: list[Tensor] = []
-    hooks = []
-    if module != "layer":
-        source = block.self_attn if module == "attention" else block.mlp
-        hooks.append(source.register_forward_hook(lambda _, __, output: captured.append(_tensor(output))))
-        hooks.append(backbone.norm.register_forward_pre_hook(lambda _, __: captured.pop()))
-    if not final_norm:
-        # The norm is still called, and its output dropped: FSDP2 gathers a head that shares its unit around that call.
-        hooks.append(backbone.norm.register_forward_hook(lambda _, inputs, __: inputs[0]))
-    if module == "attention":
-        block.mlp.forward = lambda hidden: hidden  # its result is never read
-    backbone.config = truncated
-    try:
-        yield model
-    finally:
+
+    def instead_of_the_residual(_, inputs: tuple[Tensor]) -> Tensor:
+        output = captured.pop()
+        if inputs[0].requires_grad and not output.requires_grad:
+            raise ValueError("model: checkpoints activations with use_reentrant=True, accepted is use_reentrant=False")
+        return output
+
+    def save_whole(*arguments, **options) -> None:
         backbone.config = config
+        try:
+            type(backbone).save_pretrained(backbone, *arguments, **options)
+        finally:
+            backbone.config = truncated
+
+    with ExitStack() as undo:
+        if module != "layer":
+            source = block.self_attn if module == "attention" else block.mlp
+            undo.callback(source.register_forward_hook(lambda _, __, output: captured.append(_tensor(output))).remove)
+            undo.callback(backbone.norm.register_forward_pre_hook(instead_of_the_residual).remove)
+        if not final_norm:
+            # The norm is still called, and its output dropped: FSDP2 gathers a head that shares its unit around that call.
+            undo.callback(backbone.norm.register_forward_hook(lambda _, inputs, __: inputs[0]).remove)
         if module == "attention":
-            del block.mlp.forward
-        for hook in hooks:
-            hook.remove()
+            undo.enter_context(_attribute(block.mlp, "forward", lambda hidden: hidden))  # its result is never read
+        undo.enter_context(_attribute(backbone, "save_pretrained", save_whole))
+        undo.enter_context(_attribute(backbone, "config", truncated))
+        yield model
+
+
+@contextmanager
+def _attribute(owner: nn.Module, name: str, value: object) -> Iterator[None]:
+    """``owner.name`` is ``value`` within the context; an attribute of the instance comes back, one of the class shows again."""
+    absent = object()
+    before = vars(owner).get(name, absent)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if before is absent else setattr(owner, name, before)
 
 
 def policy_logprobs(

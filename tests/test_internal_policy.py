@@ -18,10 +18,10 @@ def hidden_under(model, ids, *policy, **options):
         return model.base_model(ids, use_cache=False).last_hidden_state
 
 
-def enable_checkpointing(model):
+def enable_checkpointing(model, use_reentrant: bool = False):
     # Renamed in transformers 5.23.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
+    enable({"use_reentrant": use_reentrant})
 
 
 def raise_after(_):
@@ -195,6 +195,43 @@ def test_layer_out_of_range_is_named(layer):
         internal_policy(tiny_model(), layer),
     ):
         pass
+
+
+def test_one_context_at_a_time():
+    model, (ids, targets) = tiny_model(), token_batch()
+    with internal_policy(model, 2):
+        for call in (lambda: policy_logprobs(model, ids, targets), lambda: internal_policy(model, 1).__enter__()):
+            with pytest.raises(ValueError, match="model: already an internal policy"):
+                call()
+    policy_logprobs(model, ids, targets)
+
+
+@pytest.mark.parametrize("module", ["attention", "ffn"])
+def test_checkpointing_that_would_lose_the_gradient_is_refused(module):
+    model, (ids, targets) = tiny_model(), token_batch()
+    enable_checkpointing(model, use_reentrant=True)
+    model.train()
+    with pytest.raises(ValueError, match="use_reentrant=True, accepted is use_reentrant=False"):
+        policy_logprobs(model, ids, targets, layer=2, module=module)
+    policy_logprobs(model, ids, targets, layer=2).logprobs.sum().backward()
+    assert model.base_model.embed_tokens.weight.grad.abs().sum() > 0
+
+
+def test_a_forward_that_others_replaced_comes_back():
+    model, (ids, _) = tiny_model(), token_batch()
+    mlp = model.base_model.layers[1].mlp
+    original, calls = mlp.forward, []
+    mlp.forward = theirs = lambda hidden: calls.append(1) or original(hidden)
+    hidden_under(model, ids, 2, "attention")
+    assert mlp.forward is theirs
+    assert calls == []
+
+
+def test_the_config_can_be_printed_inside_the_context():
+    model = tiny_model()
+    with internal_policy(model, 2):
+        assert model.config.to_dict()["num_hidden_layers"] == DEPTH
+        assert "num_hidden_layers" in repr(model.base_model.config)
 
 
 def test_unknown_module_model_and_head_are_named():

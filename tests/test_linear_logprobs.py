@@ -184,6 +184,39 @@ def test_masked_rows_are_zero_and_have_no_gradient():
     assert (out.logprobs[kept] - alone.logprobs).abs().max() <= CONTRACT * (1 + largest_logit(case))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kept", ["first", "last", "scattered", "one"])
+def test_gradients_of_dropped_rows_land_where_they_belong(kept, dtype):
+    rows = {"first": slice(0, 40), "last": slice(50, 90), "scattered": slice(1, 90, 3), "one": slice(47, 48)}[kept]
+    case = random_case(90, 33, 8, dtype=dtype)
+    upstream = torch.zeros(90)
+    upstream[rows] = torch.randn(len(upstream[rows]))
+    grid = {"hidden": case.hidden.view(3, 5, 6, 8), "targets": case.targets.view(3, 5, 6)}
+    out = linear_logprobs(weight=case.weight, memory_budget=16 * 1024, **grid)  # blocks of a few rows
+    (got,) = gradients((out.logprobs.flatten() * upstream).sum(), case.hidden)
+    exact = reference.linear_logprobs(case.hidden, case.weight, case.targets)[0]
+    (want,) = gradients((exact * upstream).sum(), case.hidden)
+    assert_same_gradients([got], [want], case)
+    idle = upstream == 0
+    assert (got[idle] == 0).all()
+
+
+def test_a_temperature_changed_after_the_forward_is_noticed():
+    case, temperature = random_case(5, 20, 4), torch.ones(5)
+    out = linear_logprobs(case.hidden, case.weight, case.targets, temperature=temperature)
+    temperature.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.logprobs.sum().backward()
+
+
+def test_ignore_index_may_be_any_number_even_a_token():
+    case = random_case(5, 20, 4)
+    targets = torch.tensor([7, 1, 7, 2, 3])
+    out = linear_logprobs(case.hidden, case.weight, targets, ignore_index=7)
+    assert (out.logprobs == 0).tolist() == [True, False, True, False, False]
+    assert (linear_logprobs(case.hidden, case.weight, targets).logprobs != 0).all()
+
+
 def test_masked_rows_may_hold_anything():
     case = random_case(6, 33, 8)
     hidden = case.hidden.detach().clone()

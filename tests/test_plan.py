@@ -12,27 +12,30 @@ MIB = 2**20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(512, 20000, 64), (4096, 500, 16), (3, 50000, 200), (3000, 3000, 256)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"mask": True}], ids=str)
+@pytest.mark.parametrize("shape", [(512, 20000, 64), (4096, 500, 16), (3, 50000, 200), (3000, 64, 1024)], ids=str)
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"mask": True}, {"upstream": True}], ids=str)
 @pytest.mark.parametrize("budget", [2 * MIB, None], ids=str)
 def test_measured_memory_is_what_explain_states_and_within_the_budget(dtype, shape, options, budget):
     rows, vocab, width = shape
     case = random_case(rows, vocab, width, dtype=dtype)
     options = {**options, "memory_budget": budget}
     if options.get("mask"):
-        options["mask"] = torch.arange(rows) % 2 == 0
+        options["mask"] = torch.arange(rows) % 8 != 0
+    upstream = torch.ones(rows)
+    if options.pop("upstream", False):
+        upstream[::8] = 0
     plan = explain(case.hidden, case.weight, case.targets, **options)
     kept = []
     forward = peak_bytes(lambda: kept.append(linear_logprobs(case.hidden, case.weight, case.targets, **options)))
-    loss = sum(statistic.sum() for statistic in kept[0])
+    loss = sum((statistic * upstream).sum() for statistic in kept[0])
     backward = peak_bytes(lambda: kept.append(gradients(loss, case.hidden, case.weight)))
 
     # Outputs (three statistics) and gradients come on top of working memory, and so do the row coordinates kept for backward.
     results = sum(statistic.nbytes for statistic in kept[0])
     leaves = case.hidden.nbytes + case.weight.nbytes
-    assert 0.8 * plan.memory.forward <= forward <= plan.memory.forward + results
+    assert 0.67 * plan.memory.forward <= forward <= plan.memory.forward + results
     assert backward <= plan.memory.backward + plan.memory.accumulator + leaves
-    assert backward >= 0.8 * (plan.memory.backward + plan.memory.accumulator)
+    assert backward >= 0.67 * (plan.memory.backward + plan.memory.accumulator)
     assert max(plan.memory.forward, plan.memory.backward) <= plan.problem.memory_budget
 
 
@@ -65,9 +68,12 @@ def test_explain_prints_problem_backend_cost_and_budget():
     assert "budget    256.00 MiB" in text
 
 
-def test_explain_computes_nothing_and_needs_no_targets():
-    hidden, weight = torch.full((4, 8), float("nan")), torch.randn(20, 8)
-    assert explain(hidden, weight).problem.active_rows == 4
+def test_explain_needs_no_targets_and_prints_what_its_docstring_shows():
+    text = str(explain(torch.randn(512, 64), torch.randn(1000, 64, requires_grad=True)))
+    for line in text.splitlines()[:3]:
+        assert line in explain.__doc__
+    with pytest.raises(TypeError, match="hidden: list given"):
+        explain([1.0], torch.randn(3, 4))
 
 
 H, W, Y = torch.randn(3, 8), torch.randn(20, 8), torch.tensor([0, 5, 19])
@@ -86,6 +92,12 @@ BAD = {
     "mask of another shape": (ValueError, "mask: torch.bool of shape", {"mask": torch.ones(2, dtype=torch.bool)}),
     "bias of another size": (ValueError, r"bias: torch.float32 of shape \(19,\)", {"bias": torch.ones(19)}),
     "temperature 0": (ValueError, "temperature: 0 given, accepted are positive", {"temperature": 0}),
+    "temperature of text": (TypeError, "temperature: str given", {"temperature": "warm"}),
+    "temperature 0 on a row": (ValueError, "temperature: 0.0 given", {"temperature": torch.tensor([1.0, 0.0, 1.0])}),
+    "infinite softcap": (ValueError, "softcap: inf given", {"softcap": float("inf")}),
+    "logit scale NaN": (ValueError, "logit_scale: nan given, accepted are finite", {"logit_scale": float("nan")}),
+    "logit scale with a gradient": (TypeError, "logit_scale: Tensor given", {"logit_scale": torch.ones(())}),
+    "budget of text": (TypeError, "memory_budget: str given", {"memory_budget": "1GB"}),
     "temperature NaN": (ValueError, "temperature: nan given", {"temperature": float("nan")}),
     "temperature of another shape": (ValueError, r"temperature: torch.float32 of shape \(2,\)", {"temperature": torch.ones(2)}),
     "temperature with a gradient": (ValueError, "temperature: requires", {"temperature": torch.ones(3, requires_grad=True)}),

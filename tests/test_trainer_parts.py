@@ -10,7 +10,7 @@ from torch import nn
 
 from bupo.advantages import group_advantages
 from bupo.config import Bupo, ConfigError, Data, TrainConfig
-from bupo.data import Example, PromptOrder, load_examples
+from bupo.data import Example, PromptOrder, load_examples, stream_seed
 from bupo.demo import character_tokenizer
 from bupo.evaluation import evaluate, pass_at_k
 from bupo.rewards import exact_match, load_reward, score
@@ -143,6 +143,29 @@ def test_samples_depend_on_the_seed_and_greedy_ones_do_not(policy):
 
     assert responses(1.0, 1) == responses(1.0, 1) != responses(1.0, 2)
     assert responses(0, 1) == responses(0, 2) == responses(0, 1, batch=3)
+
+
+def test_settings_of_the_checkpoint_do_not_bend_the_policy(policy):
+    model, tokenizer = policy
+    own = model.generation_config
+
+    def responses():
+        return [s.response_ids for s in generate(model, tokenizer, ["1+1="] * 20, max_new_tokens=5, temperature=1.0, seed=1)]
+
+    plain = responses()
+    model.generation_config = bent = type(own)(repetition_penalty=5.0, min_p=0.9)
+    try:
+        assert responses() == plain
+        assert model.generation_config is bent
+    finally:
+        model.generation_config = own
+
+
+def test_streams_of_random_numbers_differ():
+    seeds = {
+        stream_seed(seed, stream, index) for seed in (0, 1, 2**32 - 1) for stream in ("order", "rollout") for index in range(50)
+    }
+    assert len(seeds) == 300
 
 
 def test_left_padded_generation_is_what_the_right_padded_batch_scores(policy):

@@ -1,7 +1,10 @@
 """Whole runs on a tiny model: the folder they leave, the parameters they move, and the command line around them."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,8 +163,10 @@ class Recorder(torch.optim.SGD):
 def test_an_update_has_loss_and_gradient_of_the_whole_batch_at_once(batch_and_model, policy, aggregation):
     config, model, batch = batch_and_model
     tree = config.model_dump()
-    tree["objective"]["aggregation"] = aggregation
+    clips = {"clip_low": 0.1, "clip_high": 0.15, "dual_clip": 1.2}
+    tree["objective"] |= {"aggregation": aggregation, **clips}
     tree["optimizer"]["max_grad_norm"] = 1e9
+    tree["rollout"]["temperature"] = 0.7
     config = type(config).model_validate(tree)
     old, entropy = statistics(model, batch, policy, config)
     assert ((old != 0) == batch.mask).all()
@@ -182,9 +187,9 @@ def test_an_update_has_loss_and_gradient_of_the_whole_batch_at_once(batch_and_mo
         model.base_model(batch.input_ids, use_cache=False)
         hook.remove()
         hidden = model.base_model.norm(seen[0])
-    logits = hidden @ model.lm_head.weight.T
+    logits = hidden @ model.lm_head.weight.T / 0.7
     logprobs = logits.log_softmax(-1).gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0]
-    token = clipped_policy_loss(logprobs, batch.old_logprobs, batch.advantages, dual_clip=10.0)
+    token = clipped_policy_loss(logprobs, batch.old_logprobs, batch.advantages, **clips)
     if aggregation == "token-mean":
         loss = token.loss[batch.mask].mean()
     else:
@@ -239,7 +244,10 @@ BAD_OVERRIDES = {
         "reward=bupo.rewards:nothing",
         "reward: 'bupo.rewards:nothing' given, accepted is an importable module:function",
     ),
-    "no such device": ("device=abacus", "device: 'abacus' given, accepted are auto, cpu, cuda, cuda:N"),
+    "no such device": ("device=abacus", "device: 'abacus' given, accepted is"),
+    "output below a file": ("output_dir={tmp}/sums.jsonl/run", "output_dir: {tmp}/sums.jsonl is a file, accepted is a new"),
+    "a decay of one": ("optimizer.betas=[1.0, 0.9]", "optimizer.betas.0: 1.0 given, accepted is less than 1"),
+    "a flag for a number": ("steps=true", "steps: True given, accepted is not true or false"),
     "not an override": ("steps", "override: 'steps' given, accepted is key.path=value"),
     "key below a value": ("steps.many=1", "steps.many: steps is a single value"),
     "no bupo section": ("bupo=null", "bupo: missing, accepted is a section with layer and internal_steps, or policy: grpo"),
@@ -249,9 +257,9 @@ BAD_OVERRIDES = {
 @pytest.mark.parametrize(("override", "message"), BAD_OVERRIDES.values(), ids=BAD_OVERRIDES)
 def test_bad_configuration_is_one_line_exit_code_two_and_nothing_written(config_file, tmp_path, capsys, override, message):
     before = sorted(tmp_path.rglob("*"))
-    assert main(["train", str(config_file), override]) == 2
+    assert main(["train", str(config_file), override.replace("{tmp}", str(tmp_path))]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"bupo train: {message}")
+    assert error.startswith(f"bupo train: {message}".replace("{tmp}", str(tmp_path)))
     assert error.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -276,6 +284,43 @@ def test_a_model_of_another_kind_is_refused(config_file, tmp_path, capsys):
     assert main(["train", str(config_file)]) == 2
     assert "it is of type gpt2, accepted are llama, mistral, qwen2, qwen3" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_without_an_end_is_refused(config_file, tmp_path, capsys):
+    for path in (tmp_path / "start").glob("*token*.json"):
+        path.write_text(path.read_text().replace('"eos_token": "<eos>"', '"eos_token": null'))
+    assert main(["train", str(config_file)]) == 2
+    assert "its tokenizer has no end-of-sequence token" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_files_that_are_not_text_are_named(config_file, tmp_path, capsys):
+    (tmp_path / "sums.jsonl").write_bytes(b"\xff\xfe")
+    assert main(["train", str(config_file)]) == 2
+    assert "data.train: " in (error := capsys.readouterr().err)
+    assert "is not UTF-8" in error
+    assert main(["demo", "--output", str(config_file)]) == 2
+    assert "--output: " in (error := capsys.readouterr().err)
+    assert "is a file, accepted is a new or empty folder" in error
+
+
+def test_the_installed_command_finds_a_reward_in_the_current_folder(config_file, tmp_path):
+    (tmp_path / "my_rewards.py").write_text("def none(response, answer):\n    return 0.0\n")
+    (tmp_path / "broken_rewards.py").write_text("def none(response, answer:\n")
+    command = [Path(sys.executable).with_name("bupo"), "train", str(config_file), "steps=1"]
+    broken = subprocess.run([*command, "reward=broken_rewards:none"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (broken.returncode, broken.stderr.count("\n")) == (2, 1)
+    assert "broken_rewards:none" in broken.stderr
+    assert "SyntaxError" in broken.stderr
+    subprocess.run([*command, "reward=my_rewards:none"], cwd=tmp_path, check=True, capture_output=True)
+    assert metrics_of(tmp_path / "run")[0]["reward"] == 0
+
+
+def test_the_configuration_of_a_baseline_run_can_be_turned_into_bupo(config_file, tmp_path):
+    baseline = load_config(config_file, ["policy=grpo", "bupo=null"])
+    (tmp_path / "resolved.yaml").write_text(dump_config(baseline))
+    overrides = ["policy=bupo", "bupo.layer=2", "bupo.internal_steps=1"]
+    assert load_config(tmp_path / "resolved.yaml", overrides).bupo.layer == 2
 
 
 def test_a_finished_run_is_never_overwritten(config_file, tmp_path, capsys):

@@ -37,7 +37,8 @@ def why_not(problem: Problem) -> str | None:
 
 
 def tile(problem: Problem) -> Tile:
-    """The largest tile within the budget. Slice borders depend on V, D and the budget, never on the number of rows."""
+    """The largest tile within the budget. Slice borders depend on V, D and the budget, not on the number of rows (but where the
+    budget only just holds the statistics of that many rows)."""
     most_rows, most_columns = CPU_TILE if problem.device == "cpu" else DEVICE_TILE
 
     def fits(rows: int, columns: int, problem: Problem) -> bool:
@@ -49,7 +50,7 @@ def tile(problem: Problem) -> Tile:
     rows = max(min(most_rows, problem.active_rows), 1)
     while rows > 1 and not fits(rows, columns, problem):
         rows = (rows + 1) // 2
-    while columns > 1 and not fits(rows, columns, problem):  # a budget that only just suffices
+    while columns > 1 and not fits(rows, columns, problem):
         columns = (columns + 1) // 2
     return Tile(rows, columns)
 
@@ -58,20 +59,23 @@ def memory(problem: Problem, tile: Tile) -> Memory:
     """What :class:`LinearStatistics` allocates with this tile; a test holds it against what the allocator saw."""
     size = problem.statistics_dtype.itemsize
     upcast = problem.dtype.itemsize < size
-    logits = tile.rows * tile.columns * size
-    # Twice, because the next block of rows (slice of W) is made while the last one is still held.
-    row_block = tile.rows * problem.width * (2 * size + (problem.dtype.itemsize if upcast else 0))
-    weight_slice = tile.columns * problem.width * 2 * size if upcast else 0
-    # Per row of the call: coordinates, running statistics and their coefficients; per row of the tile: their partials.
-    per_row = (problem.active_rows + tile.rows) * 12 * 8
-    forward = 2 * logits + row_block + weight_slice + per_row
+    tile_bytes = tile.rows * tile.columns * size
+    # The next block of rows (slice of W) is made while the last one is still held; so are rows of dH when they are put in place.
+    row_block, weight_slice = tile.rows * problem.width * size, tile.columns * problem.width * size * upcast
+    gathered = tile.rows * problem.width * problem.dtype.itemsize * upcast
+    several_slices = problem.vocab > tile.columns
+    several_tiles = several_slices or problem.active_rows > tile.rows
+    rows = problem.active_rows + tile.rows
+    # Per row: coordinates and targets in int64, running statistics, and in the backward their coefficients and a selection of all.
+    forward = 2 * tile_bytes + (1 + several_tiles) * row_block + gathered + (1 + several_slices) * weight_slice
+    forward += rows * (6 * 8 + 10 * size)
     backward = 0
     if problem.grad_hidden or problem.grad_weight or problem.grad_bias:
-        backward = forward + problem.softcap * logits
-        backward += weight_slice // 2 * problem.grad_weight  # fp32 sum of the slice's dW before it is rounded
+        backward = (2 + problem.softcap) * tile_bytes + 2 * row_block + gathered + (1 + several_slices) * weight_slice
+        backward += rows * (10 * 8 + 26 * size)
+        backward += weight_slice * problem.grad_weight  # fp32 sum of the slice's dW before it is rounded
         backward += tile.columns * size * 2 * problem.grad_bias
-    shared = problem.statistics_dtype == problem.dtype and problem.active_rows == problem.rows
-    accumulator = problem.active_rows * problem.width * size if problem.grad_hidden and not shared else 0
+    accumulator = problem.active_rows * problem.width * size if problem.grad_hidden and upcast else 0
     return Memory(forward, backward, accumulator)
 
 
@@ -158,7 +162,8 @@ class LinearStatistics(torch.autograd.Function):
         logprob = ((z_y - m) - log_s).clamp_(max=0)
         entropy = (log_s - t / s).clamp_(0, math.log(weight.shape[0])) if with_entropy else None
 
-        ctx.save_for_backward(hidden, weight, bias, targets, m, log_s, logprob, entropy, *rows)
+        temperature = readout.temperature if isinstance(readout.temperature, Tensor) else None
+        ctx.save_for_backward(hidden, weight, bias, targets, m, log_s, logprob, entropy, temperature, *rows)
         ctx.readout, ctx.tile, ctx.dtype = readout, tile, dtype
         ctx.set_materialize_grads(False)
 
@@ -170,7 +175,8 @@ class LinearStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_logprob, grad_entropy, grad_logsumexp):
-        hidden, weight, bias, targets, m, log_s, logprob, entropy, *rows = ctx.saved_tensors
+        hidden, weight, bias, targets, m, log_s, logprob, entropy, temperature, *rows = ctx.saved_tensors
+        readout = ctx.readout if temperature is None else replace(ctx.readout, temperature=temperature)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         dtype, rows = ctx.dtype, tuple(rows)
         grads = [g if g is None else g[rows].to(dtype) for g in (grad_logprob, grad_entropy, grad_logsumexp)]
@@ -197,13 +203,18 @@ class LinearStatistics(torch.autograd.Function):
         log_p_plus_h = logprob + entropy if with_entropy else zero
         dz_y = -g_logprob * logprob.expm1() + logprob.exp() * (g_logsumexp - g_entropy * log_p_plus_h)
 
-        d_hidden = torch.zeros(len(y), hidden.shape[-1], dtype=dtype, device=hidden.device) if need_hidden else None
+        d_hidden = d_hidden_sum = None
+        if need_hidden:
+            # The sum is over slices, in fp32 and for the active rows only. Where dH is fp32 itself its first rows hold it.
+            d_hidden = torch.zeros(targets.numel(), hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
+            shared = dtype == hidden.dtype
+            d_hidden_sum = d_hidden[: len(y)] if shared else d_hidden.new_zeros(len(y), hidden.shape[-1], dtype=dtype)
         d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else None
         d_bias = torch.zeros_like(bias) if need_bias else None
-        for block in _blocks(hidden, weight, bias, rows, ctx.readout, ctx.tile, dtype):
-            z, dz, r, readout = block.logits, block.scratch, block.rows, block.readout
-            if readout.softcap is not None:
-                softcap_slope = (z * (readout.temperature / readout.softcap)).square_().neg_().add_(1)  # 1 − tanh²
+        for block in _blocks(hidden, weight, bias, rows, readout, ctx.tile, dtype):
+            z, dz, r, at = block.logits, block.scratch, block.rows, block.readout
+            if at.softcap is not None:
+                softcap_slope = (z * (at.temperature / at.softcap)).square_().neg_().add_(1)  # 1 − tanh²
             torch.exp(z.sub_(m[r].unsqueeze(1)), out=dz)
             if with_entropy:
                 dz.mul_(torch.addcmul(constant[r], z, slope[r], value=-1, out=z))
@@ -211,14 +222,14 @@ class LinearStatistics(torch.autograd.Function):
                 dz.mul_(constant[r])
             column, inside = _target_column(y[r], block.columns)
             dz.scatter_(1, column, torch.where(inside, dz_y[r].unsqueeze(1), dz.gather(1, column)))
-            if readout.softcap is not None:
+            if at.softcap is not None:
                 dz.mul_(softcap_slope)
                 del softcap_slope
-            if not readout.is_identity:
-                dz.mul_(readout.logit_scale / readout.temperature)
+            if not at.is_identity:
+                dz.mul_(at.logit_scale / at.temperature)
 
             if need_hidden:
-                d_hidden[r].addmm_(dz, block.weight)
+                d_hidden_sum[r].addmm_(dz, block.weight)
             if block.rows.start == 0:
                 # fp32 sums of this slice; where dW is fp32 itself they are its own rows
                 d_weight_slice = d_weight[block.columns].to(dtype) if need_weight else None
@@ -235,9 +246,31 @@ class LinearStatistics(torch.autograd.Function):
                 d_weight_slice = d_bias_slice = None
 
         if need_hidden:
-            if len(y) * hidden.shape[-1] == hidden.numel():
-                d_hidden = d_hidden.to(hidden.dtype).view(hidden.shape)
-            else:
-                everywhere = torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-                d_hidden = everywhere.index_put_(rows, d_hidden.to(hidden.dtype))
+            _move_rows(d_hidden_sum, d_hidden, _flat(rows, targets.shape), ctx.tile.rows)
+            d_hidden = d_hidden.view(hidden.shape)
         return d_hidden, d_weight, d_bias, None, None, None, None, None, None
+
+
+def _flat(rows: tuple[Tensor, ...], shape: torch.Size) -> Tensor:  # [n]
+    """Coordinates as positions in a contiguous tensor of that shape; ascending, as ``nonzero`` orders them."""
+    flat = torch.zeros_like(rows[0])
+    for coordinate, size in zip(rows, shape, strict=True):
+        flat = flat * size + coordinate
+    return flat
+
+
+def _move_rows(source: Tensor, target: Tensor, position: Tensor, step: int) -> None:  # [n, D], [N, D], [n]
+    """``target[position] = source``, rounded to the dtype of ``target``, with no more than ``step`` rows of memory.
+
+    ``source`` may be the first rows of ``target``: positions ascend, so a row only moves towards the end, and going from the
+    last block to the first none is overwritten before it has moved.
+    """
+    shared = source.dtype == target.dtype
+    if shared and len(source) == len(target):
+        return
+    for last in range(len(source), 0, -step):
+        block = slice(max(last - step, 0), last)
+        values = source[block].to(target.dtype, copy=True)
+        if shared:
+            source[block].zero_()
+        target[position[block]] = values
