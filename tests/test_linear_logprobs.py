@@ -192,7 +192,7 @@ def test_gradients_of_dropped_rows_land_where_they_belong(kept, dtype):
     upstream = torch.zeros(90)
     upstream[rows] = torch.randn(len(upstream[rows]))
     grid = {"hidden": case.hidden.view(3, 5, 6, 8), "targets": case.targets.view(3, 5, 6)}
-    out = linear_logprobs(weight=case.weight, memory_budget=16 * 1024, **grid)  # blocks of a few rows
+    out = linear_logprobs(weight=case.weight, memory_budget=20 * 1024, **grid)  # blocks of a few rows
     (got,) = gradients((out.logprobs.flatten() * upstream).sum(), case.hidden)
     exact = reference.linear_logprobs(case.hidden, case.weight, case.targets)[0]
     (want,) = gradients((exact * upstream).sum(), case.hidden)
@@ -384,7 +384,7 @@ def test_weight_gradient_error_does_not_grow_with_the_number_of_rows():
     for rows in (64, 4096):
         case = random_case(rows, 50, 32, dtype=torch.bfloat16)
         (got,) = gradients(
-            linear_logprobs(case.hidden, case.weight, case.targets, memory_budget=600 * 1024).logprobs.sum(), case.weight
+            linear_logprobs(case.hidden, case.weight, case.targets, memory_budget=1024 * 1024).logprobs.sum(), case.weight
         )
         exact_weight = case.weight.detach().double().requires_grad_()
         exact = reference.linear_logprobs(case.hidden.detach(), exact_weight, case.targets)[0]
