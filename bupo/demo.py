@@ -31,10 +31,10 @@ WARM_STEPS = 1500  # by which a healthy warm-up is long done
 
 CONFIG = {
     "bupo": {"layer": 3, "internal_steps": 15},
-    "steps": 100,
-    "rollout": {"prompts": 32, "samples": 8, "max_new_tokens": ANSWER_TOKENS},
-    "optimizer": {"learning_rate": 1e-4, "mini_batch": 16, "micro_batch": 256},
-    "evaluation": {"samples": 8, "every": 25},
+    "steps": 80,
+    "rollout": {"prompts": 64, "samples": 8, "max_new_tokens": ANSWER_TOKENS},
+    "optimizer": {"learning_rate": 1e-4, "mini_batch": 32, "micro_batch": 256},
+    "evaluation": {"samples": 8, "every": 20},
 }
 
 

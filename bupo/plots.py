@@ -20,7 +20,9 @@ def draw_run(metrics: list[dict], accuracies: list[dict], path: Path) -> None:
     )
     rewards = [row["reward"] for row in metrics]
     top.set(ylabel="reward, accuracy", ylim=(min(0, *rewards) - 0.02, max(1, *rewards) + 0.02))
-    bottom.plot(steps, [row["entropy"] for row in metrics], color="#009E73", label="optimised policy")
+    switch = len(internal)  # two policies, so two lines
+    for part, label in ((slice(0, switch), None), (slice(switch, None), "optimised policy")):
+        bottom.plot(steps[part], [row["entropy"] for row in metrics[part]], color="#009E73", label=label)
     bottom.plot(steps, [row["entropy_final"] for row in metrics], color="#000000", linestyle=":", label="final policy")
     highest = max(max(row["entropy"], row["entropy_final"]) for row in metrics)
     bottom.set(ylabel="entropy (nats per token)", xlabel="step", ylim=(0, 1.3 * highest or 1))
