@@ -59,7 +59,7 @@ def prepare(folder: Path, policy: str, seed: int) -> Path:
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(vars(row)) + "\n" for row in rows))
 
     tokenizer = character_tokenizer("0123456789+=")
-    model = small_model(len(tokenizer), tokenizer, seed)
+    model = small_model(tokenizer, seed)
     print(f"warm-up: {model.num_parameters() / 1e6:.2f} M parameters, until {WARM_ACCURACY:.0%} of samples are right", flush=True)
     warm_up(model, tokenizer, examples["train"], seed)
     save_checkpoint(model, tokenizer, folder / "warm")
@@ -86,11 +86,11 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerBase:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
 
 
-def small_model(vocabulary: int, tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
+def small_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
     """A Qwen3 of random weights: four layers, 1.2 M parameters."""
     torch.manual_seed(seed)
     config = Qwen3Config(
-        vocab_size=vocabulary,
+        vocab_size=len(tokenizer),
         hidden_size=160,
         intermediate_size=480,
         num_hidden_layers=4,
@@ -110,14 +110,13 @@ def warm_up(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, example
     """Supervised learning on ``examples`` until :data:`WARM_ACCURACY` of the model's samples are right."""
     FusedLMHead.adopt(model.lm_head)
     rng = random.Random(seed)
+    solutions = [solution(tokenizer, example) for example in examples]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=50)
     with progress_bar() as progress:
         task = progress.add_task("warm-up", total=WARM_ACCURACY)
         for step in range(1, WARM_STEPS + 1):
-            batch = collate(
-                [solution(tokenizer, e) for e in rng.sample(examples, 128)], torch.zeros(128), tokenizer.pad_token_id, model.device
-            )
+            batch = collate(rng.sample(solutions, 128), torch.zeros(128), tokenizer.pad_token_id, model.device)
             answers = policy_logprobs(model, batch.input_ids, batch.targets, return_entropy=False)
             loss = -answers.logprobs.sum() / batch.mask.sum()
             loss.backward()

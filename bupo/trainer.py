@@ -105,6 +105,7 @@ def train(config: TrainConfig) -> tuple[Accuracy, Accuracy]:
 def load_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in fp32 with a :class:`FusedLMHead`, and its tokenizer. Raises :class:`ConfigError`."""
     try:
+        # internal_policy would refuse these too, but only after the weights have been read.
         architecture = AutoConfig.from_pretrained(config.model)
         if architecture.model_type not in MODEL_TYPES:
             raise ValueError(f"it is of type {architecture.model_type}, accepted are {', '.join(MODEL_TYPES)}")

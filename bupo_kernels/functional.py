@@ -259,10 +259,9 @@ def _check_tensors(hidden, weight, targets, bias, mask, temperature) -> None:
             raise TypeError(f"{name}: a sharded DTensor given, accepted is a plain Tensor; unshard its module around the call")
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: on {tensor.device}, accepted is the device of hidden, {hidden.device}")
-    if hidden.dtype not in DTYPES:
-        raise TypeError(f"hidden: {hidden.dtype} given, accepted are {', '.join(map(str, DTYPES))}")
-    if weight.dtype not in DTYPES:
-        raise TypeError(f"weight: {weight.dtype} given, accepted are {', '.join(map(str, DTYPES))}")
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if tensor.dtype not in DTYPES:
+            raise TypeError(f"{name}: {tensor.dtype} given, accepted are {', '.join(map(str, DTYPES))}")
     if hidden.dim() < 2:
         raise ValueError(f"hidden: shape {tuple(hidden.shape)} given, accepted is [..., D] with at least one leading dimension")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
