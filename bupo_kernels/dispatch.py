@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import logging
 from dataclasses import dataclass, field
+from types import ModuleType
 
-from bupo_kernels.backends import torch_chunked
-from bupo_kernels.backends.problem import Memory, Problem, Tile
+import torch
 
-# In order of preference. A backend is a module with why_not(problem), tile(problem) and memory(problem, tile).
-BACKENDS = {"torch": torch_chunked}
+from bupo_kernels.backends.problem import Problem, Schedule
 
-DEFAULT_MEMORY_BUDGET = 256 * 2**20  # bytes
+# In order of preference. A backend is a module (loaded when first asked) with
+#   STRATEGIES                          names for backend="name:strategy"
+#   why_not(problem, strategy)          the reason it cannot run this, or None; does not look at the number of rows
+#   why_not_default(problem)            the reason "auto" passes it over though it could, or None
+#   schedule(problem, strategy)         tiles and memory; raises where the budget is too small
+#   cached_rows(problem, strategy)      rows whose probability-like tile is kept for the backward
+#   statistics, gradient_dtype, gradient_tiles    the work itself
+BACKENDS = {"triton": "bupo_kernels.backends.triton_", "torch": "bupo_kernels.backends.torch_chunked"}
+
+log = logging.getLogger("bupo_kernels")
+
+
+def default_memory_budget(device: torch.device) -> int:
+    """Bytes: small against what the model itself takes there."""
+    return 256 * 2**20 if device.type == "cpu" else 2**30
 
 
 @dataclass(frozen=True)
@@ -20,52 +36,93 @@ class Plan:
 
     problem: Problem
     backend: str
-    strategy: str
-    tile: Tile
-    memory: Memory  # bytes beyond inputs, outputs and gradients
-    flops_forward: int
-    flops_backward: int
-    why_not: dict[str, str] = field(default_factory=dict)  # backend -> reason, for the backends that cannot run this
+    module: ModuleType = field(repr=False)
+    schedule: Schedule
+    why_not: dict[str, str] = field(default_factory=dict)  # backend -> reason, for those that cannot run this or were passed over
+
+    @property
+    def flops_forward(self) -> int:
+        return 2 * self.problem.active_rows * self.problem.vocab * self.problem.width
+
+    @property
+    def flops_backward(self) -> int:
+        p = self.problem
+        recomputed = max(p.active_rows - self.schedule.cached_rows, 0)
+        products = (p.grad_hidden + p.grad_weight) * p.active_rows + (recomputed if p.needs_grad else 0)
+        return 2 * products * p.vocab * p.width
+
+    @property
+    def bytes_moved(self) -> tuple[int, int]:
+        """The fewest bytes that forward and backward must move: operands read once per product, gradients and E written once."""
+        p = self.problem
+        rows, vocab, e = p.active_rows * p.width * p.dtype.itemsize, p.vocab * p.width * p.dtype.itemsize, 2 * p.vocab
+        cached = min(self.schedule.cached_rows, p.active_rows)
+        if not p.needs_grad:
+            return rows + vocab, 0
+        recompute = (rows + vocab) if cached < p.active_rows else 0
+        return rows + vocab + cached * e, recompute + cached * e + (p.grad_hidden + p.grad_weight) * (rows + vocab)
 
     def __str__(self) -> str:
-        p, mib = self.problem, 2**20
+        p, s, mib = self.problem, self.schedule, 2**20
+        memory, moved = s.memory, self.bytes_moved
         frozen = [name for name, needed in (("hidden", p.grad_hidden), ("weight", p.grad_weight)) if not needed]
         lines = [
             f"problem   {p.active_rows} of {p.rows} rows x {p.vocab} columns x {p.width}, "
-            f"{str(p.dtype).removeprefix('torch.')} on {p.device}"
+            f"{str(p.dtype).removeprefix('torch.')} on {p.device.type}"
             + (f", no gradient for {' and '.join(frozen)}" if frozen else ""),
-            f"backend   {self.backend}: {self.strategy}, tiles of {self.tile.rows} x {self.tile.columns}",
-            f"forward   {self.flops_forward / 1e9:.3f} GFLOP, {self.memory.forward / mib:.2f} MiB of working memory",
-            f"backward  {self.flops_backward / 1e9:.3f} GFLOP, {self.memory.backward / mib:.2f} MiB of working memory"
-            + (f" + {self.memory.accumulator / mib:.2f} MiB to sum dH in fp32" if self.memory.accumulator else ""),
+            f"backend   {self.backend}: {s.strategy}, tiles of {s.tile.rows} x {s.tile.columns}"
+            + (f", E of {s.cached_rows} rows kept" if s.cached_rows else ""),
+            *(f"kernel    {kernel}" for kernel in s.kernels),
+            f"forward   {self.flops_forward / 1e9:.3f} GFLOP, at least {moved[0] / mib:.2f} MiB moved, "
+            f"{memory.forward / mib:.2f} MiB of working memory",
+            f"backward  {self.flops_backward / 1e9:.3f} GFLOP, at least {moved[1] / mib:.2f} MiB moved, "
+            f"{memory.backward / mib:.2f} MiB of working memory"
+            + (f" + {memory.accumulator / mib:.2f} MiB to sum dH in fp32" if memory.accumulator else ""),
             f"budget    {p.memory_budget / mib:.2f} MiB of working memory",
         ]
         return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.why_not.items()])
 
 
-def make_plan(problem: Problem, backend: str = "auto") -> Plan:
-    """The plan for ``problem`` on ``backend``, or on the first of :data:`BACKENDS` that can run it.
+def load(backend: str) -> ModuleType:
+    return importlib.import_module(BACKENDS[backend])
 
-    Raises ``ValueError`` when ``backend`` is unknown or cannot run the problem, with each backend's reason.
+
+def check_name(backend: str) -> None:
+    """Raises ``ValueError`` unless ``backend`` is "auto", a backend, or "backend:strategy"."""
+    accepted = ["auto", *(n for b in BACKENDS for n in (b, *(f"{b}:{s}" for s in load(b).STRATEGIES)))]
+    if backend not in accepted:
+        raise ValueError(f"backend: {backend!r} given, accepted are {', '.join(map(repr, accepted))}")
+
+
+def choose(problem: Problem, backend: str = "auto") -> tuple[str, ModuleType, str | None, dict[str, str]]:
+    """(name, module, strategy or None, reasons against the others); does not look at the number of rows.
+
+    Raises ``ValueError`` when ``backend`` is unknown or cannot run the problem, with its reason.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        raise ValueError(f"backend: {backend!r} given, accepted are {', '.join(map(repr, ('auto', *BACKENDS)))}")
-    candidates = BACKENDS if backend == "auto" else {backend: BACKENDS[backend]}
-    reasons = {name: reason for name, module in BACKENDS.items() if (reason := module.why_not(problem)) is not None}
-    runnable = [name for name in candidates if name not in reasons]
-    if not runnable:
-        raise ValueError("; ".join(reasons[name] if len(candidates) == 1 else f"{name}: {reasons[name]}" for name in candidates))
-    chosen = BACKENDS[runnable[0]]
-    tile = chosen.tile(problem)
-    product = 2 * problem.active_rows * problem.vocab * problem.width  # one GEMM
-    gradients = problem.grad_hidden + problem.grad_weight
-    return Plan(
-        problem=problem,
-        backend=runnable[0],
-        strategy="recompute" if gradients or problem.grad_bias else "statistics only",
-        tile=tile,
-        memory=chosen.memory(problem, tile),
-        flops_forward=product,
-        flops_backward=product * (1 + gradients) if gradients or problem.grad_bias else 0,
-        why_not=reasons,
-    )
+    check_name(backend)
+    asked, _, strategy = backend.partition(":")
+    reasons = {name: reason for name in BACKENDS if (reason := load(name).why_not(problem, strategy or None)) is not None}
+    if asked == "auto":
+        passed_over = {n: reason for n in BACKENDS if n not in reasons and (reason := load(n).why_not_default(problem)) is not None}
+        reasons |= passed_over
+        asked = next(name for name in BACKENDS if name not in reasons)
+        if problem.device.type != "cpu":
+            for name in list(BACKENDS)[: list(BACKENDS).index(asked)]:
+                _log_once(f"{asked} runs on {problem.device.type} instead of {name}: {reasons[name]}")
+    elif asked in reasons:
+        raise ValueError(f"backend: {backend!r} given, it cannot run this: {reasons[asked]}")
+    return asked, load(asked), strategy or None, {name: reason for name, reason in reasons.items() if name != asked}
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    log.warning(message)
+
+
+def make_plan(problem: Problem, backend: str = "auto") -> Plan:
+    """The plan for ``problem`` on ``backend`` ("name" or "name:strategy"), or on the first of :data:`BACKENDS` that can run it.
+
+    Raises ``ValueError`` when ``backend`` is unknown or cannot run the problem, or the budget is too small for it.
+    """
+    name, module, strategy, reasons = choose(problem, backend)
+    return Plan(problem, name, module, module.schedule(problem, strategy), reasons)

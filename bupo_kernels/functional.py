@@ -25,8 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bupo_kernels.backends.problem import Problem, Readout
-from bupo_kernels.dispatch import BACKENDS, DEFAULT_MEMORY_BUDGET, Plan, make_plan
+from bupo_kernels import ops
+from bupo_kernels.dispatch import Plan, check_name, default_memory_budget, make_plan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -120,7 +120,7 @@ def linear_cross_entropy(
     losses = -call.run().logprobs
     if reduction == "none":
         return losses
-    return losses.sum() / (max(call.plan.problem.active_rows, 1) if reduction == "mean" else 1)
+    return losses.sum() / (call.counts().sum().clamp(min=1) if reduction == "mean" else 1)
 
 
 def explain(
@@ -139,43 +139,65 @@ def explain(
         >>> print(explain(torch.randn(512, 64), torch.randn(1000, 64, requires_grad=True)))
         problem   512 of 512 rows x 1000 columns x 64, float32 on cpu, no gradient for hidden
         backend   torch: recompute, tiles of 512 x 1000
-        forward   0.066 GFLOP, 4.12 MiB of working memory
+        forward   0.066 GFLOP, at least 0.37 MiB moved, 4.12 MiB of working memory
         ...
     """
     if targets is None and isinstance(hidden, Tensor):
         targets = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-    return _prepare(hidden, weight, targets, **options).plan
+    return _prepare(hidden, weight, targets, **options).plan()
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A checked call and its plan."""
+    """A checked call."""
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
     targets: Tensor
-    rows: tuple[Tensor, ...]  # coordinates of the rows that count
-    readout: Readout
+    mask: Tensor | None
+    temperature: float | Tensor
+    logit_scale: float
+    softcap: float | None
+    ignore_index: int
     return_entropy: bool
-    plan: Plan
+    backend: str
+    memory_budget: int
+
+    @property
+    def grads(self) -> tuple[bool, bool, bool]:
+        grad = torch.is_grad_enabled()
+        return tuple(grad and x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias))
+
+    def counts(self) -> Tensor:
+        return ops.counting_rows(self.targets, self.mask, self.ignore_index)
+
+    def plan(self) -> Plan:
+        per_row = self.temperature if isinstance(self.temperature, Tensor) else None
+        ops.check_rows(self.targets, self.counts(), self.weight.shape[0], self.ignore_index, per_row)
+        active = int(self.counts().sum())
+        problem = ops.problem_of(self.hidden, self.weight, active, self.softcap, self.grads, self.memory_budget)
+        return make_plan(problem, self.backend)
 
     def run(self) -> LinearLogprobs:
-        statistics = BACKENDS[self.plan.backend].LinearStatistics
-        # Autocast has already chosen the operands' dtype; inside, it would round the products.
-        with torch.autocast(self.hidden.device.type, enabled=False):
-            outputs = statistics.apply(
-                self.hidden,
-                self.weight,
-                self.bias,
-                self.targets,
-                self.rows,
-                self.readout,
-                self.plan.tile,
-                self.return_entropy,
-                self.plan.problem.statistics_dtype,
-            )
-        return LinearLogprobs(*outputs)
+        per_row = isinstance(self.temperature, Tensor)
+        logprobs, entropy, logsumexp, *_ = ops.linear_statistics(
+            self.hidden,
+            self.weight,
+            self.bias,
+            self.targets,
+            self.mask,
+            self.temperature if per_row else None,
+            1.0 if per_row else float(self.temperature),
+            float(self.logit_scale),
+            None if self.softcap is None else float(self.softcap),
+            self.ignore_index,
+            self.return_entropy,
+            self.backend,
+            self.memory_budget,
+            *self.grads,
+        )
+        return LinearLogprobs(logprobs, entropy if self.return_entropy else None, logsumexp)
 
 
 def _prepare(
@@ -193,7 +215,7 @@ def _prepare(
     backend="auto",
     memory_budget=None,
 ) -> _Call:
-    """Everything before the computation: checks (with the messages users see), autocast, row selection, plan."""
+    """Everything before the computation: checks (with the messages users see), autocast, defaults."""
     _check_tensors(hidden, weight, targets, bias, mask, temperature)
     if not isinstance(temperature, Tensor):
         _check_number("temperature", temperature, "positive numbers, or a tensor with one per row")
@@ -210,35 +232,11 @@ def _prepare(
     if hidden.dtype != weight.dtype:
         raise TypeError(f"weight: {weight.dtype} given, accepted is the dtype of hidden, {hidden.dtype}; or call under autocast")
 
-    counts = targets != ignore_index if mask is None else (targets != ignore_index) & mask
-    rows = counts.nonzero(as_tuple=True)
-    chosen = targets[rows]
-    outside = (chosen < 0) | (chosen >= weight.shape[0])
-    if outside.any():
-        accepted = f"ids in [0, {weight.shape[0]}) and ignore_index ({ignore_index})"
-        raise ValueError(f"targets: {chosen[outside][0].item()} given, accepted are {accepted}")
-    if isinstance(temperature, Tensor):
-        used = temperature[rows]
-        impossible = ~(used.isfinite() & (used > 0))
-        if impossible.any():
-            raise ValueError(f"temperature: {used[impossible][0].item()} given, accepted are positive numbers on rows that count")
-
-    grad = torch.is_grad_enabled()
-    problem = Problem(
-        rows=targets.numel(),
-        active_rows=len(chosen),
-        vocab=weight.shape[0],
-        width=weight.shape[1],
-        dtype=hidden.dtype,
-        device=device_type,
-        grad_hidden=grad and hidden.requires_grad,
-        grad_weight=grad and weight.requires_grad,
-        grad_bias=grad and bias is not None and bias.requires_grad,
-        softcap=softcap is not None,
-        memory_budget=DEFAULT_MEMORY_BUDGET if memory_budget is None else memory_budget,
+    check_name(backend)
+    budget = default_memory_budget(hidden.device) if memory_budget is None else int(memory_budget)
+    return _Call(
+        hidden, weight, bias, targets, mask, temperature, logit_scale, softcap, ignore_index, return_entropy, backend, budget
     )
-    readout = Readout(temperature, logit_scale, softcap)
-    return _Call(hidden, weight, bias, targets, rows, readout, return_entropy, make_plan(problem, backend))
 
 
 def _check_number(name: str, value, accepted: str, positive: bool = True) -> None:

@@ -33,14 +33,14 @@ def test_measured_memory_is_what_explain_states_and_within_the_budget(dtype, sha
     # Outputs (three statistics) and gradients come on top of working memory, and so do the row coordinates kept for backward.
     results = sum(statistic.nbytes for statistic in kept[0])
     leaves = case.hidden.nbytes + case.weight.nbytes
-    assert 0.67 * plan.memory.forward <= forward <= plan.memory.forward + results
-    assert backward <= plan.memory.backward + plan.memory.accumulator + leaves
-    assert backward >= 0.67 * (plan.memory.backward + plan.memory.accumulator)
-    assert max(plan.memory.forward, plan.memory.backward) <= plan.problem.memory_budget
+    assert 0.67 * plan.schedule.memory.forward <= forward <= plan.schedule.memory.forward + results
+    assert backward <= plan.schedule.memory.backward + plan.schedule.memory.accumulator + leaves
+    assert backward >= 0.67 * (plan.schedule.memory.backward + plan.schedule.memory.accumulator)
+    assert max(plan.schedule.memory.forward, plan.schedule.memory.backward) <= plan.problem.memory_budget
 
 
 def test_working_memory_does_not_grow_with_the_vocabulary():
-    stated = [explain(torch.randn(256, 8), torch.randn(vocab, 8)).memory.forward for vocab in (4000, 64000)]
+    stated = [explain(torch.randn(256, 8), torch.randn(vocab, 8)).schedule.memory.forward for vocab in (4000, 64000)]
     assert stated[0] == stated[1]
 
 
@@ -53,7 +53,7 @@ def test_a_budget_too_small_for_any_tile_names_what_would_do():
 
 
 def test_slice_borders_do_not_depend_on_the_number_of_rows():
-    tiles = [explain(torch.randn(rows, 64), torch.randn(70000, 64)).tile for rows in (1, 100, 2000)]
+    tiles = [explain(torch.randn(rows, 64), torch.randn(70000, 64)).schedule.tile for rows in (1, 100, 2000)]
     assert len({tile.columns for tile in tiles}) == 1
 
 
@@ -102,7 +102,7 @@ BAD = {
     "temperature of another shape": (ValueError, r"temperature: torch.float32 of shape \(2,\)", {"temperature": torch.ones(2)}),
     "temperature with a gradient": (ValueError, "temperature: requires", {"temperature": torch.ones(3, requires_grad=True)}),
     "softcap below 0": (ValueError, "softcap: -1 given", {"softcap": -1}),
-    "unknown backend": (ValueError, "backend: 'cuda' given, accepted are 'auto', 'torch'", {"backend": "cuda"}),
+    "unknown backend": (ValueError, "backend: 'cuda' given, accepted are 'auto', 'triton', 'triton:rec", {"backend": "cuda"}),
     "budget of 0": (ValueError, "memory_budget: 0 given", {"memory_budget": 0}),
     "unknown option": (TypeError, "softmax", {"softmax": True}),
 }

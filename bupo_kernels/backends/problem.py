@@ -18,7 +18,7 @@ class Problem:
     vocab: int
     width: int  # D, the size of a hidden vector
     dtype: torch.dtype  # of the operands of the products
-    device: str  # device type
+    device: torch.device
     grad_hidden: bool
     grad_weight: bool
     grad_bias: bool
@@ -29,12 +29,21 @@ class Problem:
     def statistics_dtype(self) -> torch.dtype:
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
+    @property
+    def needs_grad(self) -> bool:
+        return self.grad_hidden or self.grad_weight or self.grad_bias
+
+    @property
+    def planned_rows(self) -> int:
+        """What memory is planned for. Off the CPU a call must not wait for the device to tell how many rows are active."""
+        return self.active_rows if self.device.type == "cpu" else self.rows
+
 
 @dataclass(frozen=True)
 class Readout:
     """How a product becomes a logit: ``z = softcap(logit_scale · (h·W_j + b_j)) / temperature``."""
 
-    temperature: float | Tensor  # or [rows]
+    temperature: float | Tensor  # or [...], of the shape of the targets
     logit_scale: float
     softcap: float | None
 
@@ -50,6 +59,18 @@ class Readout:
         return not isinstance(self.temperature, Tensor) and self.logit_scale == self.temperature
 
 
+class Operands(NamedTuple):
+    hidden: Tensor  # [..., D], any view
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V]
+    targets: Tensor  # [...] int64
+    readout: Readout
+
+    def coordinates(self, rows: Tensor) -> tuple[Tensor, ...]:  # [n] -> [n] for each leading dimension
+        """Rows numbered through, as coordinates in the leading dimensions of ``hidden``."""
+        return (rows,) if self.targets.dim() == 1 else torch.unravel_index(rows, self.targets.shape)
+
+
 class Tile(NamedTuple):
     rows: int
     columns: int
@@ -61,3 +82,14 @@ class Memory(NamedTuple):
     forward: int  # working memory of the forward
     backward: int  # working memory of the backward
     accumulator: int  # fp32 twin of dH, where dH itself cannot serve as the accumulator
+    kept: int = 0  # of both: what the forward leaves for the backward
+
+
+class Schedule(NamedTuple):
+    """How a backend will run a problem."""
+
+    strategy: str
+    tile: Tile  # of the gradient, and in torch of the forward too
+    memory: Memory
+    cached_rows: int = 0  # rows whose E the forward keeps, so that the backward need not form their product again
+    kernels: tuple[str, ...] = ()  # configurations, to be printed

@@ -1,0 +1,85 @@
+"""The statistics of a row and what follows from them: log-prob, entropy, logsumexp, and the gradient of its logits.
+
+Of a row's logits z: ``m = max z``, ``s = Σ e^(z−m)``, ``t = Σ (z−m) e^(z−m)`` and ``z_y``. Centred on m, the entropy
+``ln s − t/s`` does not cancel at large |z|. Backends stream these four; everything per row that is not streamed is here.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Statistics(NamedTuple):
+    """[N] each, in the statistics' dtype. Rows that do not count have ``m = −inf`` and ``s = 1``."""
+
+    m: Tensor
+    s: Tensor
+    t: Tensor
+    z_y: Tensor
+
+    @classmethod
+    def empty(cls, rows: int, dtype: torch.dtype, device: torch.device) -> Statistics:
+        statistics = torch.zeros(4, rows, dtype=dtype, device=device)
+        statistics[0].fill_(-math.inf)
+        statistics[1].fill_(1)
+        return cls(*statistics)
+
+
+class Results(NamedTuple):
+    """[N] each; 0 on rows that do not count."""
+
+    logprob: Tensor
+    entropy: Tensor | None
+    logsumexp: Tensor
+    log_s: Tensor
+
+
+def finish(statistics: Statistics, vocab: int, with_entropy: bool) -> Results:
+    m, s, t, z_y = statistics
+    log_s = s.log()
+    logprob = ((z_y - m) - log_s).clamp_(max=0)
+    entropy = (log_s - t / s).clamp_(0, math.log(vocab)) if with_entropy else None
+    idle = m == -math.inf
+    return Results(logprob.masked_fill_(idle, 0), entropy, (m + log_s).masked_fill_(idle, 0), log_s)
+
+
+class Coefficients(NamedTuple):
+    """What turns the logits of rows into their gradient: ``dz_j = e^(z_j−m) (constant − slope (z_j−m))`` for j ≠ y, and
+    ``dz_y = on_target``. [n] each."""
+
+    m: Tensor
+    constant: Tensor
+    slope: Tensor | None  # None where no entropy has a gradient
+    on_target: Tensor
+    targets: Tensor  # int64
+
+    def scaled(self, factor: float | Tensor) -> Coefficients:  # or [n]
+        """Those of ``factor · dz``."""
+        slope = self.slope if self.slope is None else self.slope * factor
+        return self._replace(constant=self.constant * factor, slope=slope, on_target=self.on_target * factor)
+
+    def bound(self) -> Tensor:  # [n]
+        """No ``|dz_j|`` of the row is larger: ``e^x ≤ 1`` and ``|x| e^x ≤ 1/e`` for ``x = z_j − m ≤ 0``."""
+        off_target = self.constant.abs() if self.slope is None else self.constant.abs() + self.slope.abs() / math.e
+        return torch.maximum(off_target, self.on_target.abs())
+
+    def rows(self, block: slice) -> Coefficients:
+        return Coefficients(*(x if x is None else x[block] for x in self))
+
+
+def coefficients(g_logprob, g_entropy, g_logsumexp, m, log_s, logprob, entropy, targets) -> Coefficients:  # [n] each, or None
+    """From ``dz_j = g_lp (1[j=y] − p_j) − g_H p_j (log p_j + H) + g_lse p_j``, with ``p_j = e^(z_j−m) / s`` and
+    ``log p_j = (z_j−m) − ln s``. On the target ``1 − p_y = −expm1(log p_y)`` keeps its relative accuracy when p_y is near 1."""
+    g_lp, g_h, g_lse = (0.0 if g is None else g for g in (g_logprob, g_entropy, g_logsumexp))
+    s, p_y = log_s.exp(), logprob.exp()
+    constant, on_target = torch.zeros_like(m) + (g_lse - g_lp), p_y * g_lse - g_lp * logprob.expm1()
+    slope = None
+    if g_entropy is not None:
+        constant = constant - g_h * (entropy - log_s)
+        on_target = on_target - g_h * (p_y * (logprob + entropy))
+        slope = g_h / s
+    return Coefficients(m, constant / s, slope, on_target, targets)

@@ -1,0 +1,127 @@
+"""Every number the Triton kernels run with, as pure functions of (kernel, dtype, architecture). Print them, override them.
+
+``make kernels`` compiles each of these for each target and prints registers, spills, shared memory and the matrix instruction;
+the tests hold that nothing spills. What the table cannot say is speed: no configuration here has been timed on a GPU yet, they
+follow from the cost model below.
+
+A tile of rows x columns does rows · columns / (rows + columns) FLOP for each byte it pulls from L2 in 16 bit: 85 for 256 x 128,
+51 for 256 x 64, 64 for 128 x 128. A Hopper at 700 TFLOP/s needs about 100 of them per byte from an L2 of 7 TB/s, so the widest
+tile whose epilogue fits the 255 registers of a thread wins. fp32 products are three TF32 ones and bound by arithmetic.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+
+def interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+@dataclass(frozen=True)
+class Target:
+    """The GPU a kernel is compiled for, as far as configurations depend on it."""
+
+    kind: str  # "cuda" or "hip"
+    arch: int  # compute capability x 10, or 0 for hip
+    processors: int  # persistent programs: one for each multiprocessor
+
+    @property
+    def has_tma(self) -> bool:
+        return self.kind == "cuda" and self.arch >= 90
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    rows: int  # BLOCK_N
+    columns: int  # BLOCK_V
+    depth: int  # BLOCK_D
+    warps: int
+    stages: int
+    group: int = 8  # row blocks that visit a slice of W one after the other, while it is in L2
+
+    def __str__(self) -> str:
+        return f"{self.rows} x {self.columns} x {self.depth}, {self.warps} warps, {self.stages} stages"
+
+
+FP32 = KernelConfig(128, 64, 32, 8, 3)
+SMALL = KernelConfig(128, 64, 64, 8, 3)  # epilogues with many live values per element
+PLAIN = KernelConfig(128, 128, 32, 8, 3)  # Ampere, and operands that TMA cannot read
+HOPPER = KernelConfig(128, 128, 64, 8, 4)
+HOPPER_STATISTICS = KernelConfig(256, 128, 64, 8, 4)
+HOPPER_GRADIENT = KernelConfig(128, 256, 32, 8, 6)
+BLACKWELL = KernelConfig(256, 64, 64, 8, 4)
+
+
+def statistics_config(dtype: torch.dtype, target: Target, *, tma: bool, cache: bool) -> KernelConfig:
+    """Of ``linear_statistics_kernel``. Does not depend on the number of rows: that is what makes it batch invariant."""
+    if dtype == torch.float32:
+        return FP32
+    if not tma:
+        return PLAIN
+    if target.arch >= 100:
+        return BLACKWELL
+    return HOPPER if cache else HOPPER_STATISTICS
+
+
+def gradient_config(dtype: torch.dtype, target: Target, *, tma: bool, softcap: bool) -> KernelConfig:
+    """Of ``gradient_recompute_kernel``."""
+    if dtype == torch.float32:
+        return FP32
+    if softcap:
+        return SMALL
+    if not tma:
+        return PLAIN
+    if target.arch >= 100:
+        return HOPPER
+    return HOPPER_GRADIENT if dtype == torch.bfloat16 else HOPPER
+
+
+def precision(dtype: torch.dtype, target: Target, allow_tf32: bool) -> str:
+    """Of fp32 products: three TF32 products, as exact as fp32 sums, where the GPU has them; plain TF32 only on request."""
+    if dtype != torch.float32:
+        return "ieee"
+    if target.kind == "hip":
+        return "ieee"
+    return "tf32" if allow_tf32 else "tf32x3"
+
+
+# Columns of a vocabulary split are whole blocks of any kernel; slices of the backward too.
+COLUMN_UNIT = 256
+
+
+def split_columns(vocab: int) -> int:
+    """Width of a vocabulary split: about 128 splits, enough to occupy a GPU with a single block of rows, and for many rows still
+    few partials (16 bytes each) against the columns they stand for. Fixed by V alone."""
+    return max(COLUMN_UNIT, -(-vocab // (128 * COLUMN_UNIT)) * COLUMN_UNIT)
+
+
+# Below this width E costs more time to write and to read than the product it saves: 2·V·D FLOP at 700 TFLOP/s against 4 bytes
+# a logit at 4 TB/s break even at D = 350.
+CACHE_MIN_WIDTH = 512
+
+
+def why_not_cached(dtype: torch.dtype, softcap: bool) -> str | None:
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"dtype: {dtype} given, accepted are 16-bit ones (E is kept in bf16)"
+    if softcap:
+        return "softcap: given, accepted is none (its slope cannot be had from E)"
+    return None
+
+
+def padded(vocab: int) -> int:
+    """Columns of a row of E, whole blocks of every kernel."""
+    return -(-vocab // COLUMN_UNIT) * COLUMN_UNIT
+
+
+def exponents_per_row(vocab: int) -> int:
+    """One for each column block of the narrowest kernel."""
+    return padded(vocab) // min(config.columns for config in (HOPPER, BLACKWELL, PLAIN))
+
+
+# Slices of the backward. Wide ones read and write the fp32 sum of dH less often: 2·4·N·D bytes each, against 2·N·S·D FLOP.
+MOST_COLUMNS = 16384
+FEWEST_COLUMNS = 2048  # before the budget is met by blocks of rows instead

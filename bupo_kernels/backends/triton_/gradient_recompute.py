@@ -1,0 +1,122 @@
+"""The gradient tile, recomputed: ``dz`` of rows × vocabulary slice in the dtype of the gradient GEMMs.
+
+The product is formed again with the tiles of the forward, so its logits are those the statistics came from, bit for bit. The
+target column is not ``1 − p_y`` of a rounded p but the value that the row's fp32 log-prob gives.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bupo_kernels.backends.algebra import Coefficients
+from bupo_kernels.backends.triton_.config import gradient_config
+from bupo_kernels.backends.triton_.product import Launch, in_order, product_tile, readout, store_tile
+
+DTYPES = {"torch.float32": tl.float32, "torch.bfloat16": tl.bfloat16, "torch.float16": tl.float16}
+
+
+@triton.jit
+def gradient_recompute_kernel(
+    hidden,
+    offsets,  # [n] int64
+    targets,  # [n] int64
+    hidden_stride,
+    weight,
+    weight_stride_v,
+    weight_stride_d,
+    bias,
+    row_scale,  # [n] fp32, or None
+    scale,
+    inner,
+    maximum,  # [n] fp32: m
+    constant,  # [n] fp32: dz_j = e^(z_j−m) (constant − slope (z_j−m)) off the target,
+    slope,  # [n] fp32
+    dz_target,  # [n] fp32: and this on it
+    dz,  # [n, slice_columns up to whole blocks]: TMA descriptor, or pointer
+    dz_stride,
+    first_column,  # of the slice, a multiple of BLOCK_V
+    slice_columns,
+    n,
+    V,
+    D,
+    DTYPE: tl.constexpr,  # of dz
+    WITH_ENTROPY: tl.constexpr,
+    ROW_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr,
+    OFFSET_UNIT: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row_blocks = tl.cdiv(n, BLOCK_N)
+    column_blocks = tl.cdiv(slice_columns, BLOCK_V)
+    for item in tl.range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0)):
+        block, column_block = in_order(item, row_blocks, column_blocks, GROUP)
+        rows = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        counts = rows < n
+        z_scale = scale
+        if ROW_SCALE:
+            z_scale = tl.load(row_scale + rows, mask=counts, other=1.0)[:, None]
+        first = first_column + column_block * BLOCK_V
+        product = product_tile(
+            hidden,
+            tl.load(offsets + rows, mask=counts, other=0) * OFFSET_UNIT,
+            hidden_stride,
+            weight,
+            weight_stride_v,
+            weight_stride_d,
+            first,
+            V,
+            D,
+            TMA,
+            EVEN_D,
+            PRECISION,
+            BLOCK_N,
+            BLOCK_V,
+            BLOCK_D,
+        )
+        columns = first + tl.arange(0, BLOCK_V)
+        z, cap_slope = readout(product, bias, columns, columns < V, z_scale, inner, HAS_BIAS, HAS_SOFTCAP)
+        x = z - tl.load(maximum + rows, mask=counts, other=0.0)[:, None]
+        factor = tl.load(constant + rows, mask=counts, other=0.0)[:, None]
+        if WITH_ENTROPY:
+            factor = factor - tl.load(slope + rows, mask=counts, other=0.0)[:, None] * x
+        y = tl.load(targets + rows, mask=counts, other=-1)[:, None]
+        on_target = tl.load(dz_target + rows, mask=counts, other=0.0)[:, None]
+        gradient = tl.where(columns[None, :] == y, on_target, tl.exp(x) * factor)
+        if HAS_SOFTCAP:
+            gradient *= cap_slope
+        store_tile(gradient.to(DTYPE), dz, dz_stride, rows, counts, column_block * BLOCK_V, TMA)
+
+
+def gradient_recompute(
+    launch: Launch,
+    coefficients: Coefficients,  # [n] each
+    dz: Tensor,  # [n or more, whole blocks of columns], overwritten
+    columns: slice,  # of the vocabulary, from a multiple of COLUMN_UNIT on
+) -> None:
+    hidden, readout = launch.operands.hidden, launch.operands.readout
+    config = gradient_config(hidden.dtype, launch.target, tma=launch.tma, softcap=readout.softcap is not None)
+    n, width = len(launch.rows), columns.stop - columns.start
+    m, constant, slope, on_target, _ = coefficients
+    gradient_recompute_kernel[launch.programs(config, triton.cdiv(width, config.columns))](
+        maximum=m,
+        constant=constant,
+        slope=slope,
+        dz_target=on_target,
+        dz=launch.tile_of(dz[:n], config),
+        dz_stride=dz.stride(0),
+        first_column=columns.start,
+        slice_columns=width,
+        n=n,
+        DTYPE=DTYPES[str(dz.dtype)],
+        WITH_ENTROPY=slope is not None,
+        **launch.arguments(config),
+    )

@@ -1,0 +1,163 @@
+"""The forward: per row, running (m, s, t, z_y) over the vocabulary, straight from the fp32 accumulator.
+
+One work item is (row block, vocabulary split). Its program walks the split's column blocks, multiplies, and folds each tile into
+registers; a logit never leaves the chip. What does is four fp32 numbers per row and split, merged in order by ``merge.py``.
+Splits and tile sizes do not depend on the number of rows, so neither does any row's result.
+
+With ``CACHE`` the first ``cached_rows`` rows also leave ``E = 2^(z·log2e − k)`` in bf16, ``k`` an integer per row and column
+block chosen so that the block's largest E is in (½, 1]: a relative error of 2⁻⁹ at any |z|, for ``gradient_cached.py``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from bupo_kernels.backends.triton_.config import split_columns, statistics_config
+from bupo_kernels.backends.triton_.product import LOG2E, LOG2E_REST, Launch, in_order, product_tile, readout, store_tile
+
+
+@triton.jit
+def linear_statistics_kernel(
+    hidden,
+    offsets,  # [N] int64, of the rows that count
+    targets,  # [N] int64, of the rows that count
+    count,  # [1] int64: how many those are
+    hidden_stride,
+    weight,
+    weight_stride_v,
+    weight_stride_d,
+    bias,
+    row_scale,  # [N] fp32 of the rows that count, or None
+    scale,
+    inner,
+    partials,  # [splits, 4, N] fp32: m, s, t, z_y
+    best,  # [splits, N] int64: arg max, or None
+    cache,  # [cached_rows, V up to whole blocks] bf16: TMA descriptor, or pointer, or None
+    exponents,  # [cached_rows, column blocks] int32, or None
+    cache_stride,
+    exponent_stride,
+    cached_rows,
+    N,
+    V,
+    D,
+    SPLIT: tl.constexpr,  # columns of a split, a multiple of BLOCK_V
+    WITH_ENTROPY: tl.constexpr,
+    WITH_ARGMAX: tl.constexpr,
+    CACHE: tl.constexpr,
+    ROW_SCALE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr,
+    OFFSET_UNIT: tl.constexpr,
+    EVEN_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    rows_that_count = tl.load(count).to(tl.int32)  # no call has 2³¹ rows; element offsets are 64 bit
+    row_blocks = tl.cdiv(rows_that_count, BLOCK_N)
+    splits = tl.cdiv(V, SPLIT)
+    for item in tl.range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
+        block, split = in_order(item, row_blocks, splits, GROUP)
+        rows = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
+        counts = rows < rows_that_count
+        offset = tl.load(offsets + rows, mask=counts, other=0) * OFFSET_UNIT
+        y = tl.load(targets + rows, mask=counts, other=-1)
+        z_scale = scale
+        if ROW_SCALE:
+            z_scale = tl.load(row_scale + rows, mask=counts, other=1.0)[:, None]
+
+        m = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        s = tl.zeros((BLOCK_N,), tl.float32)
+        t = tl.zeros((BLOCK_N,), tl.float32)
+        z_y = tl.zeros((BLOCK_N,), tl.float32)
+        top = tl.zeros((BLOCK_N,), tl.int64)
+        for first in tl.range(split * SPLIT, tl.minimum(V, (split + 1) * SPLIT), BLOCK_V):
+            product = product_tile(
+                hidden,
+                offset,
+                hidden_stride,
+                weight,
+                weight_stride_v,
+                weight_stride_d,
+                first,
+                V,
+                D,
+                TMA,
+                EVEN_D,
+                PRECISION,
+                BLOCK_N,
+                BLOCK_V,
+                BLOCK_D,
+            )
+            columns = first + tl.arange(0, BLOCK_V)
+            inside = columns < V
+            z, _ = readout(product, bias, columns, inside, z_scale, inner, HAS_BIAS, HAS_SOFTCAP)
+            z_y += tl.sum(tl.where(columns[None, :] == y[:, None], z, 0.0), 1)
+            tile_m = tl.max(z, 1)
+            if WITH_ARGMAX:
+                top = tl.where(tile_m > m, first + tl.argmax(z, 1).to(tl.int64), top)
+            new_m = tl.maximum(m, tile_m)
+            x = z - new_m[:, None]
+            e = tl.exp(x)
+            a = tl.exp(m - new_m)
+            if WITH_ENTROPY:
+                carried = tl.where(s > 0, m - new_m, 0.0) * s  # m is −inf before the first block
+                t = a * (t + carried) + tl.sum(tl.where(inside[None, :], x, 0.0) * e, 1)
+            s = a * s + tl.sum(e, 1)
+            m = new_m
+            if CACHE:
+                k = tl.ceil(m * LOG2E)
+                power = tl.math.fma(m, LOG2E_REST, tl.math.fma(m, LOG2E, -k))  # m·log2e − k
+                kept = rows < tl.minimum(cached_rows, rows_that_count)
+                store_tile((e * tl.exp2(power)[:, None]).to(tl.bfloat16), cache, cache_stride, rows, kept, first, TMA)
+                tl.store(exponents + rows * exponent_stride + first // BLOCK_V, k.to(tl.int32), mask=kept)
+
+        partial = partials + split.to(tl.int64) * 4 * N + rows
+        tl.store(partial, m, mask=counts)
+        tl.store(partial + N, s, mask=counts)
+        if WITH_ENTROPY:
+            tl.store(partial + 2 * N, t, mask=counts)
+        tl.store(partial + 3 * N, z_y, mask=counts)
+        if WITH_ARGMAX:
+            tl.store(best + split.to(tl.int64) * N + rows, top, mask=counts)
+
+
+def linear_statistics(
+    launch: Launch,
+    count: Tensor,  # [1] int64
+    *,
+    with_entropy: bool,
+    with_argmax: bool = False,
+    cache: tuple[Tensor, Tensor] | None = None,  # [cached rows, V up to whole blocks] bf16, [cached rows, exponents] int32
+) -> tuple[Tensor, Tensor | None]:
+    """Partials [splits, 4, N] of the first ``count`` rows of ``launch``, and for each split the column of its largest logit."""
+    hidden, weight = launch.operands.hidden, launch.operands.weight
+    config = statistics_config(hidden.dtype, launch.target, tma=launch.tma, cache=cache is not None)
+    n, split = len(launch.rows), split_columns(weight.shape[0])
+    splits = triton.cdiv(weight.shape[0], split)
+    partials = torch.empty(splits, 4, n, dtype=torch.float32, device=hidden.device)
+    best = torch.empty(splits, n, dtype=torch.int64, device=hidden.device) if with_argmax else None
+    e, exponents = cache if cache is not None else (None, None)
+    linear_statistics_kernel[launch.programs(config, splits)](
+        count=count,
+        partials=partials,
+        best=best,
+        cache=None if e is None else launch.tile_of(e, config),
+        exponents=exponents,
+        cache_stride=0 if e is None else e.stride(0),
+        exponent_stride=0 if e is None else exponents.stride(0),
+        cached_rows=0 if e is None else len(e),
+        N=n,
+        SPLIT=split,
+        WITH_ENTROPY=with_entropy,
+        WITH_ARGMAX=with_argmax,
+        CACHE=e is not None,
+        **launch.arguments(config),
+    )
+    return partials, best

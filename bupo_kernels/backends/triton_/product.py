@@ -1,0 +1,198 @@
+"""What the kernels share: one tile of logits from a product, the order in which tiles are visited, and the arguments for both.
+
+The two kernels that multiply, ``linear_statistics.py`` and ``gradient_recompute.py``, get their logits here, from operands that
+are read where they lie: rows of ``hidden`` through their offsets, so any view will do and rows that do not count are never touched;
+W through a TMA descriptor where the GPU and the strides allow it, through pointers elsewhere.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from bupo_kernels.backends.problem import Operands
+from bupo_kernels.backends.triton_.config import KernelConfig, Target, interpreted, precision
+
+# The interpreter stores bf16 as integers and multiplies them as such; on the GPU this is False and compiled away.
+INTERPRETED = tl.constexpr(interpreted())
+
+LOG2E = tl.constexpr(1.4426950216293335)  # log2(e) rounded to fp32 …
+LOG2E_REST = tl.constexpr(1.9259629911266175e-08)  # … and what the rounding left out
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def in_order(item, row_blocks, columns, GROUP: tl.constexpr):
+    """Item number -> (row block, column unit). ``GROUP`` row blocks are visited for one column unit before the next, so that
+    programs running side by side read the same slice of W while it is in L2."""
+    per_group = GROUP * columns
+    first = (item // per_group) * GROUP
+    size = tl.minimum(row_blocks - first, GROUP)
+    return first + (item % per_group) % size, (item % per_group) // size
+
+
+@triton.jit
+def tanh_and_slope(x):
+    """``(tanh(x), 1 − tanh²(x))`` to a few fp32 ulp on both ends, where ``(1 − e) / (1 + e)`` alone cancels for small x and
+    ``1 − tanh²`` for large. The polynomial is Cephes' ``tanhf`` for |x| < 0.625."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    large = (1.0 - e) / (1.0 + e)
+    square = x * x
+    odd = ((-5.70498872745e-3 * square + 2.06390887954e-2) * square - 5.37397155531e-2) * square + 1.33314422036e-1
+    small = x + x * square * (odd * square - 3.33332819422e-1)
+    tanh = tl.where(tl.abs(x) < 0.625, small, tl.where(x < 0, -large, large))
+    return tanh, 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
+def product_tile(
+    hidden,  # base of [..., D]
+    offsets,  # [BLOCK_N] int64: where each row starts, in elements
+    hidden_stride,  # between the elements of a row
+    weight,  # TMA descriptor of [V, D], or its base pointer
+    weight_stride_v,
+    weight_stride_d,
+    first_column,
+    V,
+    D,
+    TMA: tl.constexpr,
+    EVEN_D: tl.constexpr,  # D is a multiple of BLOCK_D
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """``h·W_j`` for a tile, ``[BLOCK_N, BLOCK_V]`` in fp32. Columns past V hold the last column's values (pointers) or 0 (TMA)."""
+    columns = tl.minimum(first_column + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
+    depth = tl.arange(0, BLOCK_D)
+    hidden_pointers = hidden + offsets[:, None] + depth[None, :].to(tl.int64) * hidden_stride
+    if not TMA:
+        weight_pointers = weight + columns[None, :] * weight_stride_v + depth[:, None].to(tl.int64) * weight_stride_d
+    product = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
+    for start in tl.range(0, D, BLOCK_D):
+        if EVEN_D:
+            h = tl.load(hidden_pointers)
+        else:
+            h = tl.load(hidden_pointers, mask=(start + depth < D)[None, :], other=0.0)
+        if TMA:
+            w = weight.load([first_column, start]).T  # past the end TMA reads zeros
+        elif EVEN_D:
+            w = tl.load(weight_pointers)
+        else:
+            w = tl.load(weight_pointers, mask=(start + depth < D)[:, None], other=0.0)
+        if INTERPRETED:
+            h, w = h.to(tl.float32), w.to(tl.float32)
+        product = tl.dot(h, w, product, input_precision=PRECISION)
+        hidden_pointers += BLOCK_D * hidden_stride
+        if not TMA:
+            weight_pointers += BLOCK_D * weight_stride_d
+    return product
+
+
+@triton.jit
+def readout(
+    product,  # [BLOCK_N, BLOCK_V]
+    bias,  # base of [V], or None
+    columns,  # [BLOCK_V]
+    inside,  # [BLOCK_V]: column < V
+    scale,  # [BLOCK_N] or a number: logit_scale / temperature, with a softcap softcap / temperature
+    inner,  # logit_scale / softcap; without a softcap not used
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Logits of a tile, −inf past V, and the slope of the softcap (1 where there is none)."""
+    if HAS_BIAS:
+        product += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+    slope = 1.0
+    if HAS_SOFTCAP:
+        product, slope = tanh_and_slope(product * inner)
+    return tl.where(inside[None, :], product * scale, float("-inf")), slope
+
+
+@triton.jit
+def store_tile(
+    tile,  # [BLOCK_N, BLOCK_V]
+    target,  # [rows, whole blocks of columns]: TMA descriptor, or base pointer
+    stride,
+    rows,  # [BLOCK_N] int64
+    kept,  # [BLOCK_N]: which rows to write; TMA writes all that lie within the descriptor
+    first_column,
+    TMA: tl.constexpr,
+):
+    if TMA:
+        target.store([tl.min(rows).to(tl.int32), first_column], tile)
+    else:
+        columns = first_column + tl.arange(0, tile.shape[1])
+        tl.store(target + (rows * stride)[:, None] + columns[None, :], tile, mask=kept[:, None])
+
+
+def tma_can_read(matrix: Tensor) -> bool:
+    """Rows of consecutive elements that start on multiples of 16 bytes. (The size of a row may be any: TMA fills with zeros.)"""
+    return matrix.stride(1) == 1 and matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+
+
+class Launch:
+    """The arguments that both product kernels take, for some rows of a call."""
+
+    def __init__(self, operands: Operands, rows: Tensor, target: Target):  # [n] int64: rows, numbered through
+        hidden, weight, _, targets, readout = operands
+        self.operands, self.target, self.rows = operands, target, rows
+        self.tma = target.has_tma and tma_can_read(weight)
+        strides = hidden.stride()[:-1]
+        # 8 elements are 16 bytes or more: what a vectorised, asynchronous load takes.
+        self.offset_unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
+        coordinates = operands.coordinates(rows)
+        self.offsets = sum(i * (stride // self.offset_unit) for i, stride in zip(coordinates, strides, strict=True))
+        self.targets = targets.flatten()[rows]
+        numerator = readout.logit_scale if readout.softcap is None else readout.softcap
+        self.row_scale, self.scale = None, 1.0
+        if isinstance(readout.temperature, Tensor):
+            self.row_scale = numerator / readout.temperature.flatten()[rows].float()
+        else:
+            self.scale = numerator / readout.temperature
+
+    @property
+    def precision(self) -> str:
+        return precision(self.operands.hidden.dtype, self.target, torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+    def arguments(self, config: KernelConfig) -> dict:
+        hidden, weight, bias, _, readout = self.operands
+        return {
+            "hidden": hidden,
+            "offsets": self.offsets,
+            "targets": self.targets,
+            "hidden_stride": hidden.stride(-1),
+            "weight": TensorDescriptor.from_tensor(weight, [config.columns, config.depth]) if self.tma else weight,
+            "weight_stride_v": weight.stride(0),
+            "weight_stride_d": weight.stride(1),
+            "bias": bias,
+            "row_scale": self.row_scale,
+            "scale": self.scale,
+            "inner": 0.0 if readout.softcap is None else readout.logit_scale / readout.softcap,
+            "V": weight.shape[0],
+            "D": weight.shape[1],
+            "ROW_SCALE": self.row_scale is not None,
+            "HAS_BIAS": bias is not None,
+            "HAS_SOFTCAP": readout.softcap is not None,
+            "TMA": self.tma,
+            "OFFSET_UNIT": self.offset_unit,
+            "EVEN_D": weight.shape[1] % config.depth == 0,
+            "PRECISION": self.precision,
+            "GROUP": config.group,
+            "BLOCK_N": config.rows,
+            "BLOCK_V": config.columns,
+            "BLOCK_D": config.depth,
+            "num_warps": config.warps,
+            "num_stages": config.stages,
+        }
+
+    def programs(self, config: KernelConfig, column_units: int) -> tuple[int]:
+        """A persistent grid: one program for each multiprocessor, or fewer where there is less to do."""
+        return (min(self.target.processors, triton.cdiv(len(self.rows), config.rows) * column_units),)
+
+    def tile_of(self, matrix: Tensor, config: KernelConfig) -> Tensor | TensorDescriptor:
+        """As ``store_tile`` wants it."""
+        return TensorDescriptor.from_tensor(matrix, [config.rows, config.columns]) if self.tma else matrix
