@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import functools
-import importlib
 import logging
 from dataclasses import dataclass, field
 from types import ModuleType
 
 import torch
 
+from bupo_kernels.backends import torch_chunked, triton_
 from bupo_kernels.backends.problem import Problem, Schedule
 
-# In order of preference. A backend is a module (loaded when first asked) with
+# In order of preference. A backend is a module, importable everywhere, with
 #   STRATEGIES                          names for backend="name:strategy"
 #   why_not(problem, strategy)          the reason it cannot run this, or None; does not look at the number of rows
 #   why_not_default(problem)            the reason "auto" passes it over though it could, or None
 #   schedule(problem, strategy)         tiles and memory; raises where the budget is too small
 #   cached_rows(problem, strategy)      rows whose probability-like tile is kept for the backward
 #   statistics, gradient_dtype, gradient_tiles    the work itself
-BACKENDS = {"triton": "bupo_kernels.backends.triton_", "torch": "bupo_kernels.backends.torch_chunked"}
+BACKENDS = {"triton": triton_, "torch": torch_chunked}
 
 log = logging.getLogger("bupo_kernels")
 
@@ -83,13 +83,9 @@ class Plan:
         return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.why_not.items()])
 
 
-def load(backend: str) -> ModuleType:
-    return importlib.import_module(BACKENDS[backend])
-
-
 def check_name(backend: str) -> None:
     """Raises ``ValueError`` unless ``backend`` is "auto", a backend, or "backend:strategy"."""
-    accepted = ["auto", *(n for b in BACKENDS for n in (b, *(f"{b}:{s}" for s in load(b).STRATEGIES)))]
+    accepted = ["auto", *(n for b, module in BACKENDS.items() for n in (b, *(f"{b}:{s}" for s in module.STRATEGIES)))]
     if backend not in accepted:
         raise ValueError(f"backend: {backend!r} given, accepted are {', '.join(map(repr, accepted))}")
 
@@ -101,17 +97,18 @@ def choose(problem: Problem, backend: str = "auto") -> tuple[str, ModuleType, st
     """
     check_name(backend)
     asked, _, strategy = backend.partition(":")
-    reasons = {name: reason for name in BACKENDS if (reason := load(name).why_not(problem, strategy or None)) is not None}
+    reasons = {name: reason for name, module in BACKENDS.items() if (reason := module.why_not(problem, strategy or None))}
     if asked == "auto":
-        passed_over = {n: reason for n in BACKENDS if n not in reasons and (reason := load(n).why_not_default(problem)) is not None}
-        reasons |= passed_over
+        for name, module in BACKENDS.items():
+            if name not in reasons and (reason := module.why_not_default(problem)):
+                reasons[name] = reason
         asked = next(name for name in BACKENDS if name not in reasons)
         if problem.device.type != "cpu":
             for name in list(BACKENDS)[: list(BACKENDS).index(asked)]:
                 _log_once(f"{asked} runs on {problem.device.type} instead of {name}: {reasons[name]}")
     elif asked in reasons:
         raise ValueError(f"backend: {backend!r} given, it cannot run this: {reasons[asked]}")
-    return asked, load(asked), strategy or None, {name: reason for name, reason in reasons.items() if name != asked}
+    return asked, BACKENDS[asked], strategy or None, {name: reason for name, reason in reasons.items() if name != asked}
 
 
 @functools.cache

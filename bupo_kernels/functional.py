@@ -242,7 +242,7 @@ def _prepare(
 def _check_number(name: str, value, accepted: str, positive: bool = True) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: {type(value).__name__} given, accepted are {accepted}")
-    if not math.isfinite(value) or (positive and value <= 0):
+    if not (0 if positive else -math.inf) < value < math.inf:
         raise ValueError(f"{name}: {value} given, accepted are {accepted}")
 
 

@@ -26,7 +26,7 @@ def counting_rows(targets: Tensor, mask: Tensor | None, ignore_index: int) -> Te
 
 def problem_of(hidden, weight, counts_or_rows, softcap, grads, memory_budget) -> Problem:
     """``counts_or_rows``: [...] bool, or the number of rows where it does not matter which of them count."""
-    rows = hidden.shape[:-1].numel()
+    rows = math.prod(hidden.shape[:-1])  # numel() would make a number of a traced size
     if isinstance(counts_or_rows, Tensor):
         on_cpu = hidden.device.type == "cpu"
         active = int(counts_or_rows.sum()) if on_cpu else rows

@@ -115,10 +115,11 @@ def schedule(problem: Problem, strategy: str | None) -> Schedule:
 
 def _kernels(problem: Problem, cached: int) -> tuple[str, ...]:
     target = target_of(problem.device)
-    forward = config.statistics_config(problem.dtype, target, tma=target.has_tma, cache=cached > 0)
+    kind = {"regular": True, "softcap": problem.softcap}
+    forward = config.statistics_config(problem.dtype, target, cache=cached > 0, **kind)
     lines = [f"statistics {forward}, splits of {config.split_columns(problem.vocab)} columns"]
     if problem.needs_grad:
-        lines.append(f"gradient {config.gradient_config(problem.dtype, target, tma=target.has_tma, softcap=problem.softcap)}")
+        lines.append(f"gradient {config.gradient_config(problem.dtype, target, **kind)}")
     return tuple(lines)
 
 
@@ -189,7 +190,7 @@ def gradient_tiles(
 ) -> Iterator[GradientTile]:
     from bupo_kernels.backends.triton_.gradient_cached import gradient_cached
     from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute
-    from bupo_kernels.backends.triton_.product import Launch, tma_can_read
+    from bupo_kernels.backends.triton_.product import Launch, regular
 
     n, vocab, width = len(rows), problem.vocab, problem.width
     if n == 0:
@@ -200,8 +201,8 @@ def gradient_tiles(
         e, exponents, counts = cache
         cache_rows = (counts.cumsum(0) - 1)[rows]  # E lies in the order in which rows counted
         from_cache = int((cache_rows < len(e)).sum())
-        tma = target.has_tma and tma_can_read(operands.weight)
-        exponent_columns = config.statistics_config(problem.dtype, target, tma=tma, cache=True).columns
+        as_written = regular(operands.hidden, operands.weight)
+        exponent_columns = config.statistics_config(problem.dtype, target, regular=as_written, cache=True, softcap=False).columns
     columns_of_dz = min(plan.tile.columns, config.padded(vocab))
     dz = torch.empty(min(plan.tile.rows, n), columns_of_dz, dtype=gradient_dtype(problem), device=rows.device)
     dense = operands.hidden.reshape(-1, width) if n == problem.rows and operands.hidden.is_contiguous() else None

@@ -48,36 +48,43 @@ class KernelConfig:
 
 
 FP32 = KernelConfig(128, 64, 32, 8, 3)
-SMALL = KernelConfig(128, 64, 64, 8, 3)  # epilogues with many live values per element
-PLAIN = KernelConfig(128, 128, 32, 8, 3)  # Ampere, and operands that TMA cannot read
+FP32_SMALL = KernelConfig(64, 64, 32, 8, 3)
+SMALL = KernelConfig(128, 64, 64, 8, 3)  # epilogues with many live values for each logit
+IRREGULAR = KernelConfig(128, 64, 32, 8, 3)  # addresses that take a register each
+AMPERE = KernelConfig(128, 128, 32, 8, 3)
 HOPPER = KernelConfig(128, 128, 64, 8, 4)
 HOPPER_STATISTICS = KernelConfig(256, 128, 64, 8, 4)
 HOPPER_GRADIENT = KernelConfig(128, 256, 32, 8, 6)
 BLACKWELL = KernelConfig(256, 64, 64, 8, 4)
 
 
-def statistics_config(dtype: torch.dtype, target: Target, *, tma: bool, cache: bool) -> KernelConfig:
-    """Of ``linear_statistics_kernel``. Does not depend on the number of rows: that is what makes it batch invariant."""
+def statistics_config(dtype: torch.dtype, target: Target, *, regular: bool, cache: bool, softcap: bool) -> KernelConfig:
+    """Of ``linear_statistics_kernel``. Does not depend on the number of rows: that is what makes it batch invariant.
+    ``regular``: rows of both operands are contiguous and start on multiples of 16 bytes."""
     if dtype == torch.float32:
-        return FP32
-    if not tma:
-        return PLAIN
+        return FP32 if regular and not (softcap and target.arch >= 100) else FP32_SMALL
+    if not regular:
+        return IRREGULAR
     if target.arch >= 100:
-        return BLACKWELL
-    return HOPPER if cache else HOPPER_STATISTICS
+        return SMALL if softcap else BLACKWELL
+    if target.arch >= 90:
+        return HOPPER if cache else HOPPER_STATISTICS
+    return AMPERE
 
 
-def gradient_config(dtype: torch.dtype, target: Target, *, tma: bool, softcap: bool) -> KernelConfig:
+def gradient_config(dtype: torch.dtype, target: Target, *, regular: bool, softcap: bool) -> KernelConfig:
     """Of ``gradient_recompute_kernel``."""
     if dtype == torch.float32:
         return FP32
+    if not regular:
+        return IRREGULAR
     if softcap:
         return SMALL
-    if not tma:
-        return PLAIN
     if target.arch >= 100:
         return HOPPER
-    return HOPPER_GRADIENT if dtype == torch.bfloat16 else HOPPER
+    if target.arch >= 90:
+        return HOPPER_GRADIENT if dtype == torch.bfloat16 else HOPPER
+    return AMPERE
 
 
 def precision(dtype: torch.dtype, target: Target, allow_tf32: bool) -> str:
@@ -119,7 +126,7 @@ def padded(vocab: int) -> int:
 
 def exponents_per_row(vocab: int) -> int:
     """One for each column block of the narrowest kernel."""
-    return padded(vocab) // min(config.columns for config in (HOPPER, BLACKWELL, PLAIN))
+    return padded(vocab) // min(config.columns for config in (AMPERE, HOPPER, BLACKWELL, IRREGULAR))
 
 
 # Slices of the backward. Wide ones read and write the fp32 sum of dH less often: 2·4·N·D bytes each, against 2·N·S·D FLOP.

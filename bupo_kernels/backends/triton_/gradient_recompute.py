@@ -47,8 +47,7 @@ def gradient_recompute_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     TMA: tl.constexpr,
-    OFFSET_UNIT: tl.constexpr,
-    EVEN_D: tl.constexpr,
+    REGULAR: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -67,7 +66,7 @@ def gradient_recompute_kernel(
         first = first_column + column_block * BLOCK_V
         product = product_tile(
             hidden,
-            tl.load(offsets + rows, mask=counts, other=0) * OFFSET_UNIT,
+            tl.load(offsets + rows, mask=counts, other=0),
             hidden_stride,
             weight,
             weight_stride_v,
@@ -76,7 +75,7 @@ def gradient_recompute_kernel(
             V,
             D,
             TMA,
-            EVEN_D,
+            REGULAR,
             PRECISION,
             BLOCK_N,
             BLOCK_V,
@@ -103,7 +102,7 @@ def gradient_recompute(
     columns: slice,  # of the vocabulary, from a multiple of COLUMN_UNIT on
 ) -> None:
     hidden, readout = launch.operands.hidden, launch.operands.readout
-    config = gradient_config(hidden.dtype, launch.target, tma=launch.tma, softcap=readout.softcap is not None)
+    config = gradient_config(hidden.dtype, launch.target, regular=launch.regular, softcap=readout.softcap is not None)
     n, width = len(launch.rows), columns.stop - columns.start
     m, constant, slope, on_target, _ = coefficients
     gradient_recompute_kernel[launch.programs(config, triton.cdiv(width, config.columns))](

@@ -51,8 +51,7 @@ def linear_statistics_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     TMA: tl.constexpr,
-    OFFSET_UNIT: tl.constexpr,
-    EVEN_D: tl.constexpr,
+    REGULAR: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -66,7 +65,7 @@ def linear_statistics_kernel(
         block, split = in_order(item, row_blocks, splits, GROUP)
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
         counts = rows < rows_that_count
-        offset = tl.load(offsets + rows, mask=counts, other=0) * OFFSET_UNIT
+        offset = tl.load(offsets + rows, mask=counts, other=0)
         y = tl.load(targets + rows, mask=counts, other=-1)
         z_scale = scale
         if ROW_SCALE:
@@ -89,7 +88,7 @@ def linear_statistics_kernel(
                 V,
                 D,
                 TMA,
-                EVEN_D,
+                REGULAR,
                 PRECISION,
                 BLOCK_N,
                 BLOCK_V,
@@ -138,7 +137,8 @@ def linear_statistics(
 ) -> tuple[Tensor, Tensor | None]:
     """Partials [splits, 4, N] of the first ``count`` rows of ``launch``, and for each split the column of its largest logit."""
     hidden, weight = launch.operands.hidden, launch.operands.weight
-    config = statistics_config(hidden.dtype, launch.target, tma=launch.tma, cache=cache is not None)
+    softcap = launch.operands.readout.softcap is not None
+    config = statistics_config(hidden.dtype, launch.target, regular=launch.regular, cache=cache is not None, softcap=softcap)
     n, split = len(launch.rows), split_columns(weight.shape[0])
     splits = triton.cdiv(weight.shape[0], split)
     partials = torch.empty(splits, 4, n, dtype=torch.float32, device=hidden.device)

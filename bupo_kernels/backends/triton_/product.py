@@ -21,6 +21,11 @@ INTERPRETED = tl.constexpr(interpreted())
 
 LOG2E = tl.constexpr(1.4426950216293335)  # log2(e) rounded to fp32 …
 LOG2E_REST = tl.constexpr(1.9259629911266175e-08)  # … and what the rounding left out
+# Elements: 16 bytes or more, what TMA asks of a row and a vectorised, asynchronous load of its address.
+ALIGNMENT = tl.constexpr(8)
+# Elements: a whole number of steps of any kernel, so that nothing along D is masked. Every model's width is one.
+WIDTH_UNIT = 64
+
 LN2 = tl.constexpr(0.6931471805599453)
 
 
@@ -50,7 +55,7 @@ def tanh_and_slope(x):
 @triton.jit
 def product_tile(
     hidden,  # base of [..., D]
-    offsets,  # [BLOCK_N] int64: where each row starts, in elements
+    offsets,  # [BLOCK_N] int64: where each row starts, in elements; in units of ALIGNMENT where REGULAR
     hidden_stride,  # between the elements of a row
     weight,  # TMA descriptor of [V, D], or its base pointer
     weight_stride_v,
@@ -59,7 +64,7 @@ def product_tile(
     V,
     D,
     TMA: tl.constexpr,
-    EVEN_D: tl.constexpr,  # D is a multiple of BLOCK_D
+    REGULAR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -68,18 +73,20 @@ def product_tile(
     """``h·W_j`` for a tile, ``[BLOCK_N, BLOCK_V]`` in fp32. Columns past V hold the last column's values (pointers) or 0 (TMA)."""
     columns = tl.minimum(first_column + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
     depth = tl.arange(0, BLOCK_D)
+    if REGULAR:
+        offsets *= ALIGNMENT
     hidden_pointers = hidden + offsets[:, None] + depth[None, :].to(tl.int64) * hidden_stride
     if not TMA:
         weight_pointers = weight + columns[None, :] * weight_stride_v + depth[:, None].to(tl.int64) * weight_stride_d
     product = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     for start in tl.range(0, D, BLOCK_D):
-        if EVEN_D:
+        if REGULAR:
             h = tl.load(hidden_pointers)
         else:
             h = tl.load(hidden_pointers, mask=(start + depth < D)[None, :], other=0.0)
         if TMA:
-            w = weight.load([first_column, start]).T  # past the end TMA reads zeros
-        elif EVEN_D:
+            w = weight.load([first_column, start]).T
+        elif REGULAR:
             w = tl.load(weight_pointers)
         else:
             w = tl.load(weight_pointers, mask=(start + depth < D)[:, None], other=0.0)
@@ -129,9 +136,12 @@ def store_tile(
         tl.store(target + (rows * stride)[:, None] + columns[None, :], tile, mask=kept[:, None])
 
 
-def tma_can_read(matrix: Tensor) -> bool:
-    """Rows of consecutive elements that start on multiples of 16 bytes. (The size of a row may be any: TMA fills with zeros.)"""
-    return matrix.stride(1) == 1 and matrix.stride(0) * matrix.element_size() % 16 == 0 and matrix.data_ptr() % 16 == 0
+def regular(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether rows of both are contiguous, start on multiples of 16 bytes and need no mask. All others run too, but slower."""
+    return hidden.shape[-1] % WIDTH_UNIT == 0 and all(
+        x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % ALIGNMENT.value == 0 for stride in x.stride()[:-1])
+        for x in (hidden, weight)
+    )
 
 
 class Launch:
@@ -140,12 +150,11 @@ class Launch:
     def __init__(self, operands: Operands, rows: Tensor, target: Target):  # [n] int64: rows, numbered through
         hidden, weight, _, targets, readout = operands
         self.operands, self.target, self.rows = operands, target, rows
-        self.tma = target.has_tma and tma_can_read(weight)
-        strides = hidden.stride()[:-1]
-        # 8 elements are 16 bytes or more: what a vectorised, asynchronous load takes.
-        self.offset_unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
-        coordinates = operands.coordinates(rows)
-        self.offsets = sum(i * (stride // self.offset_unit) for i, stride in zip(coordinates, strides, strict=True))
+        self.regular = regular(hidden, weight)
+        self.tma = target.has_tma and self.regular
+        unit = ALIGNMENT.value if self.regular else 1
+        strides, coordinates = hidden.stride()[:-1], operands.coordinates(rows)
+        self.offsets = sum(i * (stride // unit) for i, stride in zip(coordinates, strides, strict=True))
         self.targets = targets.flatten()[rows]
         numerator = readout.logit_scale if readout.softcap is None else readout.softcap
         self.row_scale, self.scale = None, 1.0
@@ -178,8 +187,7 @@ class Launch:
             "HAS_BIAS": bias is not None,
             "HAS_SOFTCAP": readout.softcap is not None,
             "TMA": self.tma,
-            "OFFSET_UNIT": self.offset_unit,
-            "EVEN_D": weight.shape[1] % config.depth == 0,
+            "REGULAR": self.regular,
             "PRECISION": self.precision,
             "GROUP": config.group,
             "BLOCK_N": config.rows,
