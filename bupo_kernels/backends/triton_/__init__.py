@@ -202,7 +202,7 @@ def gradient_tiles(
         cache_rows = (counts.cumsum(0) - 1)[rows]  # E lies in the order in which rows counted
         from_cache = int((cache_rows < len(e)).sum())
         as_written = regular(operands.hidden, operands.weight)
-        exponent_columns = config.statistics_config(problem.dtype, target, regular=as_written, cache=True, softcap=False).columns
+        exponent_columns = config.statistics_config(problem.dtype, target, regular=as_written, softcap=False, cache=True).columns
     columns_of_dz = min(plan.tile.columns, config.padded(vocab))
     dz = torch.empty(min(plan.tile.rows, n), columns_of_dz, dtype=gradient_dtype(problem), device=rows.device)
     dense = operands.hidden.reshape(-1, width) if n == problem.rows and operands.hidden.is_contiguous() else None

@@ -112,7 +112,7 @@ def cases(arch: int) -> Iterator[tuple[str, str, str, Callable[[], object]]]:
         dtype, softcap = operands.hidden.dtype, operands.readout.softcap is not None
         launch = Launch(operands, rows, target)
         kind = {"regular": launch.regular, "softcap": softcap}
-        chosen = config.statistics_config(dtype, target, cache=False, **kind)
+        chosen = config.statistics_config(dtype, target, **kind)
         yield "linear_statistics", case, str(chosen), lambda: linear_statistics(launch, count, with_entropy=True)
         if config.why_not_cached(dtype, softcap) is None:
             cache = torch.zeros(64, 1024, dtype=torch.bfloat16), torch.zeros(64, 16, dtype=torch.int32)
@@ -138,7 +138,7 @@ def cases(arch: int) -> Iterator[tuple[str, str, str, Callable[[], object]]]:
             f"{name}, odd, all options", _operands(dtype, width=509, shift=1, bias=True, per_row=True, softcap=9.0)
         )
     plain = Launch(_operands(torch.bfloat16), rows, target)
-    chosen = config.statistics_config(torch.bfloat16, target, regular=True, cache=False, softcap=False)
+    chosen = config.statistics_config(torch.bfloat16, target, regular=True, softcap=False, argmax=True)
     yield (
         "linear_statistics",
         "bfloat16, arg max",
@@ -149,7 +149,7 @@ def cases(arch: int) -> Iterator[tuple[str, str, str, Callable[[], object]]]:
     statistics = torch.zeros(4, 64)
     yield "merge", "arg max", "128", lambda: merge(partials, best, count, rows, statistics, rows, with_entropy=True)
     e, exponents = torch.zeros(64, 1024, dtype=torch.bfloat16), torch.zeros(64, 16, dtype=torch.int32)
-    columns = config.statistics_config(torch.bfloat16, target, regular=True, cache=True, softcap=False).columns
+    columns = config.statistics_config(torch.bfloat16, target, regular=True, softcap=False, cache=True).columns
     coefficients, dz = Coefficients(floats, floats, floats, floats, rows), torch.zeros(64, 1024, dtype=torch.bfloat16)
     yield (
         "gradient_cached",

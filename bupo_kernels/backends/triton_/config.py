@@ -6,7 +6,8 @@ follow from the cost model below.
 
 A tile of rows x columns does rows · columns / (rows + columns) FLOP for each byte it pulls from L2 in 16 bit: 85 for 256 x 128,
 51 for 256 x 64, 64 for 128 x 128. A Hopper at 700 TFLOP/s needs about 100 of them per byte from an L2 of 7 TB/s, so the widest
-tile whose epilogue fits the 255 registers of a thread wins. fp32 products are three TF32 ones and bound by arithmetic.
+tile is taken whose epilogue fits the 255 registers of a thread, with every Triton from 3.6 to 3.9. fp32 products are three TF32
+ones and bound by arithmetic.
 """
 
 from __future__ import annotations
@@ -54,22 +55,28 @@ IRREGULAR = KernelConfig(128, 64, 32, 8, 3)  # addresses that take a register ea
 AMPERE = KernelConfig(128, 128, 32, 8, 3)
 HOPPER = KernelConfig(128, 128, 64, 8, 4)
 HOPPER_STATISTICS = KernelConfig(256, 128, 64, 8, 4)
-HOPPER_GRADIENT = KernelConfig(128, 256, 32, 8, 6)
-BLACKWELL = KernelConfig(256, 64, 64, 8, 4)
+BLACKWELL_STATISTICS = KernelConfig(256, 64, 64, 8, 4)
+BLACKWELL_SOFTCAP = KernelConfig(128, 64, 64, 4, 4)
 
 
-def statistics_config(dtype: torch.dtype, target: Target, *, regular: bool, cache: bool, softcap: bool) -> KernelConfig:
+def statistics_config(
+    dtype: torch.dtype, target: Target, *, regular: bool, softcap: bool, cache: bool = False, argmax: bool = False
+) -> KernelConfig:
     """Of ``linear_statistics_kernel``. Does not depend on the number of rows: that is what makes it batch invariant.
-    ``regular``: rows of both operands are contiguous and start on multiples of 16 bytes."""
+
+    ``regular``: see ``product.regular``. ``cache``: the epilogue also keeps E; ``argmax``: it finds the largest logit.
+    """
     if dtype == torch.float32:
         return FP32 if regular and not (softcap and target.arch >= 100) else FP32_SMALL
     if not regular:
         return IRREGULAR
-    if target.arch >= 100:
-        return SMALL if softcap else BLACKWELL
-    if target.arch >= 90:
-        return HOPPER if cache else HOPPER_STATISTICS
-    return AMPERE
+    if target.arch < 90:
+        return AMPERE
+    if target.arch < 100:
+        return HOPPER if softcap or cache or argmax else HOPPER_STATISTICS
+    if softcap:
+        return BLACKWELL_SOFTCAP
+    return HOPPER if cache else BLACKWELL_STATISTICS
 
 
 def gradient_config(dtype: torch.dtype, target: Target, *, regular: bool, softcap: bool) -> KernelConfig:
@@ -80,11 +87,7 @@ def gradient_config(dtype: torch.dtype, target: Target, *, regular: bool, softca
         return IRREGULAR
     if softcap:
         return SMALL
-    if target.arch >= 100:
-        return HOPPER
-    if target.arch >= 90:
-        return HOPPER_GRADIENT if dtype == torch.bfloat16 else HOPPER
-    return AMPERE
+    return HOPPER if target.arch >= 90 else AMPERE
 
 
 def precision(dtype: torch.dtype, target: Target, allow_tf32: bool) -> str:
@@ -126,7 +129,7 @@ def padded(vocab: int) -> int:
 
 def exponents_per_row(vocab: int) -> int:
     """One for each column block of the narrowest kernel."""
-    return padded(vocab) // min(config.columns for config in (AMPERE, HOPPER, BLACKWELL, IRREGULAR))
+    return padded(vocab) // min(config.columns for config in (AMPERE, HOPPER, IRREGULAR))
 
 
 # Slices of the backward. Wide ones read and write the fp32 sum of dH less often: 2·4·N·D bytes each, against 2·N·S·D FLOP.

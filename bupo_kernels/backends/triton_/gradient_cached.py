@@ -91,4 +91,5 @@ def gradient_cached(
         BLOCK_N=rows,
         BLOCK_V=exponent_columns,
         num_warps=8,
+        enable_fp_fusion=True,
     )

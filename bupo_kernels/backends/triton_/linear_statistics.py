@@ -138,7 +138,9 @@ def linear_statistics(
     """Partials [splits, 4, N] of the first ``count`` rows of ``launch``, and for each split the column of its largest logit."""
     hidden, weight = launch.operands.hidden, launch.operands.weight
     softcap = launch.operands.readout.softcap is not None
-    config = statistics_config(hidden.dtype, launch.target, regular=launch.regular, cache=cache is not None, softcap=softcap)
+    config = statistics_config(
+        hidden.dtype, launch.target, regular=launch.regular, softcap=softcap, cache=cache is not None, argmax=with_argmax
+    )
     n, split = len(launch.rows), split_columns(weight.shape[0])
     splits = triton.cdiv(weight.shape[0], split)
     partials = torch.empty(splits, 4, n, dtype=torch.float32, device=hidden.device)

@@ -81,4 +81,5 @@ def merge(
         WITH_ARGMAX=best is not None,
         BLOCK_N=rows,
         num_warps=4,
+        enable_fp_fusion=True,
     )

@@ -195,6 +195,7 @@ class Launch:
             "BLOCK_D": config.depth,
             "num_warps": config.warps,
             "num_stages": config.stages,
+            "enable_fp_fusion": True,  # said, since Triton 3.10 will no longer assume it
         }
 
     def programs(self, config: KernelConfig, column_units: int) -> tuple[int]:
