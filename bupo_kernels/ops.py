@@ -8,6 +8,8 @@ number of rows that have a gradient.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Optional
 
 import torch
@@ -64,6 +66,13 @@ def check_rows(targets: Tensor, counts: Tensor, vocab: int, ignore_index: int, t
         raise ValueError(f"temperature: {given} given, accepted are positive numbers on rows that count")
 
 
+@contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """Kernels are launched on the current device; and autocast, which has chosen the operands' dtype, would round products."""
+    with torch.autocast(device.type, enabled=False), torch.cuda.device(device if device.type == "cuda" else -1):
+        yield
+
+
 @torch.library.custom_op("bupo_kernels::linear_statistics", mutates_args=())
 def linear_statistics(
     hidden: Tensor,
@@ -91,8 +100,7 @@ def linear_statistics(
     plan = make_plan(problem_of(hidden, weight, counts, softcap, grads, memory_budget), backend)
     readout = Readout(temperature if row_temperature is None else row_temperature, logit_scale, softcap)
     operands = Operands(hidden, weight, bias, targets, readout)
-    # Autocast has already chosen the operands' dtype; inside, it would round the products.
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _on(hidden.device):
         statistics, cache = plan.module.statistics(operands, counts.flatten(), plan.problem, plan.schedule, with_entropy)
     results = algebra.finish(statistics, weight.shape[0], with_entropy)
     nothing = statistics.m.new_empty(0)
@@ -189,7 +197,7 @@ def linear_statistics_backward(
     readout = Readout(temperature if row_temperature is None else row_temperature, logit_scale, softcap)
     operands = Operands(hidden, weight, bias, targets, readout)
     cache = (e, exponents, counts) if e.numel() else None
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _on(hidden.device):
         gradients = linear_gradients(
             plan.module.gradient_tiles(operands, rows, coefficients, plan.problem, plan.schedule, cache),
             hidden,

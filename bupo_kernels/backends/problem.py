@@ -68,7 +68,11 @@ class Operands(NamedTuple):
 
     def coordinates(self, rows: Tensor) -> tuple[Tensor, ...]:  # [n] -> [n] for each leading dimension
         """Rows numbered through, as coordinates in the leading dimensions of ``hidden``."""
-        return (rows,) if self.targets.dim() == 1 else torch.unravel_index(rows, self.targets.shape)
+        coordinates = []
+        for size in reversed(self.targets.shape[1:]):  # torch.unravel_index would copy the shape to the device, and wait
+            coordinates.append(rows % size)
+            rows = rows // size
+        return (rows, *reversed(coordinates))
 
 
 class Tile(NamedTuple):

@@ -7,12 +7,13 @@ launching: what is compiled is, specialisation for specialisation, what a GPU wo
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from unittest import mock
 
 import torch
@@ -28,27 +29,32 @@ from bupo_kernels.backends.triton_.linear_statistics import linear_statistics
 from bupo_kernels.backends.triton_.merge import merge
 from bupo_kernels.backends.triton_.product import Launch
 
-ARCHITECTURES = (80, 90, 100)
-# Bytes of shared memory a block may have; 8.6 and 8.9, which run what 8.0 does, have 101376.
-SHARED_MEMORY = {80: 101376, 90: 232448, 100: 232448}
-MATRIX_INSTRUCTION = re.compile(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*?(m\d+n\d+k\d+|kind::\w+)")
+TARGETS = {  # name -> what Triton calls it
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+MATRIX_INSTRUCTION = {
+    "cuda": re.compile(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*?(m\d+n\d+k\d+|kind::\w+)"),
+    "hip": re.compile(r"(v_mfma)_(\w+)"),
+}
 
 
 @dataclass(frozen=True)
 class Compiled:
+    target: str
     kernel: str
     case: str
-    arch: int
     config: str
     registers: int
-    stack: int  # bytes: of spilled registers, there is nothing else on it
+    spills: int  # bytes of the stack frame (NVIDIA: there is nothing else on it), or registers (AMD)
     shared: int  # bytes
     instruction: str  # of the tensor cores; "" without
 
     def __str__(self) -> str:
-        shared = f"{self.shared / 1024:.0f} KiB"
-        row = f"sm_{self.arch:<4} {self.kernel:<18} {self.case:<28} {self.config:<30}"
-        return f"{row} {self.registers:>4} {self.stack:>6} {shared:>8}  {self.instruction}"
+        row = f"{self.target:<7} {self.kernel:<18} {self.case:<28} {self.config:<30} {self.registers:>4} {self.spills:>6}"
+        return f"{row} {self.shared / 1024:>4.0f} KiB  {self.instruction}"
 
 
 HEADER = f"{'target':<7} {'kernel':<18} {'case':<28} {'configuration':<30} {'regs':>4} {'spills':>6} {'shared':>8}  tensor cores"
@@ -57,29 +63,34 @@ HEADER = f"{'target':<7} {'kernel':<18} {'case':<28} {'configuration':<30} {'reg
 class _Driver:
     """As much of a driver as compiling takes."""
 
-    def __init__(self, arch: int):
-        self.arch = arch
+    def __init__(self, target: str):
+        self.target = target
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.arch, 32)
+        return TARGETS[self.target]
 
-    def get_current_device(self) -> int:
-        return self.arch  # what is compiled is kept by device
+    def get_current_device(self) -> str:
+        return self.target  # what is compiled is kept by device
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: str) -> int:
         return 0
 
 
 @contextmanager
-def _compiling(arch: int) -> Iterator[list]:
-    """Launches inside are compiled for ``arch`` and not run; the list receives what came of them."""
+def _compiling(target: str) -> Iterator[list]:
+    """Launches inside are compiled for ``target`` and not run; the list receives what came of them."""
     launch, compiled = triton.runtime.jit.JITFunction.run, []
 
     def compile_only(kernel, *args, **kwargs):
-        compiled.append(launch(kernel, *args, **{**kwargs, "warmup": True}))
+        tile = " x ".join(str(kwargs[block]) for block in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if block in kwargs)
+        configuration = f"{tile}, {kwargs['num_warps']} warps" + (
+            f", {kwargs['num_stages']} stages" if "num_stages" in kwargs else ""
+        )
+        binary = launch(kernel, *args, **{**kwargs, "warmup": True})
+        compiled.append((kernel.__name__.removesuffix("_kernel"), configuration, binary))
 
     before = triton.runtime.driver._active if hasattr(triton.runtime.driver, "_active") else None
-    triton.runtime.driver.set_active(_Driver(arch))
+    triton.runtime.driver.set_active(_Driver(target))
     try:
         with mock.patch.object(triton.runtime.jit.JITFunction, "run", compile_only):
             yield compiled
@@ -102,96 +113,80 @@ def _operands(dtype: torch.dtype, *, width: int = 512, bias=False, per_row=False
     )
 
 
-def cases(arch: int) -> Iterator[tuple[str, str, str, Callable[[], object]]]:
-    """(kernel, case, configuration, launch) of everything that runs by default."""
-    target = config.Target("cuda", arch, processors=132)
-    rows = torch.arange(64)
-    count, floats = torch.tensor([64]), torch.zeros(64)
-
-    def product_kernels(case: str, operands: Operands) -> Iterator[tuple[str, str, str, Callable[[], object]]]:
-        dtype, softcap = operands.hidden.dtype, operands.readout.softcap is not None
-        launch = Launch(operands, rows, target)
-        kind = {"regular": launch.regular, "softcap": softcap}
-        chosen = config.statistics_config(dtype, target, **kind)
-        yield "linear_statistics", case, str(chosen), lambda: linear_statistics(launch, count, with_entropy=True)
-        if config.why_not_cached(dtype, softcap) is None:
-            cache = torch.zeros(64, 1024, dtype=torch.bfloat16), torch.zeros(64, 16, dtype=torch.int32)
-            chosen = config.statistics_config(dtype, target, cache=True, **kind)
-            yield (
-                "linear_statistics",
-                f"{case}, E kept",
-                str(chosen),
-                lambda: linear_statistics(launch, count, with_entropy=True, cache=cache),
-            )
-        dz = torch.zeros(64, 1024, dtype=dtype)
-        coefficients = Coefficients(floats, floats, floats, floats, rows)
-        chosen = config.gradient_config(dtype, target, **kind)
-        yield "gradient_recompute", case, str(chosen), lambda: gradient_recompute(launch, coefficients, dz, slice(0, 1024))
+def cases(name: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(case, launch) of everything that runs by default."""
+    gpu = TARGETS[name]
+    target = config.Target(gpu.backend, gpu.arch if gpu.backend == "cuda" else 0, processors=132)
+    rows, count, floats = torch.arange(64), torch.tensor([64]), torch.zeros(64)
+    coefficients = Coefficients(floats, floats, floats, floats, rows)
+    cache = torch.zeros(64, 1024, dtype=torch.bfloat16), torch.zeros(64, 16, dtype=torch.int32)
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        name = str(dtype).removeprefix("torch.")
-        yield from product_kernels(name, _operands(dtype))
-        yield from product_kernels(f"{name}, all options", _operands(dtype, bias=True, per_row=True, softcap=30.0))
-        yield from product_kernels(f"{name}, ragged width", _operands(dtype, width=520))
-        yield from product_kernels(f"{name}, odd strides", _operands(dtype, width=509, shift=1))
-        yield from product_kernels(
-            f"{name}, odd, all options", _operands(dtype, width=509, shift=1, bias=True, per_row=True, softcap=9.0)
-        )
-    plain = Launch(_operands(torch.bfloat16), rows, target)
-    chosen = config.statistics_config(torch.bfloat16, target, regular=True, softcap=False, argmax=True)
-    yield (
-        "linear_statistics",
-        "bfloat16, arg max",
-        str(chosen),
-        lambda: linear_statistics(plain, count, with_entropy=True, with_argmax=True),
-    )
-    partials, best = torch.zeros(4, 4, 64), torch.zeros(4, 64, dtype=torch.int64)
-    statistics = torch.zeros(4, 64)
-    yield "merge", "arg max", "128", lambda: merge(partials, best, count, rows, statistics, rows, with_entropy=True)
-    e, exponents = torch.zeros(64, 1024, dtype=torch.bfloat16), torch.zeros(64, 16, dtype=torch.int32)
+        all_options = {"bias": True, "per_row": True, "softcap": 30.0}
+        kinds = {
+            "": _operands(dtype),
+            ", all options": _operands(dtype, **all_options),
+            ", ragged width": _operands(dtype, width=520),
+            ", odd strides": _operands(dtype, width=509, shift=1),
+            ", odd, all options": _operands(dtype, width=509, shift=1, **all_options),
+        }
+        for kind, operands in kinds.items():
+            case, launch = str(dtype).removeprefix("torch.") + kind, Launch(operands, rows, target)
+            yield case, lambda launch=launch: linear_statistics(launch, count, with_entropy=True)
+            if config.why_not_cached(dtype, softcap=operands.readout.softcap is not None) is None:
+                yield f"{case}, E kept", lambda launch=launch: linear_statistics(launch, count, with_entropy=True, cache=cache)
+            dz = torch.zeros(64, 1024, dtype=dtype)
+            yield case, lambda launch=launch, dz=dz: gradient_recompute(launch, coefficients, dz, slice(0, 1024))
+
+    launch = Launch(_operands(torch.bfloat16), rows, target)
+    yield "bfloat16, arg max", lambda: linear_statistics(launch, count, with_entropy=True, with_argmax=True)
+    partials, best, merged = torch.zeros(4, 4, 64), torch.zeros(4, 64, dtype=torch.int64), torch.zeros(4, 64)
+    yield "with arg max", lambda: merge(partials, best, count, rows, merged, rows, with_entropy=True)
     columns = config.statistics_config(torch.bfloat16, target, regular=True, softcap=False, cache=True).columns
-    coefficients, dz = Coefficients(floats, floats, floats, floats, rows), torch.zeros(64, 1024, dtype=torch.bfloat16)
-    yield (
-        "gradient_cached",
-        "bfloat16",
-        f"32 x {columns}",
-        lambda: gradient_cached((e, exponents), columns, rows, coefficients, dz, slice(0, 1024)),
-    )
+    dz = torch.zeros(64, 1024, dtype=torch.bfloat16)
+    yield "bfloat16", lambda: gradient_cached(cache, columns, rows, coefficients, dz, slice(0, 1024))
 
 
-def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> Iterator[Compiled]:
-    for arch in architectures:
-        for kernel, case, chosen, launch in cases(arch):
-            with _compiling(arch) as compiled:
+def compile_all(targets: Iterable[str] = TARGETS) -> Iterator[Compiled]:
+    for target in targets:
+        for case, launch in cases(target):
+            with _compiling(target) as compiled:
                 launch()
-            (binary,) = compiled
-            yield Compiled(kernel, case, arch, chosen, *_resources(binary, arch))
+            ((kernel, configuration, binary),) = compiled
+            yield Compiled(target, kernel, case, configuration, *_resources(binary, TARGETS[target].backend))
 
 
-def _resources(binary, arch: int) -> tuple[int, int, int, str]:
-    """Registers, stack bytes, shared bytes, matrix instruction."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    registers, stack = (int(re.search(rf"\b{field}:(\d+)", text)[1]) for field in ("REG", "STACK"))
-    found = sorted({f"{kind} {shape}" for kind, shape in MATRIX_INSTRUCTION.findall(binary.asm["ptx"])})
-    return registers, stack, binary.metadata.shared, ", ".join(found)
+def _resources(binary, backend: str) -> tuple[int, int, int, str]:
+    """Registers, spills, shared bytes, matrix instruction."""
+    if backend == "hip":
+        text, fields = binary.asm["amdgcn"], (r"\.vgpr_count", r"\.vgpr_spill_count")
+    else:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary.asm["cubin"])
+            file.flush()
+            tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
+            text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
+        fields = r"\bREG", r"\bSTACK"
+    registers, spills = (int(re.search(rf"{field}: *(\d+)", text)[1]) for field in fields)
+    assembly = binary.asm["amdgcn" if backend == "hip" else "ptx"]
+    found = sorted({" ".join(parts) for parts in MATRIX_INSTRUCTION[backend].findall(assembly)})
+    return registers, spills, binary.metadata.shared, ", ".join(found)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description="Compile every default kernel configuration ahead of time and print its resources."
     )
-    parser.add_argument("--arch", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES, help="compute capability x 10")
-    architectures = tuple(parser.parse_args().arch)
-    print(f"Triton {triton.__version__}\n{HEADER}")
-    for compiled in compile_all(architectures):
-        print(compiled, flush=True)
+    parser.add_argument("--target", nargs="*", default=list(TARGETS), choices=TARGETS, help="default: all of them")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
+    options = parser.parse_args()
+    if config.interpreted():
+        parser.error("TRITON_INTERPRET: 1 given, accepted is unset: the interpreter compiles nothing")
+    if not options.json:
+        print(f"Triton {triton.__version__}\n{HEADER}")
+    for compiled in compile_all(options.target):
+        print(json.dumps(asdict(compiled)) if options.json else compiled, flush=True)
 
 
 if __name__ == "__main__":
-    if config.interpreted():
-        raise SystemExit("TRITON_INTERPRET: 1 given, accepted is unset: the interpreter compiles nothing")
     main()
