@@ -10,9 +10,14 @@ With ``h = H^l``, the residual stream after layer ``l``, this is the paper's int
 
 Numerics, the same for every op here. Products accumulate in fp32 and every statistic is taken from that accumulator, never
 from a rounded logit; 16-bit inputs are exact. Against float64 on the same inputs ``|Δlogprob| ≤ 2e-6 · (1 + max|z|)``. dH and
-dW are summed in fp32 and rounded once, to the dtype of their tensor. float64 inputs are computed in float64 throughout. fp32
-products follow torch's own precision setting (``torch.set_float32_matmul_precision``); the bound is for its default,
-``"highest"``.
+dW are summed in fp32 and rounded once, to the dtype of their tensor. The gradient of a logit stays fp32 on the ``torch`` backend;
+``triton`` rounds it once to a 16-bit input's dtype, for the tensor cores (fp16: scaled by a power of two first), and with its
+``cached`` strategy takes p from a bf16 value: another 2⁻⁹ relative in p and 0.002 nat in log p, never on the target. float64
+inputs are computed in float64 throughout. fp32 products follow torch's own precision setting
+(``torch.set_float32_matmul_precision``); the bound is for its default, ``"highest"``.
+
+Under ``torch.compile`` a call is one node, whatever the number of rows, and gives bit for bit what it gives without. Off the CPU
+the forward never waits for the device; a target or a temperature out of range is then a device-side assert.
 Logits must be finite (a ``bias`` of −inf is not supported).
 """
 
@@ -67,9 +72,11 @@ def linear_logprobs(
         softcap: if given, ``softcap · tanh(· / softcap)``, before the temperature (Gemma).
         mask: ``[...]`` bool, True = the row counts. Masked rows cost nothing: no product is formed for them.
         return_entropy: False skips the entropy; the field is then None.
-        backend: ``"auto"`` or one of the backends :func:`explain` names.
-        memory_budget: upper bound in bytes on working memory, 256 MiB by default. Outputs and gradients come on top, and
-            for 16-bit inputs one fp32 sum of dH; :func:`explain` states each.
+        backend: ``"auto"``, ``"torch"`` or ``"triton"``, or one with its strategy, ``"triton:recompute"`` or
+            ``"triton:cached"``; :func:`explain` says which would run, and why not the others.
+        memory_budget: upper bound in bytes on working memory, what is kept for the backward included; 256 MiB by default on
+            the CPU, 1 GiB elsewhere. Outputs and gradients come on top, and for 16-bit inputs one fp32 sum of dH;
+            :func:`explain` states each.
 
     Returns:
         :class:`LinearLogprobs`. All three are differentiable, alone or together, with respect to ``hidden``, ``weight`` and

@@ -1,8 +1,8 @@
 """The ops as torch sees them: registered, with shapes for tracing and a gradient, opaque to compilers.
 
 One op and its backward for every backend. Which backend runs is decided inside, from sizes that are then plain numbers, so that a
-traced graph holds one node whatever N is. In the forward nothing waits for the device; the backward waits once, for the
-number of rows that have a gradient.
+traced graph holds one node whatever N is. In the forward nothing waits for the device; the backward waits for it to say how many
+rows have a gradient, since the products that follow are of that many.
 """
 
 from __future__ import annotations

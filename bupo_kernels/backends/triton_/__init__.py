@@ -1,9 +1,9 @@
 """Fused kernels for GPUs: a tile of logits is multiplied, folded into the row's statistics or turned into its gradient, and gone.
 
 ``linear_statistics.py`` streams W once and leaves partials per vocabulary split, ``merge.py`` folds them in order.
-``gradient_recompute.py`` forms dz of a vocabulary slice again, ``gradient_cached.py`` has it from the E that the forward kept;
-the products of dz with W and H are the library's. ``config.py`` has every number. Under ``TRITON_INTERPRET=1`` all of it runs on
-the CPU, which is how it is tested without a GPU.
+``gradient_recompute.py`` forms dz of a vocabulary slice again, ``gradient_cached.py`` has it from the E that the forward kept; the
+products of dz with W and H are the library's. ``plan.py`` says which rows take which way, ``config.py`` has every number. Under
+``TRITON_INTERPRET=1`` all of it runs on the CPU, which is how it is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -15,9 +15,22 @@ import torch
 from torch import Tensor
 
 from bupo_kernels.backends.algebra import Coefficients, Statistics
-from bupo_kernels.backends.gradients import PRODUCT_ROWS, GradientTile
-from bupo_kernels.backends.problem import Memory, Operands, Problem, Schedule, Tile
+from bupo_kernels.backends.gradients import GradientTile
+from bupo_kernels.backends.problem import Operands, Problem, Schedule
 from bupo_kernels.backends.triton_ import config
+from bupo_kernels.backends.triton_.plan import cache_widths, cached_rows, make_schedule
+
+__all__ = (  # what dispatch asks of a backend
+    "STRATEGIES",
+    "cache_widths",
+    "cached_rows",
+    "gradient_dtype",
+    "gradient_tiles",
+    "schedule",
+    "statistics",
+    "why_not",
+    "why_not_default",
+)
 
 STRATEGIES = ("recompute", "cached")
 
@@ -61,87 +74,8 @@ def why_not_default(problem: Problem) -> str | None:
     return f"never yet measured on a GPU like this ({target.kind} {target.arch / 10}); backend='triton' asks for it"
 
 
-def cached_rows(problem: Problem, strategy: str | None) -> int:
-    """How many rows (the first that count) leave their E. Half of the budget may hold it; unasked, it must hold half of the rows,
-    since the forward that writes E is tiled for that and not for speed."""
-    if not problem.needs_grad or strategy == "recompute":
-        return 0
-    if strategy is None and (config.why_not_cached(problem.dtype, problem.softcap) or problem.width < config.CACHE_MIN_WIDTH):
-        return 0
-    row, more = cache_widths(problem)
-    limit = problem.memory_budget // 2 // (2 * row + 4 * more)
-    if strategy is None and limit * 2 < problem.rows:
-        return 0
-    return torch.sym_min(problem.rows, limit)
-
-
-def cache_widths(problem: Problem) -> tuple[int, int]:
-    """Elements of a row of E (bf16) and of its exponents (int32)."""
-    return config.padded(problem.vocab), config.exponents_per_row(problem.vocab)
-
-
 def schedule(problem: Problem, strategy: str | None) -> Schedule:
-    """Slices of the backward as wide as the budget allows, of all rows if it can: then dW[slice] is one product.
-
-    Raises ``ValueError`` when the budget does not hold the smallest tile.
-    """
-    cached = cached_rows(problem, strategy)
-    if strategy == "cached" and problem.needs_grad and problem.rows and not cached:
-        row, more = cache_widths(problem)
-        least = 2 * (2 * row + 4 * more)
-        raise ValueError(f"memory_budget: {problem.memory_budget} bytes given, accepted are at least {least} to keep one row of E")
-    unit = config.COLUMN_UNIT
-    smallest = memory(problem, Tile(1, unit), cached)
-    least = max(smallest.forward, smallest.backward)
-    if least > problem.memory_budget:
-        raise ValueError(f"memory_budget: {problem.memory_budget} bytes given, accepted are at least {least} for this many rows")
-
-    def fits(rows: int, columns: int) -> bool:
-        return memory(problem, Tile(rows, columns), cached).backward <= problem.memory_budget
-
-    rows, columns = max(problem.planned_rows, 1), min(config.padded(problem.vocab), config.MOST_COLUMNS)
-    while columns > config.FEWEST_COLUMNS and not fits(rows, columns):
-        columns = max(columns // 2 // unit, 1) * unit
-    while rows > 1 and not fits(rows, columns):
-        rows = (rows + 1) // 2
-    while columns > unit and not fits(rows, columns):
-        columns = max(columns // 2 // unit, 1) * unit
-    tile = Tile(rows, columns)
-    strategies = "statistics only" if not problem.needs_grad else "cached and recompute" if cached else "recompute"
-    if cached and cached >= problem.rows:
-        strategies = "cached"
-    return Schedule(strategies, tile, memory(problem, tile, cached), cached, _kernels(problem, cached))
-
-
-def _kernels(problem: Problem, cached: int) -> tuple[str, ...]:
-    target = target_of(problem.device)
-    kind = {"regular": True, "softcap": problem.softcap}
-    forward = config.statistics_config(problem.dtype, target, cache=cached > 0, **kind)
-    lines = [f"statistics {forward}, splits of {config.split_columns(problem.vocab)} columns"]
-    if problem.needs_grad:
-        lines.append(f"gradient {config.gradient_config(problem.dtype, target, **kind)}")
-    return tuple(lines)
-
-
-def memory(problem: Problem, tile: Tile, cached: int) -> Memory:
-    """What a call allocates; the gpu tests hold it against the allocator."""
-    rows, item = problem.rows, problem.dtype.itemsize
-    row, more = cache_widths(problem)
-    kept = cached * (2 * row + 4 * more)
-    splits = -(-problem.vocab // config.split_columns(problem.vocab))
-    # Per row: masks, positions, offsets and targets of the rows that count (int64), scale, four statistics and their merged values.
-    forward = kept + rows * (16 * splits + 6 * 8 + 16 * 4)
-    backward = accumulator = 0
-    if problem.needs_grad:
-        sixteen_bit = item < 4
-        backward = kept + rows * (10 * 8 + 26 * 4) + tile.rows * tile.columns * item
-        backward += tile.rows * problem.width * item * problem.grad_weight  # rows of H, where some have left
-        backward += tile.columns * problem.width * 4 * problem.grad_weight * sixteen_bit  # dW of the slice
-        product_rows = min(PRODUCT_ROWS, max(tile.rows, tile.columns))
-        backward += product_rows * problem.width * 4 * sixteen_bit * (problem.grad_hidden or problem.grad_weight)
-        backward += tile.columns * 4 * 2 * problem.grad_bias
-        accumulator = rows * problem.width * 4 if problem.grad_hidden and sixteen_bit else 0
-    return Memory(forward, backward, accumulator, kept)
+    return make_schedule(problem, strategy, target_of(problem.device))
 
 
 def gradient_dtype(problem: Problem) -> torch.dtype:
