@@ -1,22 +1,25 @@
-# TORCH names the build to install before everything else; give another to choose CPU or CUDA wheels.
+# TORCH names the build to install before everything else; give another to choose CPU or CUDA wheels. TRITON is what the tests
+# interpret and compile the kernels with: the release that torch 2.11 brings.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.6.0
 POLICY ?= bupo
 SEED ?= 0
+RESULTS ?= benchmarks/results
 
 BIN := .venv/bin
 
-.PHONY: install demo test test-demo lint bench clean
+.PHONY: install demo test test-triton test-demo lint kernels bench gpu clean
 
-# One stamp, named after the torch it stands for: asking for another torch installs it.
-STAMP := .venv/installed-$(subst =,,$(TORCH))
+# One stamp, named after what it stands for: asking for another torch or Triton installs it.
+STAMP := .venv/installed-$(subst =,,$(TORCH)-$(TRITON))
 
 install: $(STAMP)
 
 $(STAMP): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
 	rm -f .venv/installed-*
-	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" "$(TRITON)"
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test]"
 	touch $@
 
@@ -25,6 +28,12 @@ demo: install ## a small model learns sums with BuPO (POLICY=grpo: the baseline)
 
 test: install
 	$(BIN)/python -m pytest
+
+test-triton: install ## the kernels with another Triton: make test-triton TRITON=triton==3.9.0 (then again without, for the default)
+	$(BIN)/python -m pytest tests/test_triton.py tests/test_kernels.py tests/test_reliability.py
+
+kernels: install ## compile every Triton configuration for every target, and print what came of it
+	$(BIN)/python -m bupo_kernels.backends.triton_.compile
 
 test-demo: install ## the demo must learn; minutes
 	$(BIN)/python -m pytest -m slow -s
@@ -35,6 +44,10 @@ lint: install
 
 bench: install ## against the bare GEMM of the same run
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-enable
+
+gpu: ## on a machine with a GPU, from a checkout and with what is installed: its tests, then its benchmark
+	PYTHONPATH=. $(PYTHON) -m pytest tests/test_gpu.py --durations=10; tests=$$?; \
+	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --out $(RESULTS) && exit $$tests
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .benchmarks

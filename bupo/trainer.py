@@ -22,7 +22,7 @@ from bupo.rollout import Batch, collate, generate
 from bupo.schedule import FINAL, OptimisedPolicy, policy_at
 from bupo_kernels import FusedLMHead, LinearLogprobs, policy_logprobs
 from bupo_kernels.internal_policy import MODEL_TYPES
-from bupo_kernels.policy_losses import clipped_policy_loss, token_weights
+from bupo_kernels.policy_losses import PolicyObjective, policy_terms, token_weights
 
 
 def train(config: TrainConfig) -> tuple[Accuracy, Accuracy]:
@@ -162,7 +162,9 @@ def update(
     in the weights, and cost nothing. A mini-batch of nothing else makes no step.
     """
     how = config.objective
-    batch = replace(batch, weights=token_weights(batch.mask, how.aggregation))
+    objective = PolicyObjective(clip_low=how.clip_low, clip_high=how.clip_high, dual_clip=how.dual_clip)
+    aggregation = "sequence-mean-token-mean" if how.aggregation == "sequence-mean" else how.aggregation
+    batch = replace(batch, weights=token_weights(batch.mask, aggregation))
     active = batch.advantages[:, 0] != 0
     if not active.any():
         return Update(loss=0.0, clipped=0.0, grad_norm=0.0)
@@ -170,18 +172,10 @@ def update(
     loss, clipped = 0.0, 0.0
     for micro in batch.split(config.optimizer.micro_batch):
         new = forward(model, micro, policy, config)
-        token = clipped_policy_loss(
-            new.logprobs,
-            micro.old_logprobs,
-            micro.advantages,
-            clip_low=how.clip_low,
-            clip_high=how.clip_high,
-            dual_clip=how.dual_clip,
-        )
-        micro_loss = (micro.weights * token.loss).sum()
-        micro_loss.backward()
-        loss += micro_loss.item()
-        clipped += (token.clipped & micro.mask).sum().item()
+        terms = policy_terms(objective, new.logprobs, None, micro.advantages, old_logprobs=micro.old_logprobs, mask=micro.mask)
+        new.logprobs.backward(micro.weights * terms.d_logprob)
+        loss += (micro.weights * terms.loss).sum().item()
+        clipped += (terms.clipped_low | terms.clipped_high).sum().item()
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm, error_if_nonfinite=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

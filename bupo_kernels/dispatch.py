@@ -17,8 +17,9 @@ from bupo_kernels.backends.problem import Problem, Schedule
 #   why_not(problem, strategy)          the reason it cannot run this, or None; does not look at the number of rows
 #   why_not_default(problem)            the reason "auto" passes it over though it could, or None
 #   schedule(problem, strategy)         tiles and memory; raises where the budget is too small
+#   one_pass_schedule(problem, strategy)  the same for a loss whose gradients are taken in the forward
 #   cached_rows(problem, strategy)      rows whose probability-like tile is kept for the backward
-#   statistics, gradient_dtype, gradient_tiles    the work itself
+#   statistics, row_statistics, gradient_dtype, gradient_tiles    the work itself
 BACKENDS = {"triton": triton_, "torch": torch_chunked}
 
 log = logging.getLogger("bupo_kernels")
@@ -42,10 +43,15 @@ class Plan:
 
     @property
     def flops_forward(self) -> int:
-        return 2 * self.problem.active_rows * self.problem.vocab * self.problem.width
+        product = 2 * self.problem.active_rows * self.problem.vocab * self.problem.width
+        return product + (self._flops_gradients if self.schedule.chunk_rows else 0)
 
     @property
     def flops_backward(self) -> int:
+        return 0 if self.schedule.chunk_rows else self._flops_gradients
+
+    @property
+    def _flops_gradients(self) -> int:
         p = self.problem
         recomputed = max(p.active_rows - self.schedule.cached_rows, 0)
         products = (p.grad_hidden + p.grad_weight) * p.active_rows + (recomputed if p.needs_grad else 0)
@@ -59,6 +65,9 @@ class Plan:
         cached = min(self.schedule.cached_rows, p.active_rows)
         if not p.needs_grad:
             return rows + vocab, 0
+        if self.schedule.chunk_rows:
+            chunks = max(-(-p.active_rows // self.schedule.chunk_rows), 1)
+            return (1 + p.grad_hidden + p.grad_weight) * (rows + chunks * vocab), 0
         recompute = (rows + vocab) if cached < p.active_rows else 0
         return rows + vocab + cached * e, recompute + cached * e + (p.grad_hidden + p.grad_weight) * (rows + vocab)
 
@@ -71,7 +80,8 @@ class Plan:
             f"{str(p.dtype).removeprefix('torch.')} on {p.device.type}"
             + (f", no gradient for {' and '.join(frozen)}" if frozen else ""),
             f"backend   {self.backend}: {s.strategy}, tiles of {s.tile.rows} x {s.tile.columns}"
-            + (f", E of {s.cached_rows} rows kept" if s.cached_rows else ""),
+            + (f", E of {s.cached_rows} rows kept" if s.cached_rows and not s.chunk_rows else "")
+            + (f", {s.chunk_rows} rows at a time" if s.chunk_rows else ""),
             *(f"kernel    {kernel}" for kernel in s.kernels),
             f"forward   {self.flops_forward / 1e9:.3f} GFLOP, at least {moved[0] / mib:.2f} MiB moved, "
             f"{memory.forward / mib:.2f} MiB of working memory",
@@ -116,10 +126,12 @@ def _log_once(message: str) -> None:
     log.warning(message)
 
 
-def make_plan(problem: Problem, backend: str = "auto") -> Plan:
+def make_plan(problem: Problem, backend: str = "auto", one_pass: bool = False) -> Plan:
     """The plan for ``problem`` on ``backend`` ("name" or "name:strategy"), or on the first of :data:`BACKENDS` that can run it.
+    ``one_pass``: for a loss whose gradients are taken in the forward.
 
     Raises ``ValueError`` when ``backend`` is unknown or cannot run the problem, or the budget is too small for it.
     """
     name, module, strategy, reasons = choose(problem, backend)
-    return Plan(problem, name, module, module.schedule(problem, strategy), reasons)
+    schedule = module.one_pass_schedule if one_pass else module.schedule
+    return Plan(problem, name, module, schedule(problem, strategy), reasons)

@@ -12,7 +12,7 @@ Numerics, the same for every op here. Products accumulate in fp32 and every stat
 from a rounded logit; 16-bit inputs are exact. Against float64 on the same inputs ``|Δlogprob| ≤ 2e-6 · (1 + max|z|)``. dH and
 dW are summed in fp32 and rounded once, to the dtype of their tensor. The gradient of a logit stays fp32 on the ``torch`` backend;
 ``triton`` rounds it once to a 16-bit input's dtype, for the tensor cores (fp16: scaled by a power of two first), and with its
-``cached`` strategy takes p from a bf16 value: another 2⁻⁹ relative in p and 0.002 nat in log p, never on the target. float64
+``cached`` strategy takes p from a bf16 value: another 2⁻⁸ relative in p and 0.004 nat in log p, never on the target. float64
 inputs are computed in float64 throughout. fp32 products follow torch's own precision setting
 (``torch.set_float32_matmul_precision``); the bound is for its default, ``"highest"``.
 
@@ -24,14 +24,15 @@ Logits must be finite (a ``bias`` of −inf is not supported).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from bupo_kernels import ops
+from bupo_kernels import ops, policy_op
 from bupo_kernels.dispatch import Plan, check_name, default_memory_budget, make_plan
+from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective, active_tokens, policy_metrics, policy_terms, token_weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -130,13 +131,102 @@ def linear_cross_entropy(
     return losses.sum() / (call.counts().sum().clamp(min=1) if reduction == "mean" else 1)
 
 
+def linear_policy_loss(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [...] int64
+    advantages: Tensor,  # [...] or broadcastable to it
+    *,
+    old_logprobs: Tensor | None = None,  # [...]
+    reference_logprobs: Tensor | None = None,  # [...]
+    sampler_logprobs: Tensor | None = None,  # [...]
+    objective: PolicyObjective = PolicyObjective(),  # noqa: B008 (frozen)
+    denominator: float | Tensor | None = None,
+    check: bool = False,
+    **options,
+) -> tuple[Tensor, PolicyMetrics]:
+    """The loss of an RL step on ``softmax(h Wᵀ)``, with its gradients taken while each chunk of logits is at hand.
+
+    6·N·V·D FLOP forward and backward instead of 8, and memory for one chunk of rows. Objectives that need the log-probs of a whole
+    sequence before any gradient (``objective.needs_sequence``) take two passes, as :func:`linear_logprobs` would; so does the
+    ``triton`` backend in fp32 or with a softcap. :func:`explain` with ``objective=`` says which.
+
+    Args:
+        advantages: ``[...]``, or one per sequence, ``[..., 1]``.
+        old_logprobs: of the policy that is the ratio's denominator; None means on-policy: ratio 1, with its gradient.
+        reference_logprobs: for ``objective.kl``.
+        sampler_logprobs: of the engine that generated, for ``objective.importance`` and the metrics. A row whose value is not
+            finite leaves numerator and denominator.
+        objective: :class:`PolicyObjective`: ratio, clip, KL, entropy bonus, importance weights, aggregation. A sequence is the last
+            of the leading dimensions.
+        denominator: replaces the call's own in the aggregation, so that it can span micro-batches and ranks: how many tokens
+            count, or for the sequence means how many sequences have one.
+        check: look for NaN and inf in the inputs first (this waits for the device), and name the first.
+        options: those of :func:`linear_logprobs`, except ``return_entropy``.
+
+    Returns:
+        The loss, a scalar in fp32 (float64 for float64 inputs), and detached :class:`PolicyMetrics` over the rows that were
+        computed: those that count, without the ones of zero advantage where neither KL nor entropy bonus asks for them. Such rows
+        cost no product at all, and rows on which a clip decides none for their gradient.
+
+    Gradients of ``hidden``, ``weight`` and ``bias``, as in :func:`linear_logprobs`; scaled by the upstream gradient in the
+    backward, which may run more than once. Numerics and errors as there. Paper: with the hidden states of layer l and
+    ``clip="ppo"`` this is InterGRPO of BuPO (arXiv 2512.19673, equation 9).
+    """
+    if not isinstance(objective, PolicyObjective):
+        raise TypeError(f"objective: {type(objective).__name__} given, accepted is a PolicyObjective")
+    call = _prepare(hidden, weight, targets, return_entropy=True, **options)
+    given = {"old_logprobs": old_logprobs, "reference_logprobs": reference_logprobs, "sampler_logprobs": sampler_logprobs}
+    advantages = _check_rows_of("advantages", advantages, targets, broadcast=True)
+    given = {name: x if x is None else _check_rows_of(name, x, targets) for name, x in given.items()}
+    if objective.needs_reference and reference_logprobs is None:
+        raise ValueError(f"reference_logprobs: None given, accepted with kl={objective.kl!r} is a tensor of {tuple(targets.shape)}")
+    if objective.needs_sampler and sampler_logprobs is None:
+        accepted = f"accepted with importance={objective.importance!r} is a tensor of {tuple(targets.shape)}"
+        raise ValueError(f"sampler_logprobs: None given, {accepted}")
+    if targets.dim() == 1 and (objective.needs_sequence or objective.aggregation != "token-mean"):
+        raise ValueError(f"hidden: shape {tuple(hidden.shape)} given, accepted is [..., S, D] for an objective over sequences")
+    active = active_tokens(advantages, call.counts(), sampler_logprobs)
+    if check:
+        checked = {k: v for k, v in given.items() if k != "sampler_logprobs"} | {"advantages": advantages}
+        _check_finite({"weight": call.weight, "bias": call.bias}, {"hidden": call.hidden, **checked}, active)
+    sequences = active.reshape(-1, active.shape[-1])
+    weights = token_weights(sequences, objective.aggregation, denominator=denominator, max_length=objective.max_length)
+    weights = weights.view(targets.shape)
+
+    if objective.needs_sequence:
+        out = replace(call, mask=active).run()
+        values = out.logprobs.detach(), out.entropy.detach()
+        terms = policy_terms(objective, *values, advantages, mask=active, **given)
+        # Of value Σ w · loss, and of its gradient: what is added to the loss is exactly zero.
+        through = terms.d_logprob * (out.logprobs - values[0]) + terms.d_entropy * (out.entropy - values[1])
+        loss = (weights.to(through.dtype) * (terms.loss + through)).sum()
+    else:
+        loss, *values, _, _, _ = policy_op.linear_policy_loss(
+            *(call.hidden, call.weight, call.bias, call.targets, active, call.row_temperature, advantages),
+            *(*given.values(), weights),
+            *call.numbers,
+            policy_op.encoded(objective),
+            call.backend,
+            call.memory_budget,
+            *call.grads,
+        )
+        active = policy_op.rows_that_matter(objective, active, weights, advantages)
+        terms = policy_terms(objective, *values, advantages, mask=active, **given)
+    metrics = policy_metrics(terms, *values, given["old_logprobs"], given["sampler_logprobs"], mask=active)
+    return loss, metrics
+
+
 def explain(
     hidden: Tensor,  # [..., D]
     weight: Tensor,  # [V, D]
     targets: Tensor | None = None,  # [...] int64
+    *,
+    objective: PolicyObjective | None = None,
     **options,
 ) -> Plan:
-    """The plan :func:`linear_logprobs` would follow for the same arguments; no product is formed. ``print`` it.
+    """The plan :func:`linear_logprobs` would follow for the same arguments, or, given an ``objective``, :func:`linear_policy_loss`
+    with no row of zero advantage; no product is formed. ``print`` it.
 
     Without ``targets`` every row counts. Which gradients are planned follows ``requires_grad`` of the operands and
     ``torch.is_grad_enabled()``. Under autocast the copies that it casts come on top of the stated bytes. Raises what
@@ -151,7 +241,7 @@ def explain(
     """
     if targets is None and isinstance(hidden, Tensor):
         targets = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-    return _prepare(hidden, weight, targets, **options).plan()
+    return _prepare(hidden, weight, targets, **options).plan(one_pass=objective is not None and not objective.needs_sequence)
 
 
 @dataclass(frozen=True)
@@ -179,26 +269,26 @@ class _Call:
     def counts(self) -> Tensor:
         return ops.counting_rows(self.targets, self.mask, self.ignore_index)
 
-    def plan(self) -> Plan:
-        per_row = self.temperature if isinstance(self.temperature, Tensor) else None
-        ops.check_rows(self.targets, self.counts(), self.weight.shape[0], self.ignore_index, per_row)
+    @property
+    def row_temperature(self) -> Tensor | None:
+        return self.temperature if isinstance(self.temperature, Tensor) else None
+
+    @property
+    def numbers(self) -> tuple[float, float, float | None, int]:
+        """As the ops take them: temperature, logit_scale, softcap, ignore_index."""
+        temperature = 1.0 if self.row_temperature is not None else float(self.temperature)
+        return temperature, float(self.logit_scale), None if self.softcap is None else float(self.softcap), self.ignore_index
+
+    def plan(self, one_pass: bool = False) -> Plan:
+        ops.check_rows(self.targets, self.counts(), self.weight.shape[0], self.ignore_index, self.row_temperature)
         active = int(self.counts().sum())
         problem = ops.problem_of(self.hidden, self.weight, active, self.softcap, self.grads, self.memory_budget)
-        return make_plan(problem, self.backend)
+        return make_plan(problem, self.backend, one_pass)
 
     def run(self) -> LinearLogprobs:
-        per_row = isinstance(self.temperature, Tensor)
         logprobs, entropy, logsumexp, *_ = ops.linear_statistics(
-            self.hidden,
-            self.weight,
-            self.bias,
-            self.targets,
-            self.mask,
-            self.temperature if per_row else None,
-            1.0 if per_row else float(self.temperature),
-            float(self.logit_scale),
-            None if self.softcap is None else float(self.softcap),
-            self.ignore_index,
+            *(self.hidden, self.weight, self.bias, self.targets, self.mask, self.row_temperature),
+            *self.numbers,
             self.return_entropy,
             self.backend,
             self.memory_budget,
@@ -244,6 +334,30 @@ def _prepare(
     return _Call(
         hidden, weight, bias, targets, mask, temperature, logit_scale, softcap, ignore_index, return_entropy, backend, budget
     )
+
+
+def _check_rows_of(name: str, values, targets: Tensor, broadcast: bool = False) -> Tensor:
+    """``values`` as a constant of the shape of ``targets``."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name}: {type(values).__name__} given, accepted is a Tensor")
+    accepted = f"floating point of {tuple(targets.shape)} on {targets.device}"
+    fits = values.shape == targets.shape or (broadcast and values.shape == (*targets.shape[:-1], 1))
+    if not fits or not values.is_floating_point() or values.device != targets.device:
+        raise ValueError(f"{name}: {values.dtype} of shape {tuple(values.shape)} on {values.device} given, accepted is {accepted}")
+    return values.detach().expand(targets.shape)
+
+
+def _check_finite(whole: dict[str, Tensor | None], by_row: dict[str, Tensor | None], active: Tensor) -> None:
+    """``by_row``: [...] or [..., D], looked at where the row is active."""
+    bad = {name: ~x.isfinite() for name, x in whole.items() if x is not None}
+    for name, x in by_row.items():
+        if x is not None:
+            bad[name] = ~x.isfinite() & (active if x.dim() == active.dim() else active.unsqueeze(-1))
+    for name, where in bad.items():
+        if where.any():
+            index = tuple(where.nonzero()[0].tolist())
+            value = (whole.get(name) if name in whole else by_row[name])[index].item()
+            raise ValueError(f"{name}: {value} at index {index} given, accepted are finite numbers")
 
 
 def _check_number(name: str, value, accepted: str, positive: bool = True) -> None:

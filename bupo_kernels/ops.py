@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from bupo_kernels.backends import algebra
-from bupo_kernels.backends.gradients import linear_gradients
+from bupo_kernels.backends.algebra import Coefficients
+from bupo_kernels.backends.gradients import GradientSums
 from bupo_kernels.backends.problem import Operands, Problem, Readout
 from bupo_kernels.dispatch import choose, make_plan
 
@@ -67,10 +68,32 @@ def check_rows(targets: Tensor, counts: Tensor, vocab: int, ignore_index: int, t
 
 
 @contextmanager
-def _on(device: torch.device) -> Iterator[None]:
+def on(device: torch.device) -> Iterator[None]:
     """Kernels are launched on the current device; and autocast, which has chosen the operands' dtype, would round products."""
     with torch.autocast(device.type, enabled=False), torch.cuda.device(device if device.type == "cuda" else -1):
         yield
+
+
+def operands_of(hidden, weight, bias, targets, row_temperature, temperature, logit_scale, softcap) -> Operands:
+    readout = Readout(temperature if row_temperature is None else row_temperature, logit_scale, softcap)
+    return Operands(hidden, weight, bias, targets, readout)
+
+
+def of_product(
+    coefficients: Coefficients, operands: Operands, rows: Tensor, dtype: torch.dtype
+) -> tuple[Coefficients, Tensor | None]:
+    """From the gradient of the logits to that of the product, to be held in ``dtype``; and what undoes its scale, or None."""
+    readout = operands.readout
+    if not readout.is_identity:
+        temperature = readout.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.flatten()[rows].to(coefficients.m.dtype)
+        coefficients = coefficients.scaled(readout.logit_scale / temperature)
+    if dtype != torch.float16 or len(rows) == 0:
+        return coefficients, None
+    # fp16 reaches from 6e-8 to 6e4: a power of two puts the largest dz there is at 2^12 or below, and the sums undo it.
+    scale = torch.exp2(12 - coefficients.bound().amax().log2().ceil().clamp(-100, 100))
+    return coefficients.scaled(scale), 1 / scale
 
 
 @torch.library.custom_op("bupo_kernels::linear_statistics", mutates_args=())
@@ -98,9 +121,8 @@ def linear_statistics(
     check_rows(targets, counts, weight.shape[0], ignore_index, row_temperature)
     grads = grad_hidden, grad_weight, grad_bias
     plan = make_plan(problem_of(hidden, weight, counts, softcap, grads, memory_budget), backend)
-    readout = Readout(temperature if row_temperature is None else row_temperature, logit_scale, softcap)
-    operands = Operands(hidden, weight, bias, targets, readout)
-    with _on(hidden.device):
+    operands = operands_of(hidden, weight, bias, targets, row_temperature, temperature, logit_scale, softcap)
+    with on(hidden.device):
         statistics, cache = plan.module.statistics(operands, counts.flatten(), plan.problem, plan.schedule, with_entropy)
     results = algebra.finish(statistics, weight.shape[0], with_entropy)
     nothing = statistics.m.new_empty(0)
@@ -183,33 +205,15 @@ def linear_statistics_backward(
     of_rows = [x.flatten()[rows] for x in (m, log_s, logprob)]
     entropy = entropy.flatten()[rows] if entropy.numel() else None
     coefficients = algebra.coefficients(*upstream, *of_rows, entropy, targets.flatten()[rows])
-    # From dz to the gradient of the product.
-    divisor = temperature if row_temperature is None else row_temperature.flatten()[rows].to(dtype)
-    if row_temperature is not None or logit_scale != temperature:
-        coefficients = coefficients.scaled(logit_scale / divisor)
-
-    dz_dtype, unscale = plan.module.gradient_dtype(plan.problem), None
-    if dz_dtype == torch.float16 and len(rows):
-        # fp16 reaches from 6e-8 to 6e4: a power of two puts the largest dz there is at 2^12 or below, and the sums undo it.
-        scale = torch.exp2(12 - coefficients.bound().amax().log2().ceil().clamp(-100, 100))
-        coefficients, unscale = coefficients.scaled(scale), 1 / scale
-
-    readout = Readout(temperature if row_temperature is None else row_temperature, logit_scale, softcap)
-    operands = Operands(hidden, weight, bias, targets, readout)
-    cache = (e, exponents, counts) if e.numel() else None
-    with _on(hidden.device):
-        gradients = linear_gradients(
-            plan.module.gradient_tiles(operands, rows, coefficients, plan.problem, plan.schedule, cache),
-            hidden,
-            weight,
-            bias,
-            rows,
-            need=(need_hidden, need_weight, need_bias),
-            dtype=dtype,
-            unscale=unscale,
-            step=plan.schedule.tile.rows,
-        )
-    return tuple(hidden.new_empty(0) if gradient is None else gradient for gradient in gradients)
+    operands = operands_of(hidden, weight, bias, targets, row_temperature, temperature, logit_scale, softcap)
+    coefficients, unscale = of_product(coefficients, operands, rows, plan.module.gradient_dtype(plan.problem))
+    # E lies in the order in which rows counted.
+    cache = (e, exponents, (counts.cumsum(0) - 1)[rows]) if e.numel() else None
+    with on(hidden.device):
+        sums = GradientSums(hidden, weight, bias, need=(need_hidden, need_weight, need_bias), dtype=dtype, parts=False)
+        tiles = plan.module.gradient_tiles(operands, rows, coefficients, plan.problem, plan.schedule, cache)
+        sums.add(tiles, rows, unscale=unscale, step=plan.schedule.tile.rows)
+    return tuple(hidden.new_empty(0) if gradient is None else gradient for gradient in sums.result())
 
 
 @linear_statistics_backward.register_fake

@@ -1,6 +1,12 @@
+import os
+
 import pytest
 import torch
 from hypothesis import settings
+
+# Read when triton is first imported: without a GPU its kernels run in its interpreter, on the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Seeded and without time limits: the same examples on every machine, however slow.
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40, print_blob=True)
@@ -10,3 +16,12 @@ settings.load_profile("repeatable")
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["torch", "triton"], scope="session")
+def backend(request):
+    """For ``linear_logprobs(..., backend=backend)``; its tensors belong on ``problems.device_of(backend)``. Tests whose operands
+    are 16-bit and have no softcap take ``problems.with_cached`` to run on "triton:cached" too."""
+    if request.param.startswith("triton"):
+        pytest.importorskip("triton")
+    return request.param

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from bupo_kernels import reference
+from bupo_kernels.backends.triton_.config import interpreted
 
 # Of the numerics contract: |Δlogprob| ≤ CONTRACT · (1 + max|z|) against float64 on the same inputs.
 CONTRACT = 2e-6
+
+# For tests whose operands are 16-bit and have no softcap: what keeps E runs them too.
+with_cached = pytest.mark.parametrize("backend", ["torch", "triton", "triton:cached"], indirect=True)
+
+
+def device_of(backend: str) -> str:
+    """Where a backend of the ``backend`` fixture runs: without a GPU Triton is interpreted on the CPU."""
+    return "cuda" if backend.startswith("triton") and torch.cuda.is_available() else "cpu"
 
 
 @dataclass
@@ -29,13 +40,40 @@ class Case:
         return {k: v for k, v in self.options.items() if k not in ("backend", "memory_budget")}
 
 
-def random_case(rows: int, vocab: int, width: int, *, scale: float = 1.0, dtype=torch.float32, seed: int = 0, **options) -> Case:
-    """Logits of standard deviation ``scale`` (before temperature and the like)."""
+def random_case(
+    rows: int, vocab: int, width: int, *, scale: float = 1.0, dtype=torch.float32, device="cpu", seed: int = 0, **options
+) -> Case:
+    """Logits of standard deviation ``scale`` (before temperature and the like); the same numbers on every device."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = (torch.randn(rows, width, generator=generator) * scale).to(dtype).requires_grad_()
-    weight = (torch.randn(vocab, width, generator=generator) / width**0.5).to(dtype).requires_grad_()
-    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    hidden = (torch.randn(rows, width, generator=generator) * scale).to(device, dtype).requires_grad_()
+    weight = (torch.randn(vocab, width, generator=generator) / width**0.5).to(device, dtype).requires_grad_()
+    targets = torch.randint(0, vocab, (rows,), generator=generator).to(device)
     return Case(hidden, weight, targets, options)
+
+
+OPTIONS = {
+    "plain": {},
+    "bias": {"bias": True},
+    "temperature": {"temperature": 0.7},
+    "temperature per row": {"temperature": "rows"},
+    "logit scale": {"logit_scale": 0.3},
+    "softcap": {"softcap": 2.0},
+    "everything": {"bias": True, "temperature": "rows", "logit_scale": 1.7, "softcap": 3.0, "mask": True},
+}
+
+
+def case_with(options: dict, rows=7, vocab=37, width=5, dtype=torch.float64, device="cpu", **kwargs) -> Case:
+    """A random case with one of :data:`OPTIONS`, its tensors filled in."""
+    case = random_case(rows, vocab, width, dtype=dtype, device=device, **kwargs)
+    options = dict(options)
+    if options.get("bias"):
+        options["bias"] = torch.randn(vocab).to(device, dtype).requires_grad_()
+    if options.get("temperature") == "rows":
+        options["temperature"] = (torch.rand(rows) + 0.5).to(device, torch.promote_types(dtype, torch.float32))
+    if options.get("mask"):
+        options["mask"] = (torch.rand(rows) > 0.3).to(device)
+    case.options = options
+    return case
 
 
 def largest_logit(case: Case) -> float:
@@ -62,6 +100,109 @@ def assert_same_gradients(got: Sequence[Tensor], want: Sequence[Tensor], case: C
     bound = CONTRACT * (1 + largest_logit(case))
     for a, b in zip(got, want, strict=True):
         assert (a.double() - b.double()).norm() <= (2 * torch.finfo(a.dtype).eps + 8 * bound) * b.double().norm()
+
+
+def leaves(case: Case) -> tuple[Tensor, ...]:
+    operands = case.hidden, case.weight, case.options.get("bias")
+    return tuple(x for x in operands if x is not None and x.requires_grad)
+
+
+def roundoff(dtype: torch.dtype, backend: str) -> float:
+    """Of a tile that a kernel stores: half an eps; a whole one where Triton's interpreter stores bf16, which it truncates."""
+    truncated = dtype == torch.bfloat16 and backend != "torch" and interpreted()
+    return torch.finfo(dtype).eps * (1 if truncated else 0.5)
+
+
+def assert_values(ours, case: Case) -> None:
+    """Within the contract of the float64 oracle, whatever the logits."""
+    if case.targets.numel() == 0:
+        return
+    exact = reference.linear_logprobs(case.hidden.detach(), case.weight.detach(), case.targets, **case.oracle_options)
+    bound = CONTRACT * (1 + largest_logit(case))
+    # Entropy is Σ p (−log p): an error of the bound in each log p shifts it by at most twice that times (1 + H).
+    factors = {"logprobs": 1, "entropy": 2 * (1 + math.log(len(case.weight))), "logsumexp": 1}
+    for (name, factor), truth in zip(factors.items(), exact, strict=True):
+        value = getattr(ours, name)
+        assert value.dtype == torch.float32
+        assert (value - truth).abs().max() <= bound * factor, name
+
+
+def assert_stored_gradients(got: Sequence[Tensor], case: Case, upstream: Sequence[Tensor | None], backend: str) -> None:
+    """dH, dW and db (those of :func:`leaves`) of ``Σ upstream · (logprobs, entropy, logsumexp)``, each element within its bound.
+
+    The error model, with u the roundoff of the operands' dtype and b the contract's bound for the logits:
+
+    * dz is stored once in that dtype (the torch backend: in fp32): u · |dz|, and under fp16, which is scaled so that the largest
+      possible |dz| of the call is above 2^11, at least half of its smallest step, 2^-25 / 2^11 of that largest
+    * p and log p come from fp32 logits: b, a few times; from a cached E: the roundoff of bf16 in p and in log p
+    * dH = dz @ W and dW = dzᵀ @ H are fp32 sums: one eps of fp32 for each term, of Σ |dz| |W|
+    * and are rounded once: u · |dH|
+    """
+    with torch.no_grad():
+        options = {k: v.double() if isinstance(v, Tensor) else v for k, v in case.oracle_options.items() if k != "mask"}
+        ignored = options.pop("ignore_index", -100)
+        hidden, weight = case.hidden.double(), case.weight.double()
+        z = reference.logits(hidden, weight, **options)
+        counts = case.targets != ignored
+        if (mask := case.options.get("mask")) is not None:
+            counts = counts & mask
+        g_lp, g_h, g_lse = ((torch.zeros_like(z[:, 0]) if g is None else g.double() * counts).unsqueeze(1) for g in upstream)
+        log_p = z.log_softmax(1)
+        p = log_p.exp()
+        entropy = -(p * log_p).sum(1, keepdim=True)
+        one = torch.zeros_like(z).scatter_(1, case.targets.where(counts, 0).unsqueeze(1), 1)
+        dz = g_lp * (one - p) - g_h * p * (log_p + entropy) + g_lse * p
+
+        stored = torch.float32 if backend == "torch" else case.hidden.dtype
+        u, b, fp32 = roundoff(stored, backend), 8 * CONTRACT * (1 + largest_logit(case)), torch.finfo(torch.float32).eps
+        of_e = roundoff(torch.bfloat16, backend) * (1 + 2**-6) if backend == "triton:cached" else 0.0  # of log p: −ln(1 − of_e)
+        relative = b + of_e * (1 - one)  # the target's value does not come from E
+        spread = log_p + entropy
+        error = u * dz.abs() + p * relative * (g_lp.abs() + g_lse.abs() + g_h.abs() * (spread.abs() + 1))
+        error += p * b * g_h.abs() * (1 + entropy)  # of H
+        if stored == torch.float16:
+            largest = (g_lp.abs() + g_lse.abs() + g_h.abs() * (2 * math.log(len(weight)) + 1)).max()
+            error += 2.0**-36 * largest
+
+        # From dz to the gradient of the product.
+        slope = torch.full_like(z, options.get("logit_scale", 1.0))
+        temperature = options.get("temperature", 1.0)
+        temperature = temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature
+        if (softcap := options.get("softcap")) is not None:
+            tanh = z * temperature / softcap
+            slope = slope * (1 - tanh**2)
+            error += b * dz.abs()  # of the slope itself
+        slope = slope / temperature
+        dz, error = dz * slope, error * slope.abs()
+
+        def product(d: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:  # [m, k], [k, n]
+            return d @ other, d.shape[1] * fp32 * (d.abs() @ other.abs())
+
+        errors = {"hidden": error @ weight.abs(), "weight": error.T @ hidden.abs(), "bias": error.sum(0)}
+        found = {
+            "hidden": product(dz, weight),
+            "weight": product(dz.T, hidden),
+            "bias": (dz.sum(0), len(dz) * fp32 * dz.abs().sum(0)),
+        }
+    operands = {"hidden": case.hidden, "weight": case.weight, "bias": case.options.get("bias")}
+    named = [(name, x) for name, x in operands.items() if x is not None and x.requires_grad]
+    for (name, operand), gradient in zip(named, got, strict=True):
+        assert gradient.dtype == operand.dtype
+        assert gradient.shape == operand.shape
+        exact, of_sum = found[name]
+        bound = (errors[name] + of_sum) * (1 + torch.finfo(gradient.dtype).eps) + torch.finfo(gradient.dtype).eps / 2 * exact.abs()
+        bound += torch.finfo(gradient.dtype).smallest_normal * torch.finfo(gradient.dtype).eps  # its smallest step
+        excess = (gradient.double() - exact).abs() - bound
+        assert not (excess > 0).any(), f"{name}: over its bound by {excess.max().item():.2e}"
+
+
+def products(call: Callable[[], object]) -> list[tuple[int, ...]]:
+    """Shapes (m, k, n) of every matrix product that torch makes in ``call``."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as record:
+        call()
+    first = {"aten::mm": 0, "aten::addmm_": 1}  # which argument is the left operand
+    found = [e.input_shapes[first[e.name] :][:2] for e in record.events() if e.name in first]
+    return [(a[0], a[1], b[1]) for a, b in found]
 
 
 def peak_bytes(call: Callable[[], object]) -> int:

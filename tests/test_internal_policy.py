@@ -151,16 +151,6 @@ def test_padding_on_either_side_changes_nothing_real():
     assert (left[:, :4] == 0).all()
 
 
-def test_packed_sequences_do_not_see_one_another():
-    model, (ids, targets) = tiny_model(), token_batch(rows=2)
-    apart = policy_logprobs(model, ids, targets, layer=2).logprobs
-    positions = torch.arange(11).repeat(2)[None]
-    packed = policy_logprobs(model, ids.view(1, -1), targets.view(1, -1), position_ids=positions, layer=2).logprobs
-    assert (packed.view(2, 11) - apart).abs().max() < 1e-5
-    with pytest.raises(ValueError, match="position_ids: given with attention_mask"):
-        policy_logprobs(model, ids, targets, position_ids=positions, attention_mask=torch.ones_like(ids))
-
-
 @families
 def test_nothing_is_left_behind_even_after_an_exception(family):
     model, (ids, _) = tiny_model(family), token_batch()

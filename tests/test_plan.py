@@ -1,42 +1,12 @@
-"""Plans: what explain states is what a call does, bad input is named, memory stays within the budget."""
+"""Plans: what explain states and prints, bad input is named, a budget that is too small is refused."""
 
 import re
 
 import pytest
 import torch
-from problems import gradients, peak_bytes, random_case
+from problems import random_case
 
 from bupo_kernels import explain, linear_cross_entropy, linear_logprobs
-
-MIB = 2**20
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(512, 20000, 64), (4096, 500, 16), (3, 50000, 200), (3000, 64, 1024)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"mask": True}, {"upstream": True}], ids=str)
-@pytest.mark.parametrize("budget", [2 * MIB, None], ids=str)
-def test_measured_memory_is_what_explain_states_and_within_the_budget(dtype, shape, options, budget):
-    rows, vocab, width = shape
-    case = random_case(rows, vocab, width, dtype=dtype)
-    options = {**options, "memory_budget": budget}
-    if options.get("mask"):
-        options["mask"] = torch.arange(rows) % 8 != 0
-    upstream = torch.ones(rows)
-    if options.pop("upstream", False):
-        upstream[::8] = 0
-    plan = explain(case.hidden, case.weight, case.targets, **options)
-    kept = []
-    forward = peak_bytes(lambda: kept.append(linear_logprobs(case.hidden, case.weight, case.targets, **options)))
-    loss = sum((statistic * upstream).sum() for statistic in kept[0])
-    backward = peak_bytes(lambda: kept.append(gradients(loss, case.hidden, case.weight)))
-
-    # Outputs (three statistics) and gradients come on top of working memory, and so do the row coordinates kept for backward.
-    results = sum(statistic.nbytes for statistic in kept[0])
-    leaves = case.hidden.nbytes + case.weight.nbytes
-    assert 0.67 * plan.schedule.memory.forward <= forward <= plan.schedule.memory.forward + results
-    assert backward <= plan.schedule.memory.backward + plan.schedule.memory.accumulator + leaves
-    assert backward >= 0.67 * (plan.schedule.memory.backward + plan.schedule.memory.accumulator)
-    assert max(plan.schedule.memory.forward, plan.schedule.memory.backward) <= plan.problem.memory_budget
 
 
 def test_working_memory_does_not_grow_with_the_vocabulary():
@@ -86,8 +56,6 @@ BAD = {
     "other dtype": (TypeError, "weight: torch.bfloat16 given, accepted is the dtype of hidden", {"weight": W.bfloat16()}),
     "targets of another shape": (ValueError, r"targets: shape \(2,\) given, accepted is \(3,\)", {"targets": Y[:2]}),
     "targets of another dtype": (TypeError, "targets: torch.int32 given", {"targets": Y.int()}),
-    "target past the end": (ValueError, r"targets: 20 given, accepted are ids in \[0, 20\)", {"targets": Y + 1}),
-    "negative target": (ValueError, "targets: -1 given", {"targets": Y - 1}),
     "mask of integers": (ValueError, "mask: torch.int64 of shape", {"mask": torch.ones(3, dtype=torch.int64)}),
     "mask of another shape": (ValueError, "mask: torch.bool of shape", {"mask": torch.ones(2, dtype=torch.bool)}),
     "bias of another size": (ValueError, r"bias: torch.float32 of shape \(19,\)", {"bias": torch.ones(19)}),

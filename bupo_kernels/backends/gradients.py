@@ -20,12 +20,6 @@ class GradientTile(NamedTuple):
     hidden: Tensor | None  # [r, D]; None when dW is not wanted
 
 
-class Gradients(NamedTuple):
-    hidden: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-
-
 # Rows of a 16-bit product that leave the library GEMM in fp32 at a time, before they are added.
 PRODUCT_ROWS = 4096
 
@@ -42,59 +36,80 @@ def accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:  # [m, n] += [m, k
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def linear_gradients(
-    tiles: Iterator[GradientTile],
-    hidden: Tensor,  # [..., D]
-    weight: Tensor,  # [V, D]
-    bias: Tensor | None,  # [V]
-    positions: Tensor,  # [n]: the rows that have a gradient, numbered through, ascending
-    *,
-    need: tuple[bool, bool, bool],
-    dtype: torch.dtype,
-    unscale: Tensor | None = None,  # [] power of two by which every dz is too large
-    step: int,
-) -> Gradients:
-    """Sums in ``dtype``, each gradient rounded once, to the dtype of its tensor. Rows without a gradient get exactly 0."""
-    need_hidden, need_weight, need_bias = need
-    n, width = len(positions), hidden.shape[-1]
-    d_hidden = d_sum = None
-    if need_hidden:
-        # Where dH is of the sums' dtype itself its first rows hold the sum.
-        d_hidden = torch.zeros(hidden.shape[:-1].numel(), width, dtype=hidden.dtype, device=hidden.device)
-        d_sum = d_hidden[:n] if dtype == hidden.dtype else d_hidden.new_zeros(n, width, dtype=dtype)
-    d_weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need_weight else None
-    d_bias = torch.zeros_like(bias) if need_bias else None
+class GradientSums:
+    """The gradients of one call, summed in ``dtype`` and each rounded once, to the dtype of its tensor. Rows that were never added
+    get exactly 0.
 
-    def put(slice_sum: Tensor, target: Tensor) -> None:
+    ``parts``: whether the rows come in several additions. Then dW and db are summed over all of them in ``dtype``; otherwise each
+    slice of dW is finished, and rounded, while it is at hand.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, need: tuple[bool, ...], dtype: torch.dtype, parts: bool
+    ):
+        self.dtype, self.parts, width = dtype, parts, hidden.shape[-1]
+        self.shape = hidden.shape
+        rows = hidden.shape[:-1].numel()
+        self.hidden = torch.zeros(rows, width, dtype=hidden.dtype, device=hidden.device) if need[0] else None
+        self.weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need[1] else None
+        self.bias = torch.zeros_like(bias) if need[2] else None
+        self._sums = [x if x is None else x.to(dtype) for x in (self.weight, self.bias)] if parts else [self.weight, self.bias]
+
+    def add(
+        self,
+        tiles: Iterator[GradientTile],
+        positions: Tensor,  # [n]: the rows of the tiles, numbered through, ascending
+        *,
+        unscale: Tensor | None = None,  # [] power of two by which every dz is too large
+        step: int,
+    ) -> None:
+        n = len(positions)
+        rows_sum = None
+        if self.hidden is not None:
+            # Where dH is of the sums' dtype, and there is but one addition, its first rows hold the sum.
+            shared = self.hidden.dtype == self.dtype and not self.parts
+            rows_sum = self.hidden[:n] if shared else self.hidden.new_zeros(n, self.shape[-1], dtype=self.dtype)
+        weight_sum, bias_sum = self._sums
+        for tile in tiles:
+            if rows_sum is not None:
+                accumulate_(rows_sum[tile.rows], tile.dz, tile.weight)
+            if tile.rows.start == 0:
+                # Sums of this slice; where the whole is of their dtype, and nothing is left to do to them, they are its own rows.
+                of_weight, of_bias = (self._slice(total, tile.columns, unscale) for total in (weight_sum, bias_sum))
+            if weight_sum is not None:
+                accumulate_(of_weight, tile.dz.T, tile.hidden)
+            if bias_sum is not None:
+                of_bias.add_(tile.dz.sum(0, dtype=self.dtype))
+            if tile.rows.stop == n:
+                for total, part in ((weight_sum, of_weight), (bias_sum, of_bias)):
+                    self._put(total, tile.columns, part, unscale)
+                of_weight = of_bias = None
+        if rows_sum is not None:
+            if unscale is not None:
+                rows_sum.mul_(unscale)
+            _move_rows(rows_sum, self.hidden, positions, step)
+
+    def _slice(self, total: Tensor | None, columns: slice, unscale: Tensor | None) -> Tensor | None:
+        if total is None or (total.dtype == self.dtype and unscale is None):
+            return total if total is None else total[columns]
+        return torch.zeros_like(total[columns], dtype=self.dtype)
+
+    def _put(self, total: Tensor | None, columns: slice, part: Tensor | None, unscale: Tensor | None) -> None:
+        if total is None or part.data_ptr() == total[columns].data_ptr():
+            return
         if unscale is not None:
-            slice_sum.mul_(unscale)
-        if slice_sum.data_ptr() != target.data_ptr():
-            target.copy_(slice_sum)
+            part.mul_(unscale)
+        if self.parts:
+            total[columns] += part
+        else:
+            total[columns] = part
 
-    for tile in tiles:
-        if need_hidden:
-            accumulate_(d_sum[tile.rows], tile.dz, tile.weight)
-        if tile.rows.start == 0:
-            # Sums of this slice; where the gradient is of their dtype they are its own rows.
-            d_weight_slice = d_weight[tile.columns].to(dtype) if need_weight else None
-            d_bias_slice = d_bias[tile.columns].to(dtype) if need_bias else None
-        if need_weight:
-            accumulate_(d_weight_slice, tile.dz.T, tile.hidden)
-        if need_bias:
-            d_bias_slice.add_(tile.dz.sum(0, dtype=dtype))
-        if tile.rows.stop == n:
-            if need_weight:
-                put(d_weight_slice, d_weight[tile.columns])
-            if need_bias:
-                put(d_bias_slice, d_bias[tile.columns])
-            d_weight_slice = d_bias_slice = None
-
-    if need_hidden:
-        if unscale is not None:
-            d_sum.mul_(unscale)
-        _move_rows(d_sum, d_hidden, positions, step)
-        d_hidden = d_hidden.view(hidden.shape)
-    return Gradients(d_hidden, d_weight, d_bias)
+    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """dH, dW, db; None where not needed."""
+        for whole, total in zip((self.weight, self.bias), self._sums, strict=True):
+            if whole is not None and total.data_ptr() != whole.data_ptr():
+                whole.copy_(total)
+        return self.hidden if self.hidden is None else self.hidden.view(self.shape), self.weight, self.bias
 
 
 def _move_rows(source: Tensor, target: Tensor, position: Tensor, step: int) -> None:  # [n, D], [N, D], [n]

@@ -51,6 +51,27 @@ def schedule(problem: Problem, strategy: str | None) -> Schedule:
     return Schedule("recompute" if problem.needs_grad else "statistics only", chosen, memory(problem, chosen))
 
 
+def one_pass_schedule(problem: Problem, strategy: str | None) -> Schedule:
+    """Chunks of rows as high as the budget allows beside the tiles: their logits are kept, whole."""
+    size = problem.statistics_dtype.itemsize
+    inner = schedule(replace(problem, memory_budget=problem.memory_budget // 2), strategy)
+    columns = inner.tile.columns
+    working = max(inner.memory.forward, inner.memory.backward)
+    # Logits, their maxima, and the sum of dH, for each row of the chunk.
+    per_row = size * (problem.vocab + -(-problem.vocab // columns) + problem.width * problem.grad_hidden)
+    chunk = max(min((problem.memory_budget - working) // per_row, problem.active_rows), 1)
+    if working + per_row > problem.memory_budget:
+        least = working + per_row
+        raise ValueError(f"memory_budget: {problem.memory_budget} bytes given, accepted are at least {least} for one row's logits")
+    tile = Tile(min(inner.tile.rows, chunk), columns)
+    several = problem.active_rows > chunk
+    accumulator = problem.vocab * problem.width * size if several and problem.grad_weight and problem.dtype.itemsize < size else 0
+    used = Memory(working + chunk * per_row, 0, accumulator)
+    if not problem.needs_grad:
+        return inner._replace(chunk_rows=max(problem.active_rows, 1))
+    return Schedule("one pass", tile, used, cached_rows=problem.active_rows, chunk_rows=chunk)
+
+
 def cached_rows(problem: Problem, strategy: str | None) -> int:
     return 0
 
@@ -119,8 +140,21 @@ class _Block(NamedTuple):
     readout: Readout
 
 
-def _blocks(operands: Operands, rows: Tensor, tile: Tile, dtype: torch.dtype) -> Iterator[_Block]:
-    """All tiles, slice by slice. ``rows`` numbers the leading dimensions of ``hidden`` through, so any view of it will do."""
+class Kept(NamedTuple):
+    """The logits of the rows of a chunk, as the statistics left them: each less the maximum of its row in its tile."""
+
+    logits: Tensor  # [n, V]
+    maxima: Tensor  # [n, slices]
+    index: Tensor | None = None  # [k]: those of the rows that are wanted; None for all
+
+
+def _blocks(
+    operands: Operands, rows: Tensor, tile: Tile, dtype: torch.dtype, kept: Kept | None = None, form: bool = True
+) -> Iterator[_Block]:
+    """All tiles, slice by slice. ``rows`` numbers the leading dimensions of ``hidden`` through, so any view of it will do.
+
+    With ``kept`` the logits lie there: they are put there if they are to be formed, and taken from there otherwise.
+    """
     hidden, weight, bias, _, readout = operands
     count, vocab = len(rows), weight.shape[0]
     if count == 0:
@@ -137,8 +171,17 @@ def _blocks(operands: Operands, rows: Tensor, tile: Tile, dtype: torch.dtype) ->
             h = hidden[index].to(dtype)
             logits, scratch = (buffer[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0]) for buffer in buffers)
             selected = readout.rows(index, dtype)
-            torch.mm(h, w.T, out=logits)
-            yield _Block(columns, block, w, h, _to_logits_(logits, b, selected), scratch, selected)
+            if kept is not None and kept.index is None:
+                logits = kept.logits[block, columns]
+            if form:
+                torch.mm(h, w.T, out=logits)
+                _to_logits_(logits, b, selected)
+            else:
+                if kept.index is not None:
+                    torch.index_select(kept.logits[:, columns], 0, kept.index[block], out=logits)
+                maxima = kept.maxima[block if kept.index is None else kept.index[block], start // tile.columns]
+                logits.add_(maxima.unsqueeze(1))
+            yield _Block(columns, block, w, h, logits, scratch, selected)
 
 
 def _target_column(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:  # [r] -> [r, 1], [r, 1]
@@ -150,13 +193,23 @@ def _target_column(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:  #
 
 def statistics(operands: Operands, counts: Tensor, problem: Problem, plan: Schedule, with_entropy: bool):  # [N] bool
     """:class:`Statistics` of the rows that count; finite logits are assumed."""
-    dtype = problem.statistics_dtype
-    result = Statistics.empty(len(counts), dtype, counts.device)
     rows = counts.nonzero().squeeze(1)
+    result = Statistics.empty(len(counts), problem.statistics_dtype, counts.device)
+    for whole, part in zip(result, row_statistics(operands, rows, problem, plan, with_entropy)[0], strict=True):
+        whole[rows] = part
+    return result, None
+
+
+def row_statistics(operands: Operands, rows: Tensor, problem: Problem, plan: Schedule, with_entropy: bool, keep: bool = False):
+    """:class:`Statistics` of the rows [n], and, to ``keep``, their logits for :func:`gradient_tiles`."""
+    dtype, kept = problem.statistics_dtype, None
     y = operands.targets.flatten()[rows]
-    m, s, t, z_y = Statistics.empty(len(rows), dtype, counts.device)
+    m, s, t, z_y = Statistics.empty(len(rows), dtype, rows.device)
     s.zero_()
-    for block in _blocks(operands, rows, plan.tile, dtype):
+    if keep:
+        slices = -(-problem.vocab // plan.tile.columns)
+        kept = Kept(m.new_empty(len(rows), problem.vocab), m.new_empty(len(rows), slices))
+    for block in _blocks(operands, rows, plan.tile, dtype, kept):
         z, e, r = block.logits, block.scratch, block.rows
         column, inside = _target_column(y[r], block.columns)
         z_y[r] = torch.where(inside, z.gather(1, column), z_y[r].unsqueeze(1)).squeeze(1)
@@ -172,9 +225,9 @@ def statistics(operands: Operands, counts: Tensor, problem: Problem, plan: Sched
             t[r] = a * (t[r] + shifted) + b * (tile_t + (tile_m - new_m) * tile_s)
         s[r] = a * s[r] + b * tile_s
         m[r] = new_m
-    for whole, part in zip(result, (m, s, t, z_y), strict=True):
-        whole[rows] = part
-    return result, None
+        if keep:
+            kept.maxima[r, block.columns.start // plan.tile.columns] = tile_m
+    return Statistics(m, s, t, z_y), (kept.logits, kept.maxima) if keep else None
 
 
 def gradient_dtype(problem: Problem) -> torch.dtype:
@@ -188,9 +241,13 @@ def gradient_tiles(
     coefficients: Coefficients,
     problem: Problem,
     plan: Schedule,
-    cache: None,
+    cache: tuple[Tensor, Tensor, Tensor] | None,  # the two of Kept, overwritten, and where in them each row is [n]
 ) -> Iterator[GradientTile]:
-    for block in _blocks(operands, rows, plan.tile, problem.statistics_dtype):
+    kept = None
+    if cache is not None:
+        logits, maxima, index = cache
+        kept = Kept(logits, maxima, None if len(index) == len(logits) else index)
+    for block in _blocks(operands, rows, plan.tile, problem.statistics_dtype, kept, form=kept is None):
         z, dz, at = block.logits, block.scratch, block.readout
         m, constant, slope, on_target, y = coefficients.rows(block.rows)
         if at.softcap is not None:

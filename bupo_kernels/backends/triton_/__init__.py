@@ -8,6 +8,7 @@ products of dz with W and H are the library's. ``plan.py`` says which rows take 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Iterator
 
@@ -17,8 +18,8 @@ from torch import Tensor
 from bupo_kernels.backends.algebra import Coefficients, Statistics
 from bupo_kernels.backends.gradients import GradientTile
 from bupo_kernels.backends.problem import Operands, Problem, Schedule
-from bupo_kernels.backends.triton_ import config
-from bupo_kernels.backends.triton_.plan import cache_widths, cached_rows, make_schedule
+from bupo_kernels.backends.triton_ import config, plan
+from bupo_kernels.backends.triton_.plan import cache_widths, cached_rows
 
 __all__ = (  # what dispatch asks of a backend
     "STRATEGIES",
@@ -26,6 +27,8 @@ __all__ = (  # what dispatch asks of a backend
     "cached_rows",
     "gradient_dtype",
     "gradient_tiles",
+    "one_pass_schedule",
+    "row_statistics",
     "schedule",
     "statistics",
     "why_not",
@@ -39,6 +42,12 @@ STRATEGIES = ("recompute", "cached")
 MEASURED: frozenset[int] = frozenset()
 
 
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
 def target_of(device: torch.device) -> config.Target:
     if config.interpreted():
         return config.Target("cuda", 80, processors=3)  # several work items for each of few programs
@@ -50,7 +59,7 @@ def target_of(device: torch.device) -> config.Target:
 
 def why_not(problem: Problem, strategy: str | None) -> str | None:
     """The reason this backend cannot run ``problem``, or None."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton: not installed"
     if problem.device.type != "cuda" and not (config.interpreted() and problem.device.type == "cpu"):
         return f"device: {problem.device.type} given, accepted is cuda, or cpu with TRITON_INTERPRET=1 set from the start"
@@ -75,7 +84,11 @@ def why_not_default(problem: Problem) -> str | None:
 
 
 def schedule(problem: Problem, strategy: str | None) -> Schedule:
-    return make_schedule(problem, strategy, target_of(problem.device))
+    return plan.make_schedule(problem, strategy, target_of(problem.device))
+
+
+def one_pass_schedule(problem: Problem, strategy: str | None) -> Schedule:
+    return plan.one_pass_schedule(problem, strategy, target_of(problem.device))
 
 
 def gradient_dtype(problem: Problem) -> torch.dtype:
@@ -94,24 +107,44 @@ def _counting(counts: Tensor) -> tuple[Tensor, Tensor]:  # [N] bool -> [N] int64
     return positions[:n], rank[-1:]
 
 
-def statistics(operands: Operands, counts: Tensor, problem: Problem, plan: Schedule, with_entropy: bool):  # [N] bool
-    """:class:`Statistics` of the rows that count, and the cache: E and its exponents, or None."""
+def statistics(operands: Operands, counts: Tensor, problem: Problem, schedule: Schedule, with_entropy: bool):  # [N] bool
+    """:class:`Statistics` of the rows that count, and E and its exponents for the first of them, or None."""
+    result = torch.stack(Statistics.empty(len(counts), torch.float32, counts.device))
+    cache = _empty_cache(schedule.cached_rows, problem)
+    if len(counts):
+        positions, count = _counting(counts)
+        _stream(operands, positions, count, positions, with_entropy, cache, result)
+    return Statistics(*result), cache
+
+
+def row_statistics(operands: Operands, rows: Tensor, problem: Problem, schedule: Schedule, with_entropy: bool, keep: bool = False):
+    """:class:`Statistics` of the rows [n], and, to ``keep``, their E and its exponents for :func:`gradient_tiles`."""
+    n = len(rows)
+    result = torch.stack(Statistics.empty(n, torch.float32, rows.device))
+    cache = _empty_cache(n if keep else 0, problem)
+    if n:
+        count = torch.full((1,), n, dtype=torch.int64, device=rows.device)
+        _stream(operands, rows, count, torch.arange(n, device=rows.device), with_entropy, cache, result)
+    return Statistics(*result), cache
+
+
+def _empty_cache(rows: int, problem: Problem) -> tuple[Tensor, Tensor] | None:
+    if not rows:
+        return None
+    row, more = cache_widths(problem)
+    e = torch.empty(rows, row, dtype=torch.bfloat16, device=problem.device)
+    return e, torch.empty(rows, more, dtype=torch.int32, device=problem.device)
+
+
+def _stream(operands, rows, count, positions, with_entropy, cache, result) -> None:
+    """The first ``count`` of ``rows`` through both kernels, into ``result`` [4, n] at their ``positions``."""
     from bupo_kernels.backends.triton_.linear_statistics import linear_statistics
     from bupo_kernels.backends.triton_.merge import merge
     from bupo_kernels.backends.triton_.product import Launch
 
-    result = torch.stack(Statistics.empty(len(counts), torch.float32, counts.device))
-    cache = None
-    if plan.cached_rows:
-        row, more = cache_widths(problem)
-        e = torch.empty(plan.cached_rows, row, dtype=torch.bfloat16, device=counts.device)
-        cache = e, torch.empty(plan.cached_rows, more, dtype=torch.int32, device=counts.device)
-    if len(counts):
-        positions, count = _counting(counts)
-        launch = Launch(operands, positions, target_of(counts.device))
-        partials, _ = linear_statistics(launch, count, with_entropy=with_entropy, cache=cache)
-        merge(partials, None, count, positions, result, with_entropy=with_entropy)
-    return Statistics(*result), cache
+    launch = Launch(operands, rows, target_of(rows.device))
+    partials, _ = linear_statistics(launch, count, with_entropy=with_entropy, cache=cache)
+    merge(partials, None, count, positions, result, with_entropy=with_entropy)
 
 
 def gradient_tiles(
@@ -119,8 +152,8 @@ def gradient_tiles(
     rows: Tensor,  # [n]
     coefficients: Coefficients,
     problem: Problem,
-    plan: Schedule,
-    cache: tuple[Tensor, Tensor, Tensor] | None,  # E, its exponents, and which rows [N] counted in the forward
+    schedule: Schedule,
+    cache: tuple[Tensor, Tensor, Tensor] | None,  # E, its exponents, and where in them each row would be [n]
 ) -> Iterator[GradientTile]:
     from bupo_kernels.backends.triton_.gradient_cached import gradient_cached
     from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute
@@ -132,29 +165,34 @@ def gradient_tiles(
     target = target_of(rows.device)
     from_cache, cache_rows = 0, None
     if cache is not None:
-        e, exponents, counts = cache
-        cache_rows = (counts.cumsum(0) - 1)[rows]  # E lies in the order in which rows counted
+        e, exponents, cache_rows = cache
         from_cache = int((cache_rows < len(e)).sum())
         as_written = regular(operands.hidden, operands.weight)
         exponent_columns = config.statistics_config(problem.dtype, target, regular=as_written, softcap=False, cache=True).columns
-    columns_of_dz = min(plan.tile.columns, config.padded(vocab))
-    dz = torch.empty(min(plan.tile.rows, n), columns_of_dz, dtype=gradient_dtype(problem), device=rows.device)
-    dense = operands.hidden.reshape(-1, width) if n == problem.rows and operands.hidden.is_contiguous() else None
+    columns_of_dz = min(schedule.tile.columns, config.padded(vocab))
+    dz = torch.empty(min(schedule.tile.rows, n), columns_of_dz, dtype=gradient_dtype(problem), device=rows.device)
+    blocks = [slice(first, min(first + schedule.tile.rows, n)) for first in range(0, n, schedule.tile.rows)]
+    splits = [min(max(from_cache, block.start), block.stop) for block in blocks]  # before it from E, from it on recomputed
+    launches = [Launch(operands, rows[split : block.stop], target) for block, split in zip(blocks, splits, strict=True)]
     coordinates = operands.coordinates(rows)
-    for start in range(0, vocab, plan.tile.columns):
-        columns = slice(start, min(start + plan.tile.columns, vocab))
-        for first in range(0, n, plan.tile.rows):
-            block = slice(first, min(first + plan.tile.rows, n))
-            split = min(max(from_cache, block.start), block.stop)
+
+    def hidden_rows(block: slice) -> Tensor | None:  # [r, D]
+        if not problem.grad_weight:
+            return None
+        if n == problem.rows and operands.hidden.is_contiguous():
+            return operands.hidden.view(n, width)[block]
+        return operands.hidden[tuple(i[block] for i in coordinates)]
+
+    all_hidden = hidden_rows(blocks[0]) if len(blocks) == 1 else None
+    for start in range(0, vocab, schedule.tile.columns):
+        columns = slice(start, min(start + schedule.tile.columns, vocab))
+        for block, split, launch in zip(blocks, splits, launches, strict=True):
             if split > block.start:
                 part = slice(block.start, split)
                 gradient_cached((e, exponents), exponent_columns, cache_rows[part], coefficients.rows(part), dz, columns)
             if split < block.stop:
                 part = slice(split, block.stop)
-                launch = Launch(operands, rows[part], target)
                 gradient_recompute(launch, coefficients.rows(part), dz[split - block.start :], columns)
-            hidden = None
-            if problem.grad_weight:
-                hidden = dense[block] if dense is not None else operands.hidden[tuple(i[block] for i in coordinates)]
             tile = dz[: block.stop - block.start, : columns.stop - columns.start]
+            hidden = hidden_rows(block) if all_hidden is None else all_hidden
             yield GradientTile(columns, block, tile, operands.weight[columns], hidden)

@@ -112,6 +112,7 @@ def split_columns(vocab: int) -> int:
 # Below this width E costs more time to write and to read than the product it saves: 2·V·D FLOP at 700 TFLOP/s against 4 bytes
 # a logit at 4 TB/s break even at D = 350.
 CACHE_MIN_WIDTH = 512
+CACHE_MIN_BUDGET = 64 * 2**20  # bytes: below, the working memory needs the other half more
 
 
 def why_not_cached(dtype: torch.dtype, softcap: bool) -> str | None:
@@ -135,3 +136,4 @@ def exponents_per_row(vocab: int) -> int:
 # Slices of the backward. Wide ones read and write the fp32 sum of dH less often: 2·4·N·D bytes each, against 2·N·S·D FLOP.
 MOST_COLUMNS = 16384
 FEWEST_COLUMNS = 2048  # before the budget is met by blocks of rows instead
+FEWEST_ROWS = 512  # before it is met by yet narrower slices

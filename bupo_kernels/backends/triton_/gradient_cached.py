@@ -1,7 +1,7 @@
 """The gradient tile, from the cache: ``E = 2^(z·log2e − k)`` in bf16 -> ``dz``, without a product.
 
 ``e^(z−m) = E · 2^(k − m·log2e)`` and ``z − m = ln 2 · (log2 E + k − m·log2e)``; the exponent is formed with one rounding, so
-nothing cancels at large |z|. What is inexact is E alone: 2⁻⁹ relative in p, at most 0.002 nat in log p. Bound by memory traffic:
+nothing cancels at large |z|. What is inexact is E alone: 2⁻⁸ relative in p, at most 0.004 nat in log p. Bound by memory traffic:
 two bytes read and two written for each of rows × columns.
 """
 

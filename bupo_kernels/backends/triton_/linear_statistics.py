@@ -5,7 +5,7 @@ registers; a logit never leaves the chip. What does is four fp32 numbers per row
 Splits and tile sizes do not depend on the number of rows, so neither does any row's result.
 
 With ``CACHE`` the first ``cached_rows`` rows also leave ``E = 2^(z·log2e − k)`` in bf16, ``k`` an integer per row and column
-block chosen so that the block's largest E is in (½, 1]: a relative error of 2⁻⁹ at any |z|, for ``gradient_cached.py``.
+block chosen so that the block's largest E is in (½, 1]: a relative error of 2⁻⁸ at any |z|, for ``gradient_cached.py``.
 """
 
 from __future__ import annotations

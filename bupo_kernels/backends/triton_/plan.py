@@ -7,6 +7,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import torch
 
 from bupo_kernels.backends.gradients import PRODUCT_ROWS
@@ -21,6 +24,8 @@ def cached_rows(problem: Problem, strategy: str | None) -> int:
     if not problem.needs_grad or strategy == "recompute":
         return 0
     if strategy is None and (config.why_not_cached(problem.dtype, problem.softcap) or problem.width < config.CACHE_MIN_WIDTH):
+        return 0
+    if strategy is None and problem.memory_budget < config.CACHE_MIN_BUDGET:
         return 0
     row, more = cache_widths(problem)
     limit = problem.memory_budget // 2 // (2 * row + 4 * more)
@@ -40,31 +45,59 @@ def make_schedule(problem: Problem, strategy: str | None, target: Target) -> Sch
     Raises ``ValueError`` when the budget does not hold the smallest tile.
     """
     cached = cached_rows(problem, strategy)
-    if strategy == "cached" and problem.needs_grad and problem.rows and not cached:
-        row, more = cache_widths(problem)
-        least = 2 * (2 * row + 4 * more)
-        raise ValueError(f"memory_budget: {problem.memory_budget} bytes given, accepted are at least {least} to keep one row of E")
-    unit = config.COLUMN_UNIT
-    smallest = memory(problem, Tile(1, unit), cached)
-    least = max(smallest.forward, smallest.backward)
+    row, more = cache_widths(problem)
+    least, e_row = _spent(memory(problem, SMALLEST, 0)), 2 * row + 4 * more
+    if problem.needs_grad and (cached or strategy == "cached"):
+        least = 2 * (least + e_row)  # E takes up to half
+    _require(problem, least)
+    tile = _largest_tile(
+        lambda tile: memory(problem, tile, cached).backward <= problem.memory_budget, problem.planned_rows, problem.vocab
+    )
+    name = "statistics only" if not problem.needs_grad else "cached and recompute" if cached else "recompute"
+    if cached and cached >= problem.rows:
+        name = "cached"
+    return Schedule(name, tile, memory(problem, tile, cached), cached, _kernels(problem, target, cached))
+
+
+def one_pass_schedule(problem: Problem, strategy: str | None, target: Target) -> Schedule:
+    """Chunks of rows as high as the budget allows, their E kept; where E cannot be had, all rows at once and recomputed."""
+    if not problem.needs_grad or strategy == "recompute" or config.why_not_cached(problem.dtype, problem.softcap):
+        return make_schedule(problem, "recompute", target)._replace(chunk_rows=max(problem.active_rows, 1))
+
+    def spent(tile: Tile) -> int:
+        used = memory(replace(problem, rows=tile.rows, active_rows=tile.rows), tile, cached=tile.rows)
+        return _spent(used) + used.accumulator
+
+    _require(problem, spent(SMALLEST))
+    tile = _largest_tile(lambda tile: spent(tile) <= problem.memory_budget, problem.active_rows, problem.vocab)
+    several = problem.active_rows > tile.rows
+    accumulator = problem.vocab * problem.width * 4 if several and problem.grad_weight else 0
+    kernels = _kernels(problem, target, cached=tile.rows)
+    return Schedule("one pass", tile, Memory(spent(tile), 0, accumulator), problem.active_rows, kernels, chunk_rows=tile.rows)
+
+
+SMALLEST = Tile(1, config.COLUMN_UNIT)
+
+
+def _require(problem: Problem, least: int) -> None:
     if least > problem.memory_budget:
         raise ValueError(f"memory_budget: {problem.memory_budget} bytes given, accepted are at least {least} for this many rows")
 
-    def fits(rows: int, columns: int) -> bool:
-        return memory(problem, Tile(rows, columns), cached).backward <= problem.memory_budget
 
-    rows, columns = max(problem.planned_rows, 1), min(config.padded(problem.vocab), config.MOST_COLUMNS)
-    while columns > config.FEWEST_COLUMNS and not fits(rows, columns):
-        columns = max(columns // 2 // unit, 1) * unit
-    while rows > 1 and not fits(rows, columns):
-        rows = (rows + 1) // 2
-    while columns > unit and not fits(rows, columns):
-        columns = max(columns // 2 // unit, 1) * unit
-    tile = Tile(rows, columns)
-    strategies = "statistics only" if not problem.needs_grad else "cached and recompute" if cached else "recompute"
-    if cached and cached >= problem.rows:
-        strategies = "cached"
-    return Schedule(strategies, tile, memory(problem, tile, cached), cached, _kernels(problem, target, cached))
+def _spent(used: Memory) -> int:
+    return max(used.forward, used.backward)
+
+
+def _largest_tile(fits: Callable[[Tile], bool], rows: int, vocab: int) -> Tile:
+    """Slices are narrowed first, down to where dH is summed too often; then there are blocks of rows, down to where products get
+    slow; then narrower slices, and in the end single rows."""
+    rows, columns = max(rows, 1), min(config.padded(vocab), config.MOST_COLUMNS)
+    for fewest_rows, fewest_columns in ((rows, config.FEWEST_COLUMNS), (config.FEWEST_ROWS, 0), (0, 1), (1, 0)):
+        while fewest_columns and columns > max(fewest_columns, config.COLUMN_UNIT) and not fits(Tile(rows, columns)):
+            columns = max(columns // 2 // config.COLUMN_UNIT, 1) * config.COLUMN_UNIT
+        while fewest_rows and rows > fewest_rows and not fits(Tile(rows, columns)):
+            rows = (rows + 1) // 2
+    return Tile(rows, columns)
 
 
 def _kernels(problem: Problem, target: Target, cached: int) -> tuple[str, ...]:
@@ -88,7 +121,8 @@ def memory(problem: Problem, tile: Tile, cached: int) -> Memory:
     if problem.needs_grad:
         sixteen_bit = item < 4
         backward = kept + rows * (10 * 8 + 26 * 4) + tile.rows * tile.columns * item
-        backward += tile.rows * problem.width * item * problem.grad_weight  # rows of H, where some have left
+        # Rows of H, where some have left; of several blocks, the next is gathered while the last is still held.
+        backward += tile.rows * problem.width * item * problem.grad_weight * (1 + (problem.planned_rows > tile.rows))
         backward += tile.columns * problem.width * 4 * problem.grad_weight * sixteen_bit  # dW of the slice
         product_rows = min(PRODUCT_ROWS, max(tile.rows, tile.columns))
         backward += product_rows * problem.width * 4 * sixteen_bit * (problem.grad_hidden or problem.grad_weight)

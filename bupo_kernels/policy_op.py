@@ -1,0 +1,139 @@
+"""The one-pass policy loss as torch sees it: loss and gradients of a chunk of rows while its logits are at hand.
+
+For each chunk: one product, statistics, the objective's terms and their derivative, then the two gradient products from the logits
+(or E) that the chunk kept. 6·N·V·D FLOP instead of 8, and nothing is left for the backward but a scaling. Rows that cannot matter,
+being masked or of zero weight, never enter; rows on which a clip decides leave before the gradient products.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from bupo_kernels.backends import algebra
+from bupo_kernels.backends.gradients import GradientSums
+from bupo_kernels.dispatch import make_plan
+from bupo_kernels.ops import check_rows, of_product, on, operands_of, problem_of
+from bupo_kernels.policy_losses import PolicyObjective, policy_terms
+
+
+def rows_that_matter(objective: PolicyObjective, counts: Tensor, weights: Tensor, advantages: Tensor) -> Tensor:  # [...] bool
+    """Those whose loss or gradient can differ from zero, as far as it can be told without their log-prob."""
+    matter = counts & (weights != 0)
+    if objective.kl_coefficient == 0 and not objective.needs_entropy:
+        matter = matter & (advantages != 0)
+    return matter
+
+
+@torch.library.custom_op("bupo_kernels::linear_policy_loss", mutates_args=())
+def linear_policy_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045 (read by torch's schema inference)
+    targets: Tensor,
+    counts: Tensor,
+    row_temperature: Optional[Tensor],  # noqa: UP045
+    advantages: Tensor,
+    old_logprobs: Optional[Tensor],  # noqa: UP045
+    reference_logprobs: Optional[Tensor],  # noqa: UP045
+    sampler_logprobs: Optional[Tensor],  # noqa: UP045
+    weights: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: Optional[float],  # noqa: UP045
+    ignore_index: int,
+    objective: str,
+    backend: str,
+    memory_budget: int,
+    grad_hidden: bool,
+    grad_weight: bool,
+    grad_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(loss, logprob and entropy of the rows that matter and 0 elsewhere, dH, dW, db): gradients of the loss itself, [0] where not
+    needed. ``counts``, ``weights`` and what comes per row are of the shape of ``targets``."""
+    goal = PolicyObjective(**json.loads(objective))
+    check_rows(targets, counts, weight.shape[0], ignore_index, row_temperature)
+    matter = rows_that_matter(goal, counts, weights, advantages).flatten()
+    rows = matter.nonzero().squeeze(1)
+    problem = problem_of(hidden, weight, len(rows), softcap, (grad_hidden, grad_weight, grad_bias), memory_budget)
+    plan = make_plan(problem, backend, one_pass=True)
+    dtype, chunk, module = problem.statistics_dtype, plan.schedule.chunk_rows, plan.module
+    operands = operands_of(hidden, weight, bias, targets, row_temperature, temperature, logit_scale, softcap)
+    per_row = [x if x is None else x.flatten() for x in (old_logprobs, reference_logprobs, sampler_logprobs)]
+    need = grad_hidden, grad_weight, grad_bias
+
+    loss = torch.zeros((), dtype=dtype, device=hidden.device)
+    logprob, entropy = (torch.zeros(targets.numel(), dtype=dtype, device=hidden.device) for _ in range(2))
+    sums = GradientSums(hidden, weight, bias, need=need, dtype=dtype, parts=len(rows) > chunk)
+    with on(hidden.device):
+        for first in range(0, len(rows), chunk):
+            r = rows[first : first + chunk]
+            keep = any(need) and plan.schedule.cached_rows > 0
+            statistics, kept = module.row_statistics(operands, r, problem, plan.schedule, with_entropy=True, keep=keep)
+            found = algebra.finish(statistics, problem.vocab, with_entropy=True)
+            old, reference, sampler = (x if x is None else x[r].to(dtype) for x in per_row)
+            terms = policy_terms(
+                goal,
+                found.logprob,
+                found.entropy,
+                advantages.flatten()[r].to(dtype),
+                old_logprobs=old,
+                reference_logprobs=reference,
+                sampler_logprobs=sampler,
+            )
+            w = weights.flatten()[r].to(dtype)
+            loss += (w * terms.loss).sum()
+            logprob[r], entropy[r] = found.logprob, found.entropy
+            g_logprob, g_entropy = w * terms.d_logprob, w * terms.d_entropy if goal.needs_entropy else None
+            used = g_logprob != 0 if g_entropy is None else (g_logprob != 0) | (g_entropy != 0)
+            index = used.nonzero().squeeze(1) if any(need) else r[:0]
+            if len(index) == 0:
+                continue
+            g_logprob, g_entropy = g_logprob[index], g_entropy if g_entropy is None else g_entropy[index]
+            of_rows = (x[index] for x in (statistics.m, found.log_s, found.logprob, found.entropy))
+            r = r[index]
+            coefficients = algebra.coefficients(g_logprob, g_entropy, None, *of_rows, targets.flatten()[r])
+            coefficients, unscale = of_product(coefficients, operands, r, module.gradient_dtype(problem))
+            cache = (*kept, index) if keep else None
+            tiles = module.gradient_tiles(operands, r, coefficients, problem, plan.schedule, cache)
+            sums.add(tiles, r, unscale=unscale, step=plan.schedule.tile.rows)
+            del kept, cache, tiles
+    gradients = (hidden.new_empty(0) if gradient is None else gradient for gradient in sums.result())
+    return loss, logprob.view(targets.shape), entropy.view(targets.shape), *gradients
+
+
+@linear_policy_loss.register_fake
+def _(hidden, weight, bias, targets, *rest):
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    gradients = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else hidden.new_empty(0)
+        for x, needed in zip((hidden, weight, bias), rest[-3:], strict=True)
+    )
+    return hidden.new_empty((), dtype=dtype), *(hidden.new_empty(targets.shape, dtype=dtype) for _ in range(2)), *gradients
+
+
+def _setup_context(ctx, inputs, output):
+    _, *rest = output
+    ctx.save_for_backward(*rest[2:])
+    ctx.mark_non_differentiable(*rest)
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, g_loss, *_):
+    need = ctx.needs_input_grad[:3]
+    if g_loss is None:
+        return (None,) * 21
+    # The scale is the upstream gradient's, in the precision of the gradients' sums; what autograd holds stays as it is.
+    return *((g * g_loss).to(g.dtype) if needed else None for g, needed in zip(ctx.saved_tensors, need, strict=True)), *(None,) * 18
+
+
+linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
+
+
+def encoded(objective: PolicyObjective) -> str:
+    """As the op takes it."""
+    return json.dumps(asdict(objective))

@@ -1,0 +1,211 @@
+"""The Triton kernels against the oracle, path by path: what a call of another size, GPU or budget would take. Without a GPU they
+run in Triton's interpreter, where each path is chosen by naming a GPU that has it."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from problems import (
+    OPTIONS,
+    assert_stored_gradients,
+    assert_values,
+    case_with,
+    device_of,
+    gradients,
+    leaves,
+    random_case,
+)
+
+from bupo_kernels import explain, linear_logprobs, reference
+from bupo_kernels.backends import triton_
+from bupo_kernels.backends.problem import Operands, Readout
+from bupo_kernels.backends.triton_ import config
+
+pytest.importorskip("triton")
+
+DEVICE = device_of("triton")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+WIDTH = 64  # rows of whole, aligned blocks: what TMA takes
+PATHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+
+
+@contextmanager
+def running_as(arch):
+    """A GPU of that architecture, with 3 processors: several work items for each program."""
+    with pytest.MonkeyPatch.context() as patch:
+        if config.interpreted():
+            patch.setattr(triton_, "target_of", lambda device: config.Target("cuda", arch, 3))
+        yield
+
+
+def check(case, backend="triton", *, memory_budget=None, upstream=None):
+    """Values and gradients of all three statistics, and the plan."""
+    options = {**case.options, "backend": backend, "memory_budget": memory_budget}
+    plan = explain(case.hidden, case.weight, case.targets, **options)
+    ours = linear_logprobs(case.hidden, case.weight, case.targets, **options)
+    assert_values(ours, case)
+    if upstream is None:
+        upstream = [torch.randn(len(case.targets)).to(DEVICE) for _ in ours]
+    got = gradients(sum((g * x).sum() for g, x in zip(upstream, ours, strict=True) if g is not None), *leaves(case))
+    assert_stored_gradients(got, case, upstream, backend)
+    return plan, got
+
+
+def runs(backend, dtype, options):
+    return backend != "triton:cached" or config.why_not_cached(dtype, "softcap" in options) is None
+
+
+EVERY_PATH = [
+    pytest.param(arch, backend, dtype, options, id=f"{name}-{backend}-{str(dtype).removeprefix('torch.')}-{option}")
+    for name, arch in PATHS.items()
+    for backend in ("triton", "triton:cached")
+    for dtype in (BF16, FP16, FP32)
+    for option, options in OPTIONS.items()
+    if runs(backend, dtype, options) and option in ("plain", "temperature per row", "everything") and (dtype == BF16 or arch >= 90)
+]
+
+
+@pytest.mark.parametrize(("arch", "backend", "dtype", "options"), EVERY_PATH)
+def test_every_option_on_rows_that_need_no_masks(arch, backend, dtype, options):
+    # 264 columns are two splits, the last of 8; sm_90 and sm_100 read and write through TMA.
+    with running_as(arch):
+        check(case_with(options, 23, 264, WIDTH, dtype=dtype, device=DEVICE, scale=3.0), backend)
+
+
+@settings(max_examples=15)
+@given(data=st.data(), arch=st.sampled_from(list(PATHS.values())), dtype=st.sampled_from([BF16, FP16, FP32]))
+def test_any_shape_option_path_and_budget(data, arch, dtype):
+    backend = data.draw(st.sampled_from(["triton"] + ["triton:cached"] * (dtype != FP32)))
+    options = OPTIONS[data.draw(st.sampled_from([name for name, options in OPTIONS.items() if runs(backend, dtype, options)]))]
+    rows, vocab = data.draw(st.sampled_from([(300, 200), (150, 700), (20, 1500), (3, 3000)]))
+    rows, vocab = data.draw(st.integers(1, rows)), data.draw(st.integers(1, vocab))
+    width = data.draw(st.one_of(st.integers(1, 100), st.just(WIDTH)))
+    scale, seed = data.draw(st.sampled_from([1e-3, 1.0, 30.0])), data.draw(st.integers(0, 2**16))
+    budget = data.draw(st.sampled_from([None, 2**21]))
+    with running_as(arch):
+        check(
+            case_with(options, rows, vocab, width, dtype=dtype, device=DEVICE, scale=scale, seed=seed),
+            backend,
+            memory_budget=budget,
+        )
+
+
+@pytest.mark.parametrize("arch", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_a_small_budget_cuts_the_backward_into_slices_and_blocks_of_rows(arch, dtype, monkeypatch):
+    # Narrower slices and lower blocks than thousands and hundreds, which are slow to interpret.
+    monkeypatch.setattr(config, "MOST_COLUMNS", 512)
+    monkeypatch.setattr(config, "FEWEST_ROWS", 16)
+    case = random_case(270, 700, WIDTH, dtype=dtype, device=DEVICE)
+    with running_as(arch):
+        plan, _ = check(case, memory_budget=500 * 1024)
+    assert 1 < plan.schedule.tile.rows < 270
+    assert plan.schedule.tile.columns == 512
+
+
+@pytest.mark.parametrize(("arch", "masked"), [(80, True), (90, False)], ids=["sm_80, masked rows", "sm_90"])
+def test_rows_past_the_cache_are_recomputed(arch, masked):
+    case = random_case(300, 520, WIDTH, dtype=BF16, device=DEVICE)
+    if masked:
+        case.options = {"mask": torch.arange(300, device=DEVICE) % 8 != 1}
+    with running_as(arch):
+        plan, _ = check(case, "triton:cached", memory_budget=800 * 1024)
+    assert plan.schedule.strategy == "cached and recompute"
+    assert 0 < plan.schedule.cached_rows < 300 * 7 // 8  # past it even with the masked rows gone
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton:cached"])
+@pytest.mark.parametrize("kept", ["first", "last", "scattered", "one", "none"])
+def test_dropped_rows_get_exactly_nothing_and_shift_no_other(backend, kept):
+    rows = {"first": slice(0, 40), "last": slice(150, 190), "scattered": slice(1, 190, 3), "one": slice(47, 48), "none": slice(0)}
+    case = random_case(190, 300, 20, dtype=BF16, device=DEVICE)
+    case.targets[45:60:3] = -100
+    weights = torch.zeros(190, device=DEVICE)
+    weights[rows[kept]] = torch.rand(190)[rows[kept]].to(DEVICE) + 0.5
+    budget = 300 * 1024  # of the cached rows, too, some are kept, some dropped and some recomputed
+    _, got = check(case, backend, memory_budget=budget, upstream=[weights, None, -weights])
+    assert (got[0][weights == 0] == 0).all()
+    assert got[1].any() == (kept != "none")
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton:cached"])
+@pytest.mark.parametrize("frozen", ["hidden", "weight"])
+def test_a_frozen_operand_changes_no_other_gradient(backend, frozen):
+    case = random_case(40, 300, WIDTH, dtype=BF16, device=DEVICE)
+    getattr(case, frozen).requires_grad_(False)
+    _, got = check(case, backend)
+    assert len(got) == 1
+
+
+@pytest.mark.parametrize("arch", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("offset", [500.0, -500.0])
+def test_the_cache_keeps_its_accuracy_far_from_zero(arch, offset):
+    # E has an integer exponent of its own for each row and block: a common offset is none of its mantissa's business.
+    case = random_case(9, 520, WIDTH, dtype=BF16, device=DEVICE)
+    case.options = {"bias": torch.full((520,), offset, device=DEVICE)}
+    with running_as(arch):
+        check(case, "triton:cached")
+
+
+def test_targets_of_several_dimensions_and_a_transposed_weight():
+    leaf = torch.randn(5, 3, 30, 2).to(DEVICE, BF16).requires_grad_()
+    wide = torch.randn(30, 301).to(DEVICE, BF16).requires_grad_()
+    hidden, targets = leaf[..., 1].transpose(0, 1), torch.randint(0, 301, (3, 5)).to(DEVICE)
+    mask = (torch.arange(15, device=DEVICE) % 3 != 0).view(3, 5)
+    out = linear_logprobs(hidden, wide.T, targets, mask=mask, backend="triton")
+    exact = [x.detach().double().requires_grad_() for x in (leaf, wide)]
+    truth = reference.linear_logprobs(exact[0][..., 1].transpose(0, 1), exact[1].T, targets, mask=mask)
+    assert (out.logprobs - truth[0]).abs().max() < 1e-4
+    got, want = gradients(out.logprobs.sum(), leaf, wide), gradients(truth[0].sum(), *exact)
+    for a, b in zip(got, want, strict=True):
+        assert (a.double() - b).norm() <= 2 * torch.finfo(BF16).eps * b.norm()
+
+
+@pytest.mark.parametrize("arch", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("options", ["plain", "everything"])
+def test_the_largest_logit_and_its_column_survive_splits_and_merge(arch, options):
+    from bupo_kernels.backends.triton_.linear_statistics import linear_statistics
+    from bupo_kernels.backends.triton_.merge import merge
+    from bupo_kernels.backends.triton_.product import Launch
+
+    case = case_with(OPTIONS[options], 150, 1100, WIDTH, dtype=BF16, device=DEVICE)
+    bias = case.options.get("bias")
+    readout = Readout(case.options.get("temperature", 1.0), case.options.get("logit_scale", 1.0), case.options.get("softcap"))
+    with torch.no_grad():
+        rows = torch.arange(0, 150, 2, device=DEVICE)
+        positions = torch.cat([rows, torch.zeros(75, dtype=torch.int64, device=DEVICE)])
+        operands = Operands(
+            case.hidden.detach(), case.weight.detach(), None if bias is None else bias.detach(), case.targets, readout
+        )
+        launch = Launch(operands, positions, config.Target("cuda", arch, 3))
+        count = torch.tensor([75], device=DEVICE)
+        partials, best = linear_statistics(launch, count, with_entropy=True, with_argmax=True)
+        statistics, top = torch.full((4, 150), 7.0, device=DEVICE), torch.full((150,), -1, device=DEVICE)
+        merge(partials, best, count, positions, statistics, top, with_entropy=True)
+        plain = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in case.options.items() if k != "mask"}
+        z = reference.logits(case.hidden.double(), case.weight.double(), **plain)
+    assert partials.shape[0] == 5
+    assert torch.equal(top[rows], z.argmax(1)[rows])
+    assert (statistics[0, rows] - z.amax(1)[rows]).abs().max() < 1e-5
+    assert (top[1::2] == -1).all()  # rows that do not count are not written
+    assert (statistics[:, 1::2] == 7).all()
+
+
+@pytest.mark.parametrize("ties", [[(3, 4)], [(3, 300), (1, 900, 1000)]], ids=["within a block", "across splits"])
+def test_of_equal_logits_the_first_column_is_the_largest(ties):
+    from bupo_kernels.backends.triton_.linear_statistics import linear_statistics
+    from bupo_kernels.backends.triton_.merge import merge
+    from bupo_kernels.backends.triton_.product import Launch
+
+    weight = torch.zeros(1100, WIDTH, device=DEVICE)
+    for row, columns in enumerate(ties):
+        weight[list(columns), row] = 1.0
+    hidden, targets = torch.eye(WIDTH, device=DEVICE)[: len(ties)], torch.zeros(len(ties), dtype=torch.int64, device=DEVICE)
+    positions, count = torch.arange(len(ties), device=DEVICE), torch.tensor([len(ties)], device=DEVICE)
+    launch = Launch(Operands(hidden, weight, None, targets, Readout(1.0, 1.0, None)), positions, triton_.target_of(hidden.device))
+    partials, best = linear_statistics(launch, count, with_entropy=False, with_argmax=True)
+    statistics, top = torch.zeros(4, len(ties), device=DEVICE), torch.zeros(len(ties), dtype=torch.int64, device=DEVICE)
+    merge(partials, best, count, positions, statistics, top, with_entropy=False)
+    assert top.tolist() == [columns[0] for columns in ties]
