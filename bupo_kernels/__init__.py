@@ -1,17 +1,21 @@
 """Policies from hidden states: log-prob, entropy and logsumexp of ``softmax(h Wᵀ)`` without ``[tokens, vocab]`` logits."""
 
 from bupo_kernels.dispatch import Plan
-from bupo_kernels.functional import LinearLogprobs, explain, linear_cross_entropy, linear_logprobs
+from bupo_kernels.functional import LinearLogprobs, explain, linear_cross_entropy, linear_logprobs, linear_policy_loss
 from bupo_kernels.internal_policy import internal_policy, policy_logprobs
 from bupo_kernels.modules import FusedLMHead
+from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective
 
 __all__ = [
     "FusedLMHead",
     "LinearLogprobs",
     "Plan",
+    "PolicyMetrics",
+    "PolicyObjective",
     "explain",
     "internal_policy",
     "linear_cross_entropy",
     "linear_logprobs",
+    "linear_policy_loss",
     "policy_logprobs",
 ]

@@ -206,7 +206,7 @@ def linear_policy_loss(
             *(call.hidden, call.weight, call.bias, call.targets, active, call.row_temperature, advantages),
             *(*given.values(), weights),
             *call.numbers,
-            policy_op.encoded(objective),
+            objective.encoded,
             call.backend,
             call.memory_budget,
             *call.grads,

@@ -19,8 +19,9 @@ A batch's loss is ``Σ token_weights · loss``, with the denominator an argument
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 import torch
@@ -57,6 +58,7 @@ class PolicyObjective:
     importance_cap: float = 2.0
     aggregation: str = "token-mean"  # see `token_weights`
     max_length: int | None = None  # "sequence-mean-token-sum-norm" only
+    encoded: str = field(init=False, repr=False, compare=False)  # the fields above as JSON: how torch ops take an objective
 
     def __post_init__(self):
         for name, accepted in CHOICES.items():
@@ -77,6 +79,8 @@ class PolicyObjective:
         self._require("delta", self.delta is None or self.dual_clip is None, "None with dual_clip, which is the same bound")
         self._require("kl_coefficient", self.kl_coefficient == 0 or self.kl is not None, "0 with kl=None")
         _check_max_length(self.aggregation, self.max_length)
+        values = {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+        object.__setattr__(self, "encoded", json.dumps(values))
 
     def _require(self, name: str, holds: bool, accepted: str):
         if not holds:

@@ -8,7 +8,6 @@ being masked or of zero weight, never enter; rows on which a clip decides leave 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from typing import Optional
 
 import torch
@@ -127,13 +126,10 @@ def _backward(ctx, g_loss, *_):
     need = ctx.needs_input_grad[:3]
     if g_loss is None:
         return (None,) * 21
-    # The scale is the upstream gradient's, in the precision of the gradients' sums; what autograd holds stays as it is.
-    return *((g * g_loss).to(g.dtype) if needed else None for g, needed in zip(ctx.saved_tensors, need, strict=True)), *(None,) * 18
+    # A copy the size of W is worth a look at the number, where that costs nothing (not on a device, not while tracing).
+    one = type(g_loss) is Tensor and g_loss.device.type == "cpu" and g_loss.item() == 1
+    gradients = (g if one else (g * g_loss).to(g.dtype) for g in ctx.saved_tensors)
+    return *(g if needed else None for g, needed in zip(gradients, need, strict=True)), *(None,) * 18
 
 
 linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
-
-
-def encoded(objective: PolicyObjective) -> str:
-    """As the op takes it."""
-    return json.dumps(asdict(objective))

@@ -24,16 +24,18 @@ class GradientTile(NamedTuple):
 PRODUCT_ROWS = 4096
 
 
-def accumulate_(total: Tensor, a: Tensor, b: Tensor) -> None:  # [m, n] += [m, k] @ [k, n]
-    """Adds a product without rounding it first: ``total`` is fp32 (or float64) whatever the operands are."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
+def accumulate_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:  # [m, n] += [m, k] @ [k, n]
+    """Adds a product without rounding it first, ``total`` being fp32 (or float64) whatever the operands are; or puts the ``first``
+    one there."""
+    if a.dtype != total.dtype and a.is_cuda:
         for rows in range(0, len(a), PRODUCT_ROWS):
             block = slice(rows, rows + PRODUCT_ROWS)
-            total[block] += torch.mm(a[block], b, out_dtype=total.dtype)
-    else:  # no library product keeps its fp32 accumulator here, but upcasting 16-bit operands is exact
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+            product = torch.mm(a[block], b, out_dtype=total.dtype)
+            total[block].copy_(product) if first else total[block].add_(product)
+        return
+    # Where no library product keeps its fp32 accumulator: upcasting 16-bit operands is exact.
+    a, b = a.to(total.dtype), b.to(total.dtype)
+    torch.mm(a, b, out=total) if first else total.addmm_(a, b)
 
 
 class GradientSums:
@@ -51,9 +53,10 @@ class GradientSums:
         self.shape = hidden.shape
         rows = hidden.shape[:-1].numel()
         self.hidden = torch.zeros(rows, width, dtype=hidden.dtype, device=hidden.device) if need[0] else None
-        self.weight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if need[1] else None
-        self.bias = torch.zeros_like(bias) if need[2] else None
+        self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need[1] else None
+        self.bias = torch.empty_like(bias) if need[2] else None
         self._sums = [x if x is None else x.to(dtype) for x in (self.weight, self.bias)] if parts else [self.weight, self.bias]
+        self._nothing_yet = True
 
     def add(
         self,
@@ -68,44 +71,49 @@ class GradientSums:
         if self.hidden is not None:
             # Where dH is of the sums' dtype, and there is but one addition, its first rows hold the sum.
             shared = self.hidden.dtype == self.dtype and not self.parts
-            rows_sum = self.hidden[:n] if shared else self.hidden.new_zeros(n, self.shape[-1], dtype=self.dtype)
+            rows_sum = self.hidden[:n] if shared else self.hidden.new_empty(n, self.shape[-1], dtype=self.dtype)
         weight_sum, bias_sum = self._sums
         for tile in tiles:
             if rows_sum is not None:
-                accumulate_(rows_sum[tile.rows], tile.dz, tile.weight)
+                accumulate_(rows_sum[tile.rows], tile.dz, tile.weight, first=tile.columns.start == 0)
             if tile.rows.start == 0:
-                # Sums of this slice; where the whole is of their dtype, and nothing is left to do to them, they are its own rows.
                 of_weight, of_bias = (self._slice(total, tile.columns, unscale) for total in (weight_sum, bias_sum))
             if weight_sum is not None:
-                accumulate_(of_weight, tile.dz.T, tile.hidden)
+                accumulate_(of_weight[0], tile.dz.T, tile.hidden, first=tile.rows.start == 0 and of_weight[1])
             if bias_sum is not None:
-                of_bias.add_(tile.dz.sum(0, dtype=self.dtype))
+                column_sums = tile.dz.sum(0, dtype=self.dtype)
+                of_bias[0].copy_(column_sums) if tile.rows.start == 0 and of_bias[1] else of_bias[0].add_(column_sums)
             if tile.rows.stop == n:
                 for total, part in ((weight_sum, of_weight), (bias_sum, of_bias)):
                     self._put(total, tile.columns, part, unscale)
                 of_weight = of_bias = None
+            del tile  # the next one is made while the name would still hold this one's operands
+        self._nothing_yet = self._nothing_yet and n == 0
         if rows_sum is not None:
             if unscale is not None:
                 rows_sum.mul_(unscale)
             _move_rows(rows_sum, self.hidden, positions, step)
 
-    def _slice(self, total: Tensor | None, columns: slice, unscale: Tensor | None) -> Tensor | None:
-        if total is None or (total.dtype == self.dtype and unscale is None):
-            return total if total is None else total[columns]
-        return torch.zeros_like(total[columns], dtype=self.dtype)
+    def _slice(self, total: Tensor | None, columns: slice, unscale: Tensor | None) -> tuple[Tensor, bool] | None:
+        """Sums of a slice, and whether they are yet to be written. Where the whole is of their dtype, and nothing is left to do to
+        them, they are its own rows."""
+        if total is None:
+            return None
+        if total.dtype == self.dtype and unscale is None:
+            return total[columns], self._nothing_yet
+        return torch.empty_like(total[columns], dtype=self.dtype), True
 
-    def _put(self, total: Tensor | None, columns: slice, part: Tensor | None, unscale: Tensor | None) -> None:
-        if total is None or part.data_ptr() == total[columns].data_ptr():
+    def _put(self, total: Tensor | None, columns: slice, part: tuple[Tensor, bool] | None, unscale: Tensor | None) -> None:
+        if total is None or part[0].data_ptr() == total[columns].data_ptr():
             return
-        if unscale is not None:
-            part.mul_(unscale)
-        if self.parts:
-            total[columns] += part
-        else:
-            total[columns] = part
+        sums = part[0] if unscale is None else part[0].mul_(unscale)
+        total[columns].copy_(sums) if self._nothing_yet else total[columns].add_(sums)
 
     def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """dH, dW, db; None where not needed."""
+        if self._nothing_yet:
+            for total in self._sums:
+                total is None or total.zero_()
         for whole, total in zip((self.weight, self.bias), self._sums, strict=True):
             if whole is not None and total.data_ptr() != whole.data_ptr():
                 whole.copy_(total)

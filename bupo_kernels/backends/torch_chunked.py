@@ -43,32 +43,32 @@ def why_not_default(problem: Problem) -> str | None:
 
 def schedule(problem: Problem, strategy: str | None) -> Schedule:
     """Raises ``ValueError`` when the budget holds not even the smallest tile."""
-    smallest = memory(problem, Tile(1, 1))
-    least = max(smallest.forward, smallest.backward)
-    if least > problem.memory_budget:
-        raise ValueError(f"memory_budget: {problem.memory_budget} bytes given, accepted are at least {least} for this many rows")
+    _require(problem, max(memory(problem, Tile(1, 1))[:2]))
     chosen = tile(problem)
     return Schedule("recompute" if problem.needs_grad else "statistics only", chosen, memory(problem, chosen))
+
+
+def _require(problem: Problem, least: int) -> None:
+    if least > problem.memory_budget:
+        raise ValueError(f"memory_budget: {problem.memory_budget} bytes given, accepted are at least {least} for this many rows")
 
 
 def one_pass_schedule(problem: Problem, strategy: str | None) -> Schedule:
     """Chunks of rows as high as the budget allows beside the tiles: their logits are kept, whole."""
     size = problem.statistics_dtype.itemsize
+    smallest = max(memory(problem, Tile(1, 1))[:2])
+    _require(problem, 2 * max(smallest, size * (2 * problem.vocab + problem.width)))
     inner = schedule(replace(problem, memory_budget=problem.memory_budget // 2), strategy)
-    columns = inner.tile.columns
-    working = max(inner.memory.forward, inner.memory.backward)
+    if not problem.needs_grad:
+        return inner._replace(chunk_rows=max(problem.active_rows, 1))
+    columns, working = inner.tile.columns, max(inner.memory.forward, inner.memory.backward)
     # Logits, their maxima, and the sum of dH, for each row of the chunk.
     per_row = size * (problem.vocab + -(-problem.vocab // columns) + problem.width * problem.grad_hidden)
     chunk = max(min((problem.memory_budget - working) // per_row, problem.active_rows), 1)
-    if working + per_row > problem.memory_budget:
-        least = working + per_row
-        raise ValueError(f"memory_budget: {problem.memory_budget} bytes given, accepted are at least {least} for one row's logits")
     tile = Tile(min(inner.tile.rows, chunk), columns)
     several = problem.active_rows > chunk
     accumulator = problem.vocab * problem.width * size if several and problem.grad_weight and problem.dtype.itemsize < size else 0
     used = Memory(working + chunk * per_row, 0, accumulator)
-    if not problem.needs_grad:
-        return inner._replace(chunk_rows=max(problem.active_rows, 1))
     return Schedule("one pass", tile, used, cached_rows=problem.active_rows, chunk_rows=chunk)
 
 
@@ -141,11 +141,15 @@ class _Block(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """The logits of the rows of a chunk, as the statistics left them: each less the maximum of its row in its tile."""
+    """The logits of the n rows of a chunk, as the statistics left them: each less the maximum of its row in its tile."""
 
-    logits: Tensor  # [n, V]
+    logits: Tensor  # [n · V], slice after slice
     maxima: Tensor  # [n, slices]
     index: Tensor | None = None  # [k]: those of the rows that are wanted; None for all
+
+    def slice(self, columns: slice) -> Tensor:  # [n, c]
+        n = len(self.maxima)
+        return self.logits[n * columns.start : n * columns.stop].view(n, columns.stop - columns.start)
 
 
 def _blocks(
@@ -172,13 +176,13 @@ def _blocks(
             logits, scratch = (buffer[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0]) for buffer in buffers)
             selected = readout.rows(index, dtype)
             if kept is not None and kept.index is None:
-                logits = kept.logits[block, columns]
+                logits = kept.slice(columns)[block]
             if form:
                 torch.mm(h, w.T, out=logits)
                 _to_logits_(logits, b, selected)
             else:
                 if kept.index is not None:
-                    torch.index_select(kept.logits[:, columns], 0, kept.index[block], out=logits)
+                    torch.index_select(kept.slice(columns), 0, kept.index[block], out=logits)
                 maxima = kept.maxima[block if kept.index is None else kept.index[block], start // tile.columns]
                 logits.add_(maxima.unsqueeze(1))
             yield _Block(columns, block, w, h, logits, scratch, selected)
@@ -208,7 +212,7 @@ def row_statistics(operands: Operands, rows: Tensor, problem: Problem, plan: Sch
     s.zero_()
     if keep:
         slices = -(-problem.vocab // plan.tile.columns)
-        kept = Kept(m.new_empty(len(rows), problem.vocab), m.new_empty(len(rows), slices))
+        kept = Kept(m.new_empty(len(rows) * problem.vocab), m.new_empty(len(rows), slices))
     for block in _blocks(operands, rows, plan.tile, dtype, kept):
         z, e, r = block.logits, block.scratch, block.rows
         column, inside = _target_column(y[r], block.columns)
@@ -246,7 +250,7 @@ def gradient_tiles(
     kept = None
     if cache is not None:
         logits, maxima, index = cache
-        kept = Kept(logits, maxima, None if len(index) == len(logits) else index)
+        kept = Kept(logits, maxima, None if len(index) == len(maxima) else index)
     for block in _blocks(operands, rows, plan.tile, problem.statistics_dtype, kept, form=kept is None):
         z, dz, at = block.logits, block.scratch, block.readout
         m, constant, slope, on_target, y = coefficients.rows(block.rows)
