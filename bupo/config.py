@@ -64,7 +64,7 @@ class Objective(Section):
     clip_low: Share = 0.2
     clip_high: Annotated[float, Field(ge=0)] = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = 10.0
-    aggregation: Literal["token-mean", "sequence-mean"] = "token-mean"
+    aggregation: Literal["token-mean", "sequence-mean-token-mean"] = "token-mean"
     advantage_std: bool = Field(True, description="divide group advantages by their standard deviation")
 
 

@@ -81,7 +81,6 @@ class Batch:
     targets: Tensor  # [B, S], the token after each position; IGNORE but for response tokens
     advantages: Tensor  # [B, S]
     old_logprobs: Tensor | None = None  # [B, S], of the optimised policy before the step's first update
-    weights: Tensor | None = None  # [B, S], of each token's loss
 
     @property
     def mask(self) -> Tensor:  # [B, S] bool, True on response tokens

@@ -20,9 +20,9 @@ from bupo.monitor import RunFolder
 from bupo.rewards import load_reward, score
 from bupo.rollout import Batch, collate, generate
 from bupo.schedule import FINAL, OptimisedPolicy, policy_at
-from bupo_kernels import FusedLMHead, LinearLogprobs, policy_logprobs
+from bupo_kernels import FusedLMHead, LinearLogprobs, PolicyObjective, policy_logprobs, policy_loss
 from bupo_kernels.internal_policy import MODEL_TYPES
-from bupo_kernels.policy_losses import PolicyObjective, policy_terms, token_weights
+from bupo_kernels.policy_losses import batch_denominator
 
 
 def train(config: TrainConfig) -> tuple[Accuracy, Accuracy]:
@@ -159,23 +159,32 @@ def update(
     """One optimizer step on a mini-batch, its gradient summed over micro-batches.
 
     Sequences of zero advantage (their whole group was right, or wrong) add exactly nothing to loss and gradient; they count
-    in the weights, and cost nothing. A mini-batch of nothing else makes no step.
+    in the denominator, and cost nothing. A mini-batch of nothing else makes no step.
     """
     how = config.objective
-    objective = PolicyObjective(clip_low=how.clip_low, clip_high=how.clip_high, dual_clip=how.dual_clip)
-    aggregation = "sequence-mean-token-mean" if how.aggregation == "sequence-mean" else how.aggregation
-    batch = replace(batch, weights=token_weights(batch.mask, aggregation))
+    objective = PolicyObjective(
+        clip_low=how.clip_low, clip_high=how.clip_high, dual_clip=how.dual_clip, aggregation=how.aggregation
+    )
+    denominator = batch_denominator(batch.mask, how.aggregation)
     active = batch.advantages[:, 0] != 0
     if not active.any():
         return Update(loss=0.0, clipped=0.0, grad_norm=0.0)
-    batch = batch[active]
     loss, clipped = 0.0, 0.0
-    for micro in batch.split(config.optimizer.micro_batch):
-        new = forward(model, micro, policy, config)
-        terms = policy_terms(objective, new.logprobs, None, micro.advantages, old_logprobs=micro.old_logprobs, mask=micro.mask)
-        new.logprobs.backward(micro.weights * terms.d_logprob)
-        loss += (micro.weights * terms.loss).sum().item()
-        clipped += (terms.clipped_low | terms.clipped_high).sum().item()
+    for micro in batch[active].split(config.optimizer.micro_batch):
+        micro_loss, metrics = policy_loss(
+            model,
+            micro.input_ids,
+            micro.targets,
+            micro.advantages,
+            old_logprobs=micro.old_logprobs,
+            objective=objective,
+            denominator=denominator,
+            temperature=config.rollout.temperature,
+            **policy.options,
+        )
+        micro_loss.backward()
+        loss += micro_loss.item()
+        clipped += ((metrics.clipped_low + metrics.clipped_high) * metrics.active_rows).item()
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm, error_if_nonfinite=True)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

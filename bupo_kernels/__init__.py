@@ -2,7 +2,7 @@
 
 from bupo_kernels.dispatch import Plan
 from bupo_kernels.functional import LinearLogprobs, explain, linear_cross_entropy, linear_logprobs, linear_policy_loss
-from bupo_kernels.internal_policy import internal_policy, policy_logprobs
+from bupo_kernels.internal_policy import internal_policy, policy_logprobs, policy_loss
 from bupo_kernels.modules import FusedLMHead
 from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective
 
@@ -18,4 +18,5 @@ __all__ = [
     "linear_logprobs",
     "linear_policy_loss",
     "policy_logprobs",
+    "policy_loss",
 ]

@@ -65,7 +65,8 @@ def linear_logprobs(
     Args:
         hidden: ``[..., D]``, fp32, bf16, fp16 or float64; any view, also a non-contiguous one.
         weight: the unembedding, ``[V, D]``, dtype of ``hidden``. Under autocast both are cast to its dtype, as
-            ``F.linear`` would.
+            ``F.linear`` would. A ``DTensor`` sharded over one mesh dimension (FSDP2) is gathered, and its gradient averaged over
+            the ranks, each of which brings rows of its own.
         targets: ``[...]``, int64 ids in ``[0, V)``. A target equal to ``ignore_index`` masks its row.
         bias: ``[V]``, floating point.
         temperature: positive; a float, or one value per row in the shape of ``targets``. No gradient flows to it.
@@ -313,6 +314,7 @@ def _prepare(
     memory_budget=None,
 ) -> _Call:
     """Everything before the computation: checks (with the messages users see), autocast, defaults."""
+    weight, bias = (_gathered(name, x, hidden) for name, x in (("weight", weight), ("bias", bias)))
     _check_tensors(hidden, weight, targets, bias, mask, temperature)
     if not isinstance(temperature, Tensor):
         _check_number("temperature", temperature, "positive numbers, or a tensor with one per row")
@@ -334,6 +336,20 @@ def _prepare(
     return _Call(
         hidden, weight, bias, targets, mask, temperature, logit_scale, softcap, ignore_index, return_entropy, backend, budget
     )
+
+
+def _gathered(name: str, parameter, hidden: Tensor):
+    """A sharded parameter whole, with a gradient that is averaged over the ranks and sharded again: what FSDP does to those it
+    gathers itself. Under autocast in the dtype it will be used in."""
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    if parameter.device_mesh.ndim != 1:
+        raise TypeError(f"{name}: a DTensor on a {parameter.device_mesh.ndim}-dimensional mesh given, accepted is one dimension")
+    if torch.is_autocast_enabled(hidden.device.type) and parameter.dtype != torch.float64:
+        parameter = parameter.to(torch.get_autocast_dtype(hidden.device.type))
+    from torch.distributed.tensor import Partial  # half a second, which only those who shard should wait
+
+    return parameter.full_tensor(grad_placements=[Partial("avg")])
 
 
 def _check_rows_of(name: str, values, targets: Tensor, broadcast: bool = False) -> Tensor:
@@ -375,7 +391,7 @@ def _check_tensors(hidden, weight, targets, bias, mask, temperature) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{name}: {type(tensor).__name__} given, accepted is a Tensor")
         if hasattr(tensor, "full_tensor"):
-            raise TypeError(f"{name}: a sharded DTensor given, accepted is a plain Tensor; unshard its module around the call")
+            raise TypeError(f"{name}: a DTensor given, accepted is a plain Tensor (weight and bias may be DTensors)")
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: on {tensor.device}, accepted is the device of hidden, {hidden.device}")
     for name, tensor in (("hidden", hidden), ("weight", weight)):

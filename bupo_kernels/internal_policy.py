@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from bupo_kernels.functional import LinearLogprobs
 from bupo_kernels.modules import FusedLMHead
+from bupo_kernels.policy_losses import PolicyMetrics
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 MODULES = ("layer", "attention", "ffn")
@@ -135,6 +136,32 @@ def policy_logprobs(
     Raises:
         ValueError, TypeError: naming the argument, as the functions above do.
     """
+    return _head_of_layer(model, input_ids, (targets,), options, attention_mask, position_ids, layer, module, final_norm)
+
+
+def policy_loss(
+    model: nn.Module,
+    input_ids: Tensor,  # [B, S] int64
+    targets: Tensor,  # [B, S] int64
+    advantages: Tensor,  # [B, S] or [B, 1]
+    *,
+    attention_mask: Tensor | None = None,  # [B, S]
+    position_ids: Tensor | None = None,  # [B, S]
+    layer: int | None = None,
+    module: str = "layer",
+    final_norm: bool = False,
+    **options,
+) -> tuple[Tensor, PolicyMetrics]:
+    """Loss and metrics of an RL step on the policy of ``layer``, or on the model's own, its head in one pass.
+
+    Arguments as in :func:`policy_logprobs`; ``options`` and what is returned as in :func:`bupo_kernels.linear_policy_loss`. With
+    the default objective and ``layer`` given it is InterGRPO of BuPO (arXiv 2512.19673, equation 9).
+    """
+    return _head_of_layer(model, input_ids, (targets, advantages), options, attention_mask, position_ids, layer, module, final_norm)
+
+
+def _head_of_layer(model, input_ids, arguments, options, attention_mask, position_ids, layer, module, final_norm):
+    """What the model's head says to ``arguments`` about the hidden states of a layer."""
     if attention_mask is not None and position_ids is not None:
         raise ValueError("position_ids: given with attention_mask, accepted is one of the two (packed or padded, not both)")
     if attention_mask is not None:
@@ -149,10 +176,10 @@ def policy_logprobs(
         ).last_hidden_state
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
-        return FusedLMHead.forward(head, hidden, targets, **options)
+        return FusedLMHead.forward(head, hidden, *arguments, **options)
     if not isinstance(head, FusedLMHead):
         raise TypeError(f"model: its head is a {type(head).__name__}, accepted are nn.Linear and FusedLMHead")
-    return head(hidden, targets, **options)
+    return head(hidden, *arguments, **options)
 
 
 def _backbone(model: nn.Module) -> nn.Module:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from bupo_kernels.functional import LinearLogprobs, linear_logprobs
+from bupo_kernels.functional import LinearLogprobs, linear_logprobs, linear_policy_loss
+from bupo_kernels.policy_losses import PolicyMetrics
 
 
 class FusedLMHead(nn.Linear):
@@ -29,11 +30,18 @@ class FusedLMHead(nn.Linear):
         linear.__class__ = cls
         return linear
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, **options) -> Tensor | LinearLogprobs:
-        """Logits ``[..., V]`` of ``hidden[..., D]``, or, given ``targets[...]``, :class:`LinearLogprobs` with the options of
-        :func:`bupo_kernels.linear_logprobs` (``bias`` apart, which is the module's own)."""
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, advantages: Tensor | None = None, **options
+    ) -> Tensor | LinearLogprobs | tuple[Tensor, PolicyMetrics]:
+        """Logits ``[..., V]`` of ``hidden[..., D]``; given ``targets[...]``, :class:`LinearLogprobs`, with the options of
+        :func:`bupo_kernels.linear_logprobs`; given ``advantages`` too, what :func:`bupo_kernels.linear_policy_loss` returns, with
+        its options (``bias`` apart, which is the module's own)."""
+        if targets is None and advantages is not None:
+            raise TypeError("advantages: given without targets, accepted only with them")
         if targets is None:
             if options:
                 raise TypeError(f"{', '.join(options)}: given without targets, accepted only with them")
             return super().forward(hidden)
+        if advantages is not None:
+            return linear_policy_loss(hidden, self.weight, targets, advantages, bias=self.bias, **options)
         return linear_logprobs(hidden, self.weight, targets, bias=self.bias, **options)

@@ -268,9 +268,14 @@ def token_weights(
     _check_max_length(aggregation, max_length)
     lengths = mask.sum(1, keepdim=True)  # [B, 1]
     if denominator is None:
-        denominator = (lengths.sum() if aggregation == "token-mean" else (lengths > 0).sum()).clamp(min=1)
+        denominator = batch_denominator(mask, aggregation).clamp(min=1)
     within = max_length or (1 if aggregation == "token-mean" else lengths.clamp(min=1))
     return torch.where(mask, mask / within / denominator, 0)
+
+
+def batch_denominator(mask: Tensor, aggregation: str) -> Tensor:  # [B, S] bool -> []
+    """Of a whole batch, for :func:`token_weights` of its parts: its tokens that count, or its sequences that have one."""
+    return mask.sum() if aggregation == "token-mean" else mask.any(1).sum()
 
 
 def _check_max_length(aggregation: str, max_length: int | None):

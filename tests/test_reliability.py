@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import socket
 import subprocess
 import sys
 from itertools import pairwise
@@ -33,10 +34,19 @@ from problems import (
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bupo_kernels import FusedLMHead, dispatch, explain, linear_cross_entropy, linear_logprobs, policy_logprobs, reference
+from bupo_kernels import (
+    FusedLMHead,
+    dispatch,
+    explain,
+    linear_cross_entropy,
+    linear_logprobs,
+    linear_policy_loss,
+    policy_logprobs,
+    reference,
+)
 from bupo_kernels.backends import torch_chunked, triton_
 from bupo_kernels.backends.problem import Operands, Problem, Readout
 from bupo_kernels.backends.triton_ import config
@@ -485,21 +495,57 @@ def one_process():
     dist.destroy_process_group()
 
 
-def test_T16_a_sharded_weight_is_unsharded_around_its_module_and_refused_outside(one_process):
-    # One process holds the only shard. Several, and groupings of the head with other modules, are issues of the trainer.
+def test_T16_a_sharded_weight_gets_a_sharded_gradient_inside_its_module_and_outside(one_process):
     case = random_case(9, 50, 16)
     head = FusedLMHead(16, 50, bias=False)
     plain = linear_logprobs(case.hidden, head.weight, case.targets).logprobs
     (want,) = gradients(plain.sum(), head.weight)
     fully_shard(head, mesh=dist.init_device_mesh("cpu", (1,)))
     assert isinstance(head.weight, DTensor)
-    with pytest.raises(TypeError, match="weight: a sharded DTensor given, accepted is a plain Tensor; unshard its module"):
-        linear_logprobs(case.hidden, head.weight, case.targets)
-    fused = head(case.hidden, case.targets).logprobs
-    assert torch.equal(fused, plain)
-    fused.sum().backward()
-    assert isinstance(head.weight.grad, DTensor)
-    assert torch.equal(head.weight.grad.to_local(), want)
+    for call in (head, lambda hidden, targets: linear_logprobs(hidden, head.weight, targets)):
+        head.weight.grad = None
+        fused = call(case.hidden, case.targets).logprobs
+        assert torch.equal(fused, plain)
+        fused.sum().backward()
+        assert isinstance(head.weight.grad, DTensor)
+        assert torch.equal(head.weight.grad.to_local(), want)
+        head.reshard()
+    with pytest.raises(TypeError, match="hidden: a DTensor given, accepted is a plain Tensor"):
+        linear_logprobs(head.weight, head.weight, case.targets)
+
+
+def _rank_of_two(rank: int, port: int, found):
+    """Half of the rows, with a weight that is sharded: this rank's shard of the gradients of two ops."""
+    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"tcp://127.0.0.1:{port}")
+    case = random_case(12, 50, 16)
+    weight = distribute_tensor(case.weight.detach(), dist.init_device_mesh("cpu", (2,)), [Shard(0)]).requires_grad_()
+    mine = slice(6 * rank, 6 * rank + 6)
+    hidden, targets = case.hidden[mine], case.targets[mine]
+    linear_logprobs(hidden, weight, targets).logprobs.sum().backward()
+    shards = [weight.grad.to_local().clone()]
+    weight.grad = None
+    linear_policy_loss(hidden, weight, targets, torch.ones(6), denominator=12)[0].backward()
+    found.put((rank, [shard.numpy() for shard in (*shards, weight.grad.to_local())]))
+    dist.destroy_process_group()
+
+
+def test_T16_ranks_with_rows_of_their_own_get_the_averaged_gradient_of_a_sharded_weight():
+    context = torch.multiprocessing.get_context("spawn")
+    found = context.SimpleQueue()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank_of_two, (port, found), nprocs=2)
+    by_rank = dict(found.get() for _ in range(2))
+    case = random_case(12, 50, 16)
+    losses = (
+        linear_logprobs(case.hidden, case.weight, case.targets).logprobs.sum(),
+        linear_policy_loss(case.hidden, case.weight, case.targets, torch.ones(12))[0],
+    )
+    for op, loss in enumerate(losses):
+        got = torch.cat([torch.from_numpy(by_rank[rank][op]) for rank in range(2)])
+        want = gradients(loss, case.weight)[0] / 2
+        assert (got - want).norm() <= 8 * CONTRACT * want.norm()
 
 
 class LowRankLinear(nn.Linear):
