@@ -19,7 +19,7 @@ from problems import (
     random_case,
 )
 
-from bupo_kernels import PolicyObjective, explain, linear_logprobs, linear_policy_loss, reference
+from bupo_kernels import FusedLMHead, PolicyObjective, explain, linear_logprobs, linear_policy_loss, reference
 from bupo_kernels.policy_losses import policy_metrics, policy_terms, token_weights
 
 OBJECTIVES = {
@@ -391,3 +391,12 @@ def test_bad_input_names_the_argument(error, message, change):
 
 def test_an_objective_is_a_value():
     assert replace(PolicyObjective(), clip_high=0.28) == PolicyObjective(clip_high=0.28)
+
+
+def test_the_head_takes_advantages_only_with_targets():
+    head = FusedLMHead(4, 30)
+    case = random_case(6, 30, 4)
+    with pytest.raises(TypeError, match="advantages: given without targets"):
+        head(case.hidden, advantages=ROWS)
+    loss, _ = head(case.hidden, case.targets, ROWS + 1)
+    assert torch.equal(loss, linear_policy_loss(case.hidden, head.weight, case.targets, ROWS + 1, bias=head.bias)[0])
