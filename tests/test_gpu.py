@@ -19,7 +19,7 @@ import torch
 from problems import CONTRACT, Case, assert_stored_gradients, assert_values, case_with, leaves
 from torch import Tensor
 
-from bupo_kernels import explain, linear_logprobs
+from bupo_kernels import PolicyObjective, explain, linear_logprobs, linear_policy_loss
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -596,3 +596,27 @@ def test_T29_the_forward_is_one_pass_and_its_launches_do_not_depend_on_the_numbe
         assert sum("linear_statistics_kernel" in name for name in launched) == 1
         assert sum("merge_kernel" in name for name in launched) == 1
     assert len(names[0]) == len(names[1]), names
+
+
+def check_one_pass(rows: int, vocab: int, width: int, device, budget) -> None:
+    """Against the same objective in two passes, from E of all rows: the same kernels on the same tiles."""
+    case = large_case(rows, vocab, width, BF16, device, PEAKED)
+    advantages = random_upstream(rows, device)[0]
+    objective = PolicyObjective(entropy_coefficient=0.01)
+    loss, metrics = linear_policy_loss(
+        case.hidden, case.weight, case.targets, advantages, objective=objective, backend="triton", memory_budget=budget
+    )
+    got = torch.autograd.grad(loss, (case.hidden, case.weight))
+    out = linear_logprobs(case.hidden, case.weight, case.targets, backend="triton:cached", memory_budget=ALL_OF_E)
+    counts = case.targets != -100
+    weighted = counts / counts.sum()
+    want = torch.autograd.grad((weighted * (-advantages * out.logprobs - 0.01 * out.entropy)).sum(), (case.hidden, case.weight))
+    assert metrics.active_rows == counts.sum()
+    # Chunks of rows round their dz as it is stored, as the two passes do; their sums come in another order.
+    for a, b in zip(got, want, strict=True):
+        assert (a.double() - b.double()).norm() <= torch.finfo(BF16).eps * b.double().norm()
+
+
+@pytest.mark.parametrize("budget", [None, ALL_OF_E], ids=["chunks", "all rows at once"])
+def test_a_policy_loss_in_one_pass_has_the_gradients_of_two(budget):
+    check_one_pass(8192, 151936, 2560, "cuda", budget)
