@@ -18,6 +18,7 @@ from problems import (
     products,
     random_case,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from bupo_kernels import FusedLMHead, PolicyObjective, explain, linear_logprobs, linear_policy_loss, reference
 from bupo_kernels.policy_losses import policy_metrics, policy_terms, token_weights
@@ -191,6 +192,22 @@ def test_one_pass_costs_three_products_and_explain_says_so():
     assert stated.flops_backward == 0
     assert "torch: one pass" in str(stated)
     assert explain(*arguments[:3], objective=OBJECTIVES["gspo"]).flops_backward == 3 * 2 * 24 * 300 * 16
+
+
+@pytest.mark.parametrize("frozen", [(), ("hidden",), ("weight",)], ids=str)
+def test_torchs_flop_counter_sees_the_products_of_every_row(frozen):
+    case = random_case(24, 300, 16)
+    for name in frozen:
+        getattr(case, name).requires_grad_(False)
+    arguments = case.hidden, case.weight, case.targets
+    for objective in (None, PolicyObjective()):
+        with FlopCounterMode(display=False) as counter:
+            if objective is None:
+                linear_logprobs(*arguments).logprobs.sum().backward()
+            else:
+                linear_policy_loss(*arguments, torch.randn(24), objective=objective)[0].backward()
+        plan = explain(*arguments, objective=objective)
+        assert counter.get_total_flops() == plan.flops_forward + plan.flops_backward
 
 
 def test_rows_of_zero_weight_cost_no_product():
