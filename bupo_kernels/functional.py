@@ -32,6 +32,7 @@ from torch import Tensor
 
 from bupo_kernels import ops, policy_op
 from bupo_kernels.dispatch import Plan, check_name, default_memory_budget, make_plan
+from bupo_kernels.flops import tell_flop_counter
 from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective, active_tokens, policy_metrics, policy_terms, token_weights
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -314,6 +315,8 @@ def _prepare(
     memory_budget=None,
 ) -> _Call:
     """Everything before the computation: checks (with the messages users see), autocast, defaults."""
+    if not torch.compiler.is_compiling():
+        tell_flop_counter()
     weight, bias = (_gathered(name, x, hidden) for name, x in (("weight", weight), ("bias", bias)))
     _check_tensors(hidden, weight, targets, bias, mask, temperature)
     if not isinstance(temperature, Tensor):

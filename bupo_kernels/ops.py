@@ -14,7 +14,6 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from bupo_kernels.backends import algebra
 from bupo_kernels.backends.algebra import Coefficients
@@ -247,19 +246,3 @@ def _backward(ctx, g_logprob, g_entropy, g_logsumexp, *_):
 
 
 linear_statistics.register_autograd(_backward, setup_context=_setup_context)
-
-
-def products_flops(hidden_shape, weight_shape, products: int) -> int:
-    """Of GEMMs over every row: torch's FLOP counter does not look inside an op, and sees shapes, not which rows count."""
-    return products * 2 * math.prod(hidden_shape) * weight_shape[0]
-
-
-@register_flop_formula(torch.ops.bupo_kernels.linear_statistics)
-def _(hidden_shape, weight_shape, *_, **__) -> int:
-    return products_flops(hidden_shape, weight_shape, 1)
-
-
-@register_flop_formula(torch.ops.bupo_kernels.linear_statistics_backward)
-def _(g_logprob, g_entropy, g_logsumexp, hidden_shape, weight_shape, *rest, **__) -> int:
-    *_, need_hidden, need_weight, _ = rest
-    return products_flops(hidden_shape, weight_shape, 1 + need_hidden + need_weight)

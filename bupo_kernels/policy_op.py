@@ -12,12 +12,11 @@ from typing import Optional
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from bupo_kernels.backends import algebra
 from bupo_kernels.backends.gradients import GradientSums
 from bupo_kernels.dispatch import make_plan
-from bupo_kernels.ops import check_rows, of_product, on, operands_of, problem_of, products_flops
+from bupo_kernels.ops import check_rows, of_product, on, operands_of, problem_of
 from bupo_kernels.policy_losses import PolicyObjective, policy_terms
 
 
@@ -134,9 +133,3 @@ def _backward(ctx, g_loss, *_):
 
 
 linear_policy_loss.register_autograd(_backward, setup_context=_setup_context)
-
-
-@register_flop_formula(torch.ops.bupo_kernels.linear_policy_loss)
-def _(hidden_shape, weight_shape, *rest, **__) -> int:
-    *_, grad_hidden, grad_weight, _ = rest
-    return products_flops(hidden_shape, weight_shape, 1 + grad_hidden + grad_weight)
