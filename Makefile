@@ -1,5 +1,5 @@
 # TORCH names the build to install before everything else; give another to choose CPU or CUDA wheels. TRITON is what the tests
-# interpret and compile the kernels with: the release that torch 2.11 brings.
+# interpret and compile the kernels with: the release that torch 2.11 brings. Where there is none (macOS, Windows): TRITON= and they skip.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.6.0
@@ -19,7 +19,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml setup.py
 	$(PYTHON) -m venv .venv
 	rm -f .venv/installed-*
-	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" "$(TRITON)"
+	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" $(if $(TRITON),"$(TRITON)")
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test]"
 	touch $@
 

@@ -127,11 +127,14 @@ def linear_statistics(
     results = algebra.finish(statistics, weight.shape[0], with_entropy)
     nothing = statistics.m.new_empty(0)
     e, exponents = cache if cache is not None else (nothing.to(torch.bfloat16), nothing.to(torch.int32))
-    shape = targets.shape
+
+    def shaped(statistic: Tensor) -> Tensor:  # not a view: FSDP hooks module outputs, and an in-place change would lose the hook
+        return statistic.view(targets.shape).clone()
+
     return (
-        results.logprob.view(shape),
-        results.entropy.view(shape) if with_entropy else nothing,
-        results.logsumexp.view(shape),
+        shaped(results.logprob),
+        shaped(results.entropy) if with_entropy else nothing,
+        shaped(results.logsumexp),
         statistics.m.clone(),  # a row of one tensor with the others, which need not live on
         results.log_s,
         e,

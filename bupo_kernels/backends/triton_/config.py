@@ -112,7 +112,7 @@ def split_columns(vocab: int) -> int:
 # Below this width E costs more time to write and to read than the product it saves: 2·V·D FLOP at 700 TFLOP/s against 4 bytes
 # a logit at 4 TB/s break even at D = 350.
 CACHE_MIN_WIDTH = 512
-CACHE_MIN_BUDGET = 64 * 2**20  # bytes: below, the working memory needs the other half more
+CACHE_MIN_ROWS = 4096  # that half of the budget must hold
 
 
 def why_not_cached(dtype: torch.dtype, softcap: bool) -> str | None:

@@ -19,17 +19,18 @@ from bupo_kernels.backends.triton_.config import Target
 
 
 def cached_rows(problem: Problem, strategy: str | None) -> int:
-    """How many rows (the first that count) leave their E. Half of the budget may hold it; unasked, it must hold half of the rows,
-    since the forward that writes E is tiled for that and not for speed."""
+    """How many rows (the first that count) leave their E. Half of the budget may hold it.
+
+    Unasked only where that holds many, since the forward that writes E is tiled for it and not for speed. Whether E is kept must
+    not depend on how many rows the call has: the two forwards may differ in a last bit, and no row may depend on the others.
+    """
     if not problem.needs_grad or strategy == "recompute":
         return 0
     if strategy is None and (config.why_not_cached(problem.dtype, problem.softcap) or problem.width < config.CACHE_MIN_WIDTH):
         return 0
-    if strategy is None and problem.memory_budget < config.CACHE_MIN_BUDGET:
-        return 0
     row, more = cache_widths(problem)
     limit = problem.memory_budget // 2 // (2 * row + 4 * more)
-    if strategy is None and limit * 2 < problem.rows:
+    if strategy is None and limit < config.CACHE_MIN_ROWS:
         return 0
     return torch.sym_min(problem.rows, limit)
 
