@@ -18,9 +18,11 @@ from bupo_kernels.backends.problem import Problem, Schedule
 #   why_not_default(problem)            the reason "auto" passes it over though it could, or None
 #   schedule(problem, strategy)         tiles and memory; raises where the budget is too small
 #   one_pass_schedule(problem, strategy)  the same for a loss whose gradients are taken in the forward
-#   cached_rows(problem, strategy)      rows whose probability-like tile is kept for the backward
+#   cached_rows(problem, strategy)      rows whose E is kept for the backward, each of cache_widths(problem)
 #   statistics, row_statistics, gradient_dtype, gradient_tiles    the work itself
 BACKENDS = {"triton": triton_, "torch": torch_chunked}
+# What a caller may ask for: "auto", a backend, or "backend:strategy".
+NAMES = ("auto", *(n for b, module in BACKENDS.items() for n in (b, *(f"{b}:{s}" for s in module.STRATEGIES))))
 
 log = logging.getLogger("bupo_kernels")
 
@@ -93,19 +95,13 @@ class Plan:
         return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.why_not.items()])
 
 
-def check_name(backend: str) -> None:
-    """Raises ``ValueError`` unless ``backend`` is "auto", a backend, or "backend:strategy"."""
-    accepted = ["auto", *(n for b, module in BACKENDS.items() for n in (b, *(f"{b}:{s}" for s in module.STRATEGIES)))]
-    if backend not in accepted:
-        raise ValueError(f"backend: {backend!r} given, accepted are {', '.join(map(repr, accepted))}")
-
-
 def choose(problem: Problem, backend: str = "auto") -> tuple[str, ModuleType, str | None, dict[str, str]]:
     """(name, module, strategy or None, reasons against the others); does not look at the number of rows.
 
     Raises ``ValueError`` when ``backend`` is unknown or cannot run the problem, with its reason.
     """
-    check_name(backend)
+    if backend not in NAMES:
+        raise ValueError(f"backend: {backend!r} given, accepted are {', '.join(map(repr, NAMES))}")
     asked, _, strategy = backend.partition(":")
     reasons = {name: reason for name, module in BACKENDS.items() if (reason := module.why_not(problem, strategy or None))}
     if asked == "auto":

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from bupo_kernels import ops, policy_op
-from bupo_kernels.dispatch import Plan, check_name, default_memory_budget, make_plan
+from bupo_kernels.dispatch import Plan, default_memory_budget, make_plan
 from bupo_kernels.flops import tell_flop_counter
 from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective, active_tokens, policy_metrics, policy_terms, token_weights
 
@@ -181,11 +181,7 @@ def linear_policy_loss(
     given = {"old_logprobs": old_logprobs, "reference_logprobs": reference_logprobs, "sampler_logprobs": sampler_logprobs}
     advantages = _check_rows_of("advantages", advantages, targets, broadcast=True)
     given = {name: x if x is None else _check_rows_of(name, x, targets) for name, x in given.items()}
-    if objective.needs_reference and reference_logprobs is None:
-        raise ValueError(f"reference_logprobs: None given, accepted with kl={objective.kl!r} is a tensor of {tuple(targets.shape)}")
-    if objective.needs_sampler and sampler_logprobs is None:
-        accepted = f"accepted with importance={objective.importance!r} is a tensor of {tuple(targets.shape)}"
-        raise ValueError(f"sampler_logprobs: None given, {accepted}")
+    objective.require_inputs(reference_logprobs=reference_logprobs, sampler_logprobs=sampler_logprobs)
     if targets.dim() == 1 and (objective.needs_sequence or objective.aggregation != "token-mean"):
         raise ValueError(f"hidden: shape {tuple(hidden.shape)} given, accepted is [..., S, D] for an objective over sequences")
     active = active_tokens(advantages, call.counts(), sampler_logprobs)
@@ -282,9 +278,9 @@ class _Call:
         return temperature, float(self.logit_scale), None if self.softcap is None else float(self.softcap), self.ignore_index
 
     def plan(self, one_pass: bool = False) -> Plan:
-        ops.check_rows(self.targets, self.counts(), self.weight.shape[0], self.ignore_index, self.row_temperature)
-        active = int(self.counts().sum())
-        problem = ops.problem_of(self.hidden, self.weight, active, self.softcap, self.grads, self.memory_budget)
+        counts = self.counts()
+        ops.check_rows(self.targets, counts, self.weight.shape[0], self.ignore_index, self.row_temperature)
+        problem = ops.problem_of(self.hidden, self.weight, int(counts.sum()), self.softcap, self.grads, self.memory_budget)
         return make_plan(problem, self.backend, one_pass)
 
     def run(self) -> LinearLogprobs:
@@ -334,7 +330,6 @@ def _prepare(
     if hidden.dtype != weight.dtype:
         raise TypeError(f"weight: {weight.dtype} given, accepted is the dtype of hidden, {hidden.dtype}; or call under autocast")
 
-    check_name(backend)
     budget = default_memory_budget(hidden.device) if memory_budget is None else int(memory_budget)
     return _Call(
         hidden, weight, bias, targets, mask, temperature, logit_scale, softcap, ignore_index, return_entropy, backend, budget

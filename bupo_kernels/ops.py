@@ -27,17 +27,15 @@ def counting_rows(targets: Tensor, mask: Tensor | None, ignore_index: int) -> Te
     return counts if mask is None else counts & mask
 
 
-def problem_of(hidden, weight, counts_or_rows, softcap, grads, memory_budget) -> Problem:
-    """``counts_or_rows``: [...] bool, or the number of rows where it does not matter which of them count."""
-    rows = math.prod(hidden.shape[:-1])  # numel() would make a number of a traced size
-    if isinstance(counts_or_rows, Tensor):
-        on_cpu = hidden.device.type == "cpu"
-        active = int(counts_or_rows.sum()) if on_cpu else rows
-    else:
-        active = counts_or_rows
+def rows_to_plan_for(counts: Tensor) -> int:
+    """How many count; off the CPU all of them, since asking would wait for the device."""
+    return int(counts.sum()) if counts.device.type == "cpu" else counts.numel()
+
+
+def problem_of(hidden, weight, active_rows, softcap, grads, memory_budget) -> Problem:
     return Problem(
-        rows=rows,
-        active_rows=active,
+        rows=math.prod(hidden.shape[:-1]),  # numel() would make a number of a traced size
+        active_rows=active_rows,
         vocab=weight.shape[0],
         width=weight.shape[1],
         dtype=hidden.dtype,
@@ -120,7 +118,7 @@ def linear_statistics(
     counts = counting_rows(targets, mask, ignore_index)
     check_rows(targets, counts, weight.shape[0], ignore_index, row_temperature)
     grads = grad_hidden, grad_weight, grad_bias
-    plan = make_plan(problem_of(hidden, weight, counts, softcap, grads, memory_budget), backend)
+    plan = make_plan(problem_of(hidden, weight, rows_to_plan_for(counts), softcap, grads, memory_budget), backend)
     operands = operands_of(hidden, weight, bias, targets, row_temperature, temperature, logit_scale, softcap)
     with on(hidden.device):
         statistics, cache = plan.module.statistics(operands, counts.flatten(), plan.problem, plan.schedule, with_entropy)
@@ -164,6 +162,14 @@ def _(hidden, weight, bias, targets, mask, row_temperature, temperature, logit_s
     )
 
 
+def traced_gradients(hidden, weight, bias, need) -> tuple[Tensor, ...]:
+    """What ``GradientSums.result`` gives, as far as tracing goes."""
+    return tuple(
+        torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else hidden.new_empty(0)
+        for x, needed in zip((hidden, weight, bias), need, strict=True)
+    )
+
+
 @torch.library.custom_op("bupo_kernels::linear_statistics_backward", mutates_args=())
 def linear_statistics_backward(
     g_logprob: Optional[Tensor],  # noqa: UP045
@@ -194,7 +200,8 @@ def linear_statistics_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dH, dW, db), each [0] where it is not needed. ``grad_…`` are what the forward planned for, ``need_…`` what is wanted now."""
     counts = m > -math.inf
-    plan = make_plan(problem_of(hidden, weight, counts, softcap, (grad_hidden, grad_weight, grad_bias), memory_budget), backend)
+    grads = grad_hidden, grad_weight, grad_bias
+    plan = make_plan(problem_of(hidden, weight, rows_to_plan_for(counts), softcap, grads, memory_budget), backend)
     dtype = plan.problem.statistics_dtype
     upstream = [g if g is None else g.flatten().to(dtype) for g in (g_logprob, g_entropy, g_logsumexp)]
 
@@ -216,15 +223,12 @@ def linear_statistics_backward(
         sums = GradientSums(hidden, weight, bias, need=(need_hidden, need_weight, need_bias), dtype=dtype, parts=False)
         tiles = plan.module.gradient_tiles(operands, rows, coefficients, plan.problem, plan.schedule, cache)
         sums.add(tiles, rows, unscale=unscale, step=plan.schedule.tile.rows)
-    return tuple(hidden.new_empty(0) if gradient is None else gradient for gradient in sums.result())
+    return sums.result()
 
 
 @linear_statistics_backward.register_fake
 def _(g_logprob, g_entropy, g_logsumexp, hidden, weight, bias, *rest):
-    return tuple(
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else hidden.new_empty(0)
-        for x, needed in zip((hidden, weight, bias), rest[-3:], strict=True)
-    )
+    return traced_gradients(hidden, weight, bias, rest[-3:])
 
 
 def _setup_context(ctx, inputs, output):

@@ -91,6 +91,17 @@ class PolicyObjective:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         self._require(name, is_number and holds(value), accepted)
 
+    def require_inputs(self, **given: Tensor | None) -> None:
+        """Raises ``ValueError`` naming the first that is None and needed."""
+        needed = {
+            "entropy": self.needs_entropy,
+            "reference_logprobs": self.needs_reference,
+            "sampler_logprobs": self.needs_sampler,
+        }
+        for name, values in given.items():
+            if values is None and needed[name]:
+                raise ValueError(f"{name}: None given, accepted is a tensor of the log-probs' shape, which {self} needs")
+
     @property
     def needs_entropy(self) -> bool:
         return self.entropy_coefficient != 0
@@ -146,13 +157,7 @@ def policy_terms(
     The importance weight multiplies the policy term alone, as in TRL and verl, not KL and entropy. With ``ratio="sequence"`` every
     token's derivative goes through the ratio they share and is the mean over the sequence; with equal advantages each one's own.
     """
-    for name, given, needed in (
-        ("entropy", entropy, objective.needs_entropy),
-        ("reference_logprobs", reference_logprobs, objective.needs_reference),
-        ("sampler_logprobs", sampler_logprobs, objective.needs_sampler),
-    ):
-        if needed and given is None:
-            raise ValueError(f"{name}: None given, accepted is a tensor of the log-probs' shape, which {objective} needs")
+    objective.require_inputs(entropy=entropy, reference_logprobs=reference_logprobs, sampler_logprobs=sampler_logprobs)
     active = active_tokens(logprobs, mask, sampler_logprobs)
 
     def kept(x: Tensor) -> Tensor:

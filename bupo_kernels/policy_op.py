@@ -16,7 +16,7 @@ from torch import Tensor
 from bupo_kernels.backends import algebra
 from bupo_kernels.backends.gradients import GradientSums
 from bupo_kernels.dispatch import make_plan
-from bupo_kernels.ops import check_rows, of_product, on, operands_of, problem_of
+from bupo_kernels.ops import check_rows, of_product, on, operands_of, problem_of, traced_gradients
 from bupo_kernels.policy_losses import PolicyObjective, policy_terms
 
 
@@ -58,12 +58,13 @@ def linear_policy_loss(
     check_rows(targets, counts, weight.shape[0], ignore_index, row_temperature)
     matter = rows_that_matter(goal, counts, weights, advantages).flatten()
     rows = matter.nonzero().squeeze(1)
-    problem = problem_of(hidden, weight, len(rows), softcap, (grad_hidden, grad_weight, grad_bias), memory_budget)
+    need = grad_hidden, grad_weight, grad_bias
+    problem = problem_of(hidden, weight, len(rows), softcap, need, memory_budget)
     plan = make_plan(problem, backend, one_pass=True)
     dtype, chunk, module = problem.statistics_dtype, plan.schedule.chunk_rows, plan.module
     operands = operands_of(hidden, weight, bias, targets, row_temperature, temperature, logit_scale, softcap)
     per_row = [x if x is None else x.flatten() for x in (old_logprobs, reference_logprobs, sampler_logprobs)]
-    need = grad_hidden, grad_weight, grad_bias
+    keep = any(need) and plan.schedule.cached_rows > 0
 
     loss = torch.zeros((), dtype=dtype, device=hidden.device)
     logprob, entropy = (torch.zeros(targets.numel(), dtype=dtype, device=hidden.device) for _ in range(2))
@@ -71,7 +72,6 @@ def linear_policy_loss(
     with on(hidden.device):
         for first in range(0, len(rows), chunk):
             r = rows[first : first + chunk]
-            keep = any(need) and plan.schedule.cached_rows > 0
             statistics, kept = module.row_statistics(operands, r, problem, plan.schedule, with_entropy=True, keep=keep)
             found = algebra.finish(statistics, problem.vocab, with_entropy=True)
             old, reference, sampler = (x if x is None else x[r].to(dtype) for x in per_row)
@@ -101,17 +101,13 @@ def linear_policy_loss(
             tiles = module.gradient_tiles(operands, r, coefficients, problem, plan.schedule, cache)
             sums.add(tiles, r, unscale=unscale, step=plan.schedule.tile.rows)
             del kept, cache, tiles
-    gradients = (hidden.new_empty(0) if gradient is None else gradient for gradient in sums.result())
-    return loss, logprob.view(targets.shape), entropy.view(targets.shape), *gradients
+    return loss, logprob.view(targets.shape), entropy.view(targets.shape), *sums.result()
 
 
 @linear_policy_loss.register_fake
 def _(hidden, weight, bias, targets, *rest):
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    gradients = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if needed else hidden.new_empty(0)
-        for x, needed in zip((hidden, weight, bias), rest[-3:], strict=True)
-    )
+    gradients = traced_gradients(hidden, weight, bias, rest[-3:])
     return hidden.new_empty((), dtype=dtype), *(hidden.new_empty(targets.shape, dtype=dtype) for _ in range(2)), *gradients
 
 

@@ -21,12 +21,12 @@ class Statistics(NamedTuple):
     t: Tensor
     z_y: Tensor
 
-    @classmethod
-    def empty(cls, rows: int, dtype: torch.dtype, device: torch.device) -> Statistics:
+    @staticmethod
+    def empty(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:  # [4, N]
         statistics = torch.zeros(4, rows, dtype=dtype, device=device)
         statistics[0].fill_(-math.inf)
         statistics[1].fill_(1)
-        return cls(*statistics)
+        return statistics
 
 
 class Results(NamedTuple):

@@ -16,7 +16,7 @@ class GradientTile(NamedTuple):
     columns: slice
     rows: slice
     dz: Tensor  # [r, c]
-    weight: Tensor | None  # [c, D]; None when dH is not wanted
+    weight: Tensor  # [c, D]
     hidden: Tensor | None  # [r, D]; None when dW is not wanted
 
 
@@ -50,7 +50,7 @@ class GradientSums:
         self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, need: tuple[bool, ...], dtype: torch.dtype, parts: bool
     ):
         self.dtype, self.parts, width = dtype, parts, hidden.shape[-1]
-        self.shape = hidden.shape
+        self.shape, self._nothing = hidden.shape, hidden.new_empty(0)
         rows = hidden.shape[:-1].numel()
         self.hidden = torch.zeros(rows, width, dtype=hidden.dtype, device=hidden.device) if need[0] else None
         self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need[1] else None
@@ -109,15 +109,16 @@ class GradientSums:
         sums = part[0] if unscale is None else part[0].mul_(unscale)
         total[columns].copy_(sums) if self._nothing_yet else total[columns].add_(sums)
 
-    def result(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """dH, dW, db; None where not needed."""
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """dH, dW, db; [0] where not needed, since an op returns tensors."""
         if self._nothing_yet:
             for total in self._sums:
                 total is None or total.zero_()
         for whole, total in zip((self.weight, self.bias), self._sums, strict=True):
             if whole is not None and total.data_ptr() != whole.data_ptr():
                 whole.copy_(total)
-        return self.hidden if self.hidden is None else self.hidden.view(self.shape), self.weight, self.bias
+        found = self.hidden if self.hidden is None else self.hidden.view(self.shape), self.weight, self.bias
+        return tuple(self._nothing.clone() if x is None else x for x in found)
 
 
 def _move_rows(source: Tensor, target: Tensor, position: Tensor, step: int) -> None:  # [n, D], [N, D], [n]

@@ -38,6 +38,10 @@ class Problem:
         """What memory is planned for. Off the CPU a call must not wait for the device to tell how many rows are active."""
         return self.active_rows if self.device.type == "cpu" else self.rows
 
+    def require_budget(self, least: int) -> None:
+        if least > self.memory_budget:
+            raise ValueError(f"memory_budget: {self.memory_budget} bytes given, accepted are at least {least} for this many rows")
+
 
 @dataclass(frozen=True)
 class Readout:
@@ -86,7 +90,10 @@ class Memory(NamedTuple):
     forward: int  # working memory of the forward
     backward: int  # working memory of the backward
     accumulator: int  # fp32 twin of dH, where dH itself cannot serve as the accumulator
-    kept: int = 0  # of both: what the forward leaves for the backward
+
+    @property
+    def working(self) -> int:
+        return max(self.forward, self.backward)
 
 
 class Schedule(NamedTuple):

@@ -43,25 +43,19 @@ def why_not_default(problem: Problem) -> str | None:
 
 def schedule(problem: Problem, strategy: str | None) -> Schedule:
     """Raises ``ValueError`` when the budget holds not even the smallest tile."""
-    _require(problem, max(memory(problem, Tile(1, 1))[:2]))
+    problem.require_budget(memory(problem, Tile(1, 1)).working)
     chosen = tile(problem)
     return Schedule("recompute" if problem.needs_grad else "statistics only", chosen, memory(problem, chosen))
-
-
-def _require(problem: Problem, least: int) -> None:
-    if least > problem.memory_budget:
-        raise ValueError(f"memory_budget: {problem.memory_budget} bytes given, accepted are at least {least} for this many rows")
 
 
 def one_pass_schedule(problem: Problem, strategy: str | None) -> Schedule:
     """Chunks of rows as high as the budget allows beside the tiles: their logits are kept, whole."""
     size = problem.statistics_dtype.itemsize
-    smallest = max(memory(problem, Tile(1, 1))[:2])
-    _require(problem, 2 * max(smallest, size * (2 * problem.vocab + problem.width)))
+    problem.require_budget(2 * max(memory(problem, Tile(1, 1)).working, size * (2 * problem.vocab + problem.width)))
     inner = schedule(replace(problem, memory_budget=problem.memory_budget // 2), strategy)
     if not problem.needs_grad:
         return inner._replace(chunk_rows=max(problem.active_rows, 1))
-    columns, working = inner.tile.columns, max(inner.memory.forward, inner.memory.backward)
+    columns, working = inner.tile.columns, inner.memory.working
     # Logits, their maxima, and the sum of dH, for each row of the chunk.
     per_row = size * (problem.vocab + -(-problem.vocab // columns) + problem.width * problem.grad_hidden)
     chunk = max(min((problem.memory_budget - working) // per_row, problem.active_rows), 1)
@@ -82,7 +76,7 @@ def tile(problem: Problem) -> Tile:
     most_rows, most_columns = CPU_TILE if problem.device.type == "cpu" else DEVICE_TILE
 
     def fits(rows: int, columns: int, problem: Problem) -> bool:
-        return max(memory(problem, Tile(rows, columns))[:2]) <= problem.memory_budget
+        return memory(problem, Tile(rows, columns)).working <= problem.memory_budget
 
     columns = min(most_columns, problem.vocab)
     while columns > SMALL_TILE and not fits(SMALL_TILE, columns, replace(problem, active_rows=0)):
@@ -198,7 +192,7 @@ def _target_column(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:  #
 def statistics(operands: Operands, counts: Tensor, problem: Problem, plan: Schedule, with_entropy: bool):  # [N] bool
     """:class:`Statistics` of the rows that count; finite logits are assumed."""
     rows = counts.nonzero().squeeze(1)
-    result = Statistics.empty(len(counts), problem.statistics_dtype, counts.device)
+    result = Statistics(*Statistics.empty(len(counts), problem.statistics_dtype, counts.device))
     for whole, part in zip(result, row_statistics(operands, rows, problem, plan, with_entropy)[0], strict=True):
         whole[rows] = part
     return result, None

@@ -103,13 +103,12 @@ def _counting(counts: Tensor) -> tuple[Tensor, Tensor]:  # [N] bool -> [N] int64
     slot = torch.where(counts, rank - 1, n)  # all others share a slot past the end
     positions = torch.zeros(n + 1, dtype=torch.int64, device=counts.device)
     positions.scatter_(0, slot, torch.arange(n, device=counts.device))
-    positions[n:].zero_()
     return positions[:n], rank[-1:]
 
 
 def statistics(operands: Operands, counts: Tensor, problem: Problem, schedule: Schedule, with_entropy: bool):  # [N] bool
     """:class:`Statistics` of the rows that count, and E and its exponents for the first of them, or None."""
-    result = torch.stack(Statistics.empty(len(counts), torch.float32, counts.device))
+    result = Statistics.empty(len(counts), torch.float32, counts.device)
     cache = _empty_cache(schedule.cached_rows, problem)
     if len(counts):
         positions, count = _counting(counts)
@@ -120,7 +119,7 @@ def statistics(operands: Operands, counts: Tensor, problem: Problem, schedule: S
 def row_statistics(operands: Operands, rows: Tensor, problem: Problem, schedule: Schedule, with_entropy: bool, keep: bool = False):
     """:class:`Statistics` of the rows [n], and, to ``keep``, their E and its exponents for :func:`gradient_tiles`."""
     n = len(rows)
-    result = torch.stack(Statistics.empty(n, torch.float32, rows.device))
+    result = Statistics.empty(n, torch.float32, rows.device)
     cache = _empty_cache(n if keep else 0, problem)
     if n:
         count = torch.full((1,), n, dtype=torch.int64, device=rows.device)

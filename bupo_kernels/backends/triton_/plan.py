@@ -28,8 +28,7 @@ def cached_rows(problem: Problem, strategy: str | None) -> int:
         return 0
     if strategy is None and (config.why_not_cached(problem.dtype, problem.softcap) or problem.width < config.CACHE_MIN_WIDTH):
         return 0
-    row, more = cache_widths(problem)
-    limit = problem.memory_budget // 2 // (2 * row + 4 * more)
+    limit = problem.memory_budget // 2 // _bytes_of_e(problem)
     if strategy is None and limit < config.CACHE_MIN_ROWS:
         return 0
     return torch.sym_min(problem.rows, limit)
@@ -40,17 +39,22 @@ def cache_widths(problem: Problem) -> tuple[int, int]:
     return config.padded(problem.vocab), config.exponents_per_row(problem.vocab)
 
 
+def _bytes_of_e(problem: Problem) -> int:
+    """Of a row, with its exponents."""
+    row, more = cache_widths(problem)
+    return 2 * row + 4 * more
+
+
 def make_schedule(problem: Problem, strategy: str | None, target: Target) -> Schedule:
     """Slices of the backward as wide as the budget allows, of all rows if it can: then dW[slice] is one product.
 
     Raises ``ValueError`` when the budget does not hold the smallest tile.
     """
     cached = cached_rows(problem, strategy)
-    row, more = cache_widths(problem)
-    least, e_row = _spent(memory(problem, SMALLEST, 0)), 2 * row + 4 * more
+    least = memory(problem, SMALLEST, 0).working
     if problem.needs_grad and (cached or strategy == "cached"):
-        least = 2 * (least + e_row)  # E takes up to half
-    _require(problem, least)
+        least = 2 * (least + _bytes_of_e(problem))  # E takes up to half
+    problem.require_budget(least)
     tile = _largest_tile(
         lambda tile: memory(problem, tile, cached).backward <= problem.memory_budget, problem.planned_rows, problem.vocab
     )
@@ -67,9 +71,9 @@ def one_pass_schedule(problem: Problem, strategy: str | None, target: Target) ->
 
     def spent(tile: Tile) -> int:
         used = memory(replace(problem, rows=tile.rows, active_rows=tile.rows), tile, cached=tile.rows)
-        return _spent(used) + used.accumulator
+        return used.working + used.accumulator
 
-    _require(problem, spent(SMALLEST))
+    problem.require_budget(spent(SMALLEST))
     tile = _largest_tile(lambda tile: spent(tile) <= problem.memory_budget, problem.active_rows, problem.vocab)
     several = problem.active_rows > tile.rows
     accumulator = problem.vocab * problem.width * 4 if several and problem.grad_weight else 0
@@ -78,15 +82,6 @@ def one_pass_schedule(problem: Problem, strategy: str | None, target: Target) ->
 
 
 SMALLEST = Tile(1, config.COLUMN_UNIT)
-
-
-def _require(problem: Problem, least: int) -> None:
-    if least > problem.memory_budget:
-        raise ValueError(f"memory_budget: {problem.memory_budget} bytes given, accepted are at least {least} for this many rows")
-
-
-def _spent(used: Memory) -> int:
-    return max(used.forward, used.backward)
 
 
 def _largest_tile(fits: Callable[[Tile], bool], rows: int, vocab: int) -> Tile:
@@ -113,8 +108,7 @@ def _kernels(problem: Problem, target: Target, cached: int) -> tuple[str, ...]:
 def memory(problem: Problem, tile: Tile, cached: int) -> Memory:
     """What a call allocates; the gpu tests hold it against the allocator."""
     rows, item = problem.rows, problem.dtype.itemsize
-    row, more = cache_widths(problem)
-    kept = cached * (2 * row + 4 * more)
+    kept = cached * _bytes_of_e(problem)
     splits = -(-problem.vocab // config.split_columns(problem.vocab))
     # Per row: masks, positions, offsets and targets of the rows that count (int64), scale, four statistics and their merged values.
     forward = kept + rows * (16 * splits + 6 * 8 + 16 * 4)
@@ -129,4 +123,4 @@ def memory(problem: Problem, tile: Tile, cached: int) -> Memory:
         backward += product_rows * problem.width * 4 * sixteen_bit * (problem.grad_hidden or problem.grad_weight)
         backward += tile.columns * 4 * 2 * problem.grad_bias
         accumulator = rows * problem.width * 4 if problem.grad_hidden and sixteen_bit else 0
-    return Memory(forward, backward, accumulator, kept)
+    return Memory(forward, backward, accumulator)

@@ -21,12 +21,12 @@ INTERPRETED = tl.constexpr(interpreted())
 
 LOG2E = tl.constexpr(1.4426950216293335)  # log2(e) rounded to fp32 …
 LOG2E_REST = tl.constexpr(1.9259629911266175e-08)  # … and what the rounding left out
+LN2 = tl.constexpr(0.6931471805599453)
+
 # Elements: 16 bytes or more, what TMA asks of a row and a vectorised, asynchronous load of its address.
 ALIGNMENT = tl.constexpr(8)
 # Elements: a whole number of steps of any kernel, so that nothing along D is masked. Every model's width is one.
 WIDTH_UNIT = 64
-
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
