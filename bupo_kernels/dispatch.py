@@ -89,7 +89,11 @@ class Plan:
             f"{memory.forward / mib:.2f} MiB of working memory",
             f"backward  {self.flops_backward / 1e9:.3f} GFLOP, at least {moved[1] / mib:.2f} MiB moved, "
             f"{memory.backward / mib:.2f} MiB of working memory"
-            + (f" + {memory.accumulator / mib:.2f} MiB to sum dH in fp32" if memory.accumulator else ""),
+            + (
+                f" + {memory.accumulator / mib:.2f} MiB to sum {'dW' if s.chunk_rows else 'dH'} in fp32"
+                if memory.accumulator
+                else ""
+            ),
             f"budget    {p.memory_budget / mib:.2f} MiB of working memory",
         ]
         return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.why_not.items()])

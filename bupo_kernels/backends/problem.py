@@ -89,7 +89,7 @@ class Memory(NamedTuple):
 
     forward: int  # working memory of the forward
     backward: int  # working memory of the backward
-    accumulator: int  # fp32 twin of dH, where dH itself cannot serve as the accumulator
+    accumulator: int  # fp32 twin of dH (of dW, where a loss in one pass takes several chunks), where it cannot be summed in place
 
     @property
     def working(self) -> int:
