@@ -1,0 +1,150 @@
+// bupo_kernels._C: raw pointers, sizes and strides in; no torch headers, so that one build serves every torch. What the arguments mean
+// is in cpu/kernels.h and cuda/rows.h; bupo_kernels/backends/native.py is the only caller, and checks them.
+#include <pybind11/pybind11.h>
+
+#include "cpu/isa.h"
+
+#if __has_include("build_info.h")
+#include "build_info.h"
+#endif
+
+namespace py = pybind11;
+using namespace bupo;
+
+#ifdef BUPO_WITH_CUDA
+namespace bupo::cuda {
+void bind(py::module_& module);
+}
+#endif
+
+namespace {
+
+using Address = std::uintptr_t;  // 0 for null
+
+template <class T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+cpu::Readout readout(Address bias, Address outer, float inner, bool softcap) {
+  return {at<const float>(bias), at<const float>(outer), inner, softcap};
+}
+
+cpu::Matrix matrix(Address data, std::int64_t stride, std::int64_t rows, std::int64_t width) {
+  return {at<const cpu::Bf16>(data), stride, rows, width};
+}
+
+// [4, rows] with rows of this stride.
+cpu::Statistics statistics(Address m, std::int64_t stride) {
+  float* first = at<float>(m);
+  return {first, first + stride, first + 2 * stride, first + 3 * stride};
+}
+
+cpu::Coefficients coefficients(Address m, Address constant, Address slope, Address on_target, Address targets) {
+  return {at<const float>(m), at<const float>(constant), at<const float>(slope), at<const float>(on_target),
+          at<const std::int32_t>(targets)};
+}
+
+// One instruction set's kernels, as methods.
+struct Cpu {
+  explicit Cpu(const std::string& name) {
+    for (const cpu::Isa& isa : cpu::isas())
+      if (name == isa.name && isa.supported()) k = &isa.kernels();
+    if (!k) throw py::value_error("isa: '" + name + "' given, which this build or this machine does not have");
+  }
+  const cpu::Kernels* k = nullptr;
+};
+
+void bind_cpu(py::module_& module) {
+  using i64 = std::int64_t;
+  using release = py::call_guard<py::gil_scoped_release>;
+
+  module.def("isas", [] {
+    py::list names;
+    for (const cpu::Isa& isa : cpu::isas())
+      if (isa.supported()) names.append(isa.name);
+    return names;
+  });
+
+  py::class_<Cpu>(module, "Kernels")
+      .def(py::init<const std::string&>())
+      .def("packed_words", [](const Cpu& c, i64 count, i64 depth) { return c.k->packed_words(count, depth); })
+      .def("left_bytes", [](const Cpu& c, i64 depth, int threads) { return c.k->left_bytes(depth, threads); })
+      .def("statistics_bytes", [](const Cpu& c, i64 rows, i64 columns, i64 width,
+                                  int threads) { return c.k->statistics_bytes(rows, columns, width, threads); })
+      .def(
+          "pack_rows",
+          [](const Cpu& c, Address from, i64 stride, i64 rows, i64 width, Address to, int threads) {
+            c.k->pack_rows(matrix(from, stride, rows, width), at<cpu::Word>(to), threads);
+          },
+          release())
+      .def(
+          "pack_columns",
+          [](const Cpu& c, Address from, i64 stride, i64 rows, i64 width, Address to, int threads) {
+            c.k->pack_columns(matrix(from, stride, rows, width), at<cpu::Word>(to), threads);
+          },
+          release())
+      .def(
+          "linear_statistics",
+          [](const Cpu& c, Address hidden, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address bias, Address outer,
+             float inner, bool softcap, Address targets, Address out, i64 out_stride, Address workspace, int threads) {
+            c.k->linear_statistics(at<const cpu::Word>(hidden), rows, matrix(weight, stride, columns, width),
+                                   readout(bias, outer, inner, softcap), at<const std::int32_t>(targets), statistics(out, out_stride),
+                                   at<void>(workspace), threads);
+          },
+          release())
+      .def(
+          "linear_gradient",
+          [](const Cpu& c, Address hidden, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address bias, Address outer,
+             float inner, bool softcap, Address m, Address constant, Address slope, Address on_target, Address targets, Address dz_left,
+             Address dz_right, Address column_sums, Address workspace, int threads) {
+            c.k->linear_gradient(at<const cpu::Word>(hidden), rows, matrix(weight, stride, columns, width),
+                                 readout(bias, outer, inner, softcap), coefficients(m, constant, slope, on_target, targets),
+                                 at<cpu::Word>(dz_left), at<cpu::Word>(dz_right), at<float>(column_sums), at<void>(workspace), threads);
+          },
+          release())
+      .def(
+          "weight_gradient",
+          [](const Cpu& c, Address dz_left, i64 columns, Address hidden_columns, i64 rows, i64 width, Address out, i64 stride, bool bf16,
+             bool add, int threads) {
+            c.k->weight_gradient(at<const cpu::Word>(dz_left), columns, at<const cpu::Word>(hidden_columns), rows, width, at<void>(out),
+                                 stride, bf16 ? cpu::Write::bf16 : add ? cpu::Write::add_to_fp32 : cpu::Write::fp32, threads);
+          },
+          release())
+      .def(
+          "hidden_gradient",
+          [](const Cpu& c, Address dz_right, i64 rows, Address weight, i64 weight_stride, i64 columns, i64 width, Address out, i64 stride,
+             bool add, Address workspace, int threads) {
+            c.k->hidden_gradient(at<const cpu::Word>(dz_right), rows, matrix(weight, weight_stride, columns, width), at<float>(out),
+                                 stride, add ? cpu::Write::add_to_fp32 : cpu::Write::fp32, at<void>(workspace), threads);
+          },
+          release())
+      .def(
+          "row_statistics",
+          [](const Cpu& c, Address products, i64 stride, i64 rows, i64 columns, i64 first, Address bias, Address outer, float inner,
+             bool softcap, Address targets, Address running, i64 running_stride, int threads) {
+            c.k->row_statistics(at<float>(products), stride, rows, columns, first, readout(bias, outer, inner, softcap),
+                                at<const std::int32_t>(targets), statistics(running, running_stride), threads);
+          },
+          release())
+      .def(
+          "row_gradient",
+          [](const Cpu& c, Address logits, i64 stride, Address from, i64 rows, i64 columns, Address bias, Address outer, float inner,
+             bool softcap, bool formed, Address m, Address constant, Address slope, Address on_target, Address targets, Address dz,
+             int threads) {
+            c.k->row_gradient(at<const float>(logits), stride, at<const i64>(from), rows, columns, readout(bias, outer, inner, softcap),
+                              formed, coefficients(m, constant, slope, on_target, targets), at<float>(dz), threads);
+          },
+          release());
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, module) {
+  auto cpu = module.def_submodule("cpu");
+  bind_cpu(cpu);
+#ifdef BUPO_WITH_CUDA
+  auto cuda = module.def_submodule("cuda");
+  cuda::bind(cuda);
+#endif
+}

@@ -1,0 +1,56 @@
+#include "isa.h"
+
+#if defined(BUPO_ISA_AMX) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace bupo::cpu {
+
+#if defined(BUPO_ISA_AMX) && defined(__linux__)
+const Kernels& kernels_amx();
+static bool supports_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & amx_bf16) || !(d & amx_tile)) return false;
+  constexpr int request_permission = 0x1023, tile_data = 18;  // of arch_prctl: Linux saves tile registers only where asked to
+  static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  return granted;
+}
+#endif
+#ifdef BUPO_ISA_AVX512_BF16
+const Kernels& kernels_avx512_bf16();
+#endif
+#ifdef BUPO_ISA_AVX512
+const Kernels& kernels_avx512();
+static bool supports_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vl");
+}
+#endif
+#ifdef BUPO_ISA_AVX2
+const Kernels& kernels_avx2();
+#endif
+const Kernels& kernels_portable();
+
+const std::vector<Isa>& isas() {
+  static const std::vector<Isa> all{
+#if defined(BUPO_ISA_AMX) && defined(__linux__)
+      {"amx", [] { return supports_avx512() && supports_amx(); }, kernels_amx},
+#endif
+#ifdef BUPO_ISA_AVX512_BF16
+      {"avx512_bf16", [] { return supports_avx512() && __builtin_cpu_supports("avx512bf16") != 0; }, kernels_avx512_bf16},
+#endif
+#ifdef BUPO_ISA_AVX512
+      {"avx512", supports_avx512, kernels_avx512},
+#endif
+#ifdef BUPO_ISA_AVX2
+      {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, kernels_avx2},
+#endif
+      {"portable", [] { return true; }, kernels_portable},
+  };
+  return all;
+}
+
+}  // namespace bupo::cpu

@@ -1,0 +1,2 @@
+#define BUPO_ISA amx
+#include "kernels.inc"

@@ -1,0 +1,2 @@
+#define BUPO_ISA avx2
+#include "kernels.inc"

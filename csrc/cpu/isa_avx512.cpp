@@ -1,0 +1,2 @@
+#define BUPO_ISA avx512
+#include "kernels.inc"

@@ -1,0 +1,2 @@
+#define BUPO_ISA avx512_bf16
+#include "kernels.inc"

@@ -1,0 +1,2 @@
+#define BUPO_ISA portable
+#include "kernels.inc"

@@ -1,0 +1,94 @@
+// Operands of the products, packed: panels of 32 rows (or columns), each a run of steps along the depth of the product, each step two
+// tiles of 16 x 16 words. A word is what a lane multiplies at once: two neighbouring bf16 along the depth where the instruction set
+// multiplies bf16, else one fp32. Row 16h + i of a left panel and word w of a step lie at [step][h][i][w], column 16h + j of a right
+// panel at [step][h][w][j]: tiles of AMX as they are, and vectors of right operands and broadcasts of left ones for the others.
+//
+// Beyond the edges of the matrix a panel holds zeros.
+//
+// Included inside the namespace of an instruction set, see isa.h.
+using Word = std::uint32_t;
+constexpr std::int64_t panel = 32, tile = 16, tile_words = tile * tile, step_words = 2 * tile_words;
+constexpr std::int64_t word_depth = Block::multiplies_bf16 ? 2 : 1;  // elements along the depth
+constexpr std::int64_t step_depth = tile * word_depth;
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+inline std::int64_t steps_of(std::int64_t depth) { return ceil_div(depth, step_depth); }
+inline std::int64_t panel_words(std::int64_t depth) { return steps_of(depth) * step_words; }
+
+inline Word as_fp32(std::uint16_t bf16) { return Word(bf16) << 16; }
+
+// 16 x 16 words, turned over.
+inline void transpose(const Word* from, Word* to) {
+#if defined(__AVX512F__)
+  __m512i r[16], s[16];
+  for (int i = 0; i < 16; i++) r[i] = _mm512_loadu_si512(from + 16 * i);
+  for (int i = 0; i < 16; i += 4) {
+    const __m512i a = _mm512_unpacklo_epi32(r[i], r[i + 1]), b = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    const __m512i c = _mm512_unpacklo_epi32(r[i + 2], r[i + 3]), d = _mm512_unpackhi_epi32(r[i + 2], r[i + 3]);
+    s[i] = _mm512_unpacklo_epi64(a, c), s[i + 1] = _mm512_unpackhi_epi64(a, c);
+    s[i + 2] = _mm512_unpacklo_epi64(b, d), s[i + 3] = _mm512_unpackhi_epi64(b, d);
+  }
+  // s[4g + j] holds, in its quarter q, column 4q + j of rows 4g to 4g + 3.
+  for (int j = 0; j < 4; j++) {
+    const __m512i a = _mm512_shuffle_i32x4(s[j], s[4 + j], 0x88), b = _mm512_shuffle_i32x4(s[j], s[4 + j], 0xdd);
+    const __m512i c = _mm512_shuffle_i32x4(s[8 + j], s[12 + j], 0x88), d = _mm512_shuffle_i32x4(s[8 + j], s[12 + j], 0xdd);
+    _mm512_storeu_si512(to + 16 * j, _mm512_shuffle_i32x4(a, c, 0x88));
+    _mm512_storeu_si512(to + 16 * (4 + j), _mm512_shuffle_i32x4(b, d, 0x88));
+    _mm512_storeu_si512(to + 16 * (8 + j), _mm512_shuffle_i32x4(a, c, 0xdd));
+    _mm512_storeu_si512(to + 16 * (12 + j), _mm512_shuffle_i32x4(b, d, 0xdd));
+  }
+#else
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < 16; j++) to[16 * j + i] = from[16 * i + j];
+#endif
+}
+
+// 16 rows, [row][word], of a matrix whose rows run along the depth, from element `first` of each; `rows` and `depth` are what is there.
+inline void rows_to_tile(const std::uint16_t* from, std::int64_t stride, std::int64_t rows, std::int64_t depth, Word* to) {
+  const std::int64_t there = min(depth, step_depth);
+  if (rows < tile || there < step_depth) std::memset(to, 0, tile_words * sizeof(Word));
+  for (std::int64_t i = 0; i < min(rows, tile); i++) {
+    const std::uint16_t* row = from + i * stride;
+    if constexpr (word_depth == 2) {
+      // A whole tile row is one copy of known size.
+      there == step_depth ? std::memcpy(to + i * tile, row, 64) : std::memcpy(to + i * tile, row, there * 2);
+    } else {
+      for (std::int64_t k = 0; k < there; k++) to[i * tile + k] = as_fp32(row[k]);
+    }
+  }
+}
+
+// 16 columns, [word][column], of a matrix whose columns run along the depth: element k of column j is from[k · stride + j].
+inline void columns_to_tile(const std::uint16_t* from, std::int64_t stride, std::int64_t depth, std::int64_t columns, Word* to) {
+  const std::int64_t there = min(columns, tile);
+  if (columns < tile || depth < step_depth) std::memset(to, 0, tile_words * sizeof(Word));
+  for (std::int64_t w = 0; w < tile && w * word_depth < depth; w++) {
+    const std::uint16_t* row = from + w * word_depth * stride;
+    if constexpr (word_depth == 2) {
+      const bool both = w * word_depth + 1 < depth;
+      for (std::int64_t j = 0; j < there; j++) to[w * tile + j] = row[j] | (both ? as_fp32(row[stride + j]) : 0);
+    } else {
+      for (std::int64_t j = 0; j < there; j++) to[w * tile + j] = as_fp32(row[j]);
+    }
+  }
+}
+
+enum class Side { left, right };
+
+// One panel of either side, from a matrix with its depth along the rows (`from[i · stride + k]`, i the panel's own index) or across them
+// (`from[k · stride + i]`).
+template <Side side, bool depth_along_rows>
+inline void pack_panel(const std::uint16_t* from, std::int64_t stride, std::int64_t count, std::int64_t depth, Word* to) {
+  alignas(64) Word turned[tile_words];
+  for (std::int64_t k = 0; k < depth; k += step_depth)
+    for (std::int64_t half = 0; half < panel; half += tile, to += tile_words) {
+      const std::int64_t there = max<std::int64_t>(count - half, 0);
+      constexpr bool as_is = (side == Side::left) == depth_along_rows;
+      Word* tile_to = as_is ? to : turned;
+      if constexpr (depth_along_rows)
+        rows_to_tile(from + half * stride + k, stride, there, depth - k, tile_to);
+      else
+        columns_to_tile(from + k * stride + half, stride, depth - k, there, tile_to);
+      if constexpr (!as_is) transpose(turned, to);
+    }
+}

@@ -1,0 +1,77 @@
+// As many fp32 lanes as a register of the instruction set being compiled for holds, by the vector extensions of GCC and Clang.
+//
+// Included inside the namespace of an instruction set, see isa.h.
+#if defined(__AVX512F__)
+constexpr int lanes = 16;
+#elif defined(__AVX2__)
+constexpr int lanes = 8;
+#else
+constexpr int lanes = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(lanes * 4)));
+typedef std::int32_t Ints __attribute__((vector_size(lanes * 4)));
+typedef std::uint32_t Words __attribute__((vector_size(lanes * 4)));
+typedef std::uint16_t Halves __attribute__((vector_size(lanes * 2)));
+
+template <class V, class T>
+inline V load_as(const T* from) {
+  V value;
+  std::memcpy(&value, from, sizeof(V));
+  return value;
+}
+template <class V, class T>
+inline void store_as(T* to, V value) {
+  std::memcpy(to, &value, sizeof(V));
+}
+
+struct Vec {
+  Floats v;
+
+  Vec() = default;
+  Vec(Floats v) : v(v) {}
+  Vec(float x) : v(x - Floats{}) {}
+  static Vec load(const float* from) { return load_as<Floats>(from); }
+  void store(float* to) const { store_as(to, v); }
+
+  friend Vec operator+(Vec a, Vec b) { return a.v + b.v; }
+  friend Vec operator-(Vec a, Vec b) { return a.v - b.v; }
+  friend Vec operator*(Vec a, Vec b) { return a.v * b.v; }
+  friend Vec operator/(Vec a, Vec b) { return a.v / b.v; }
+  friend Ints operator<(Vec a, Vec b) { return a.v < b.v; }  // all bits of a lane, or none
+};
+inline Vec choose(Ints where, Vec a, Vec b) { return (Floats)((where & (Ints)a.v) | (~where & (Ints)b.v)); }
+inline Vec maximum(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
+
+// e^x for x ≤ 0 within 1 ulp, and 0 below −87, where e^x would be subnormal, and slow. x = n ln 2 + r with |r| ≤ ln 2 / 2; ln 2 in two
+// parts, the first with so few digits that n times it is exact, with FMA and without (constants of Cephes' expf).
+inline Vec exponential(Vec x) {
+  const float magic = 12582912.0f;  // 1.5 · 2^23: adding it rounds to the nearest integer, which then fills the low bits
+  const Vec shifted = x * 1.44269504088896341f + magic;
+  const Vec n = shifted - magic;
+  const Vec r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  Vec p = Vec(1.9875691500e-4f) * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const Vec e = (p * (r * r) + r) + 1.0f;
+  return choose(x < -87.0f, 0.0f, (Floats)((Ints)e.v + ((Ints)shifted.v << 23)));
+}
+
+// tanh x within 2 ulp: an odd polynomial near 0, where (1 − e^−2x) / (1 + e^−2x) would cancel (constants of Cephes' tanhf).
+inline Vec hyperbolic_tangent(Vec x) {
+  const Vec square = x * x, size = maximum(x, 0.0f - x);
+  Vec p = Vec(-5.70498872745e-3f) * square + 2.06390887954e-2f;
+  p = p * square - 5.37397155531e-2f;
+  p = p * square + 1.33314422036e-1f;
+  p = p * square - 3.33332819422e-1f;
+  const Vec e = exponential(size * -2.0f), far = (Vec(1.0f) - e) / (Vec(1.0f) + e);
+  return choose(size < 0.625f, p * square * x + x, choose(x < 0.0f, 0.0f - far, far));
+}
+
+// The bits of bf16(x), rounded to nearest even, in the upper half of each word; the lower is left over.
+inline Words rounded_to_bf16(Vec x) {
+  const Words bits = (Words)x.v;
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
+}

@@ -1,0 +1,49 @@
+// The algebra of a row of logits z, defined once for single floats, the vectors of the CPU kernels and the threads of the CUDA kernels.
+//
+// Of any part of a row: m = max z, s = Σ e^(z−m), t = Σ (z−m) e^(z−m). Centred on m, the entropy ln s − t/s does not cancel at large
+// |z|. Partials merge in any grouping; kernels merge in a fixed order, so that results repeat bit for bit.
+//
+// `Real` is float or a type with its operators, and with maximum(a, b) and exponential(x) to be found by its arguments.
+#pragma once
+
+#include <cfloat>
+#include <cmath>
+
+// Inlined without fail: the CPU kernels are compiled several times for different instruction sets, and the linker would keep only one
+// copy of a function they share.
+#if defined(__CUDACC__)
+#define BUPO_HD __host__ __device__ __forceinline__
+#elif defined(__GNUC__)
+#define BUPO_HD static inline __attribute__((always_inline))
+#else
+#define BUPO_HD static inline
+#endif
+
+namespace bupo {
+
+BUPO_HD float maximum(float a, float b) { return a > b ? a : b; }
+BUPO_HD float exponential(float x) { return expf(x); }
+
+// The maximum of no logits. Finite, so that the difference of two of them is no NaN.
+constexpr float lowest = -FLT_MAX;
+
+template <class Real>
+struct Partial {
+  Real m, s, t;
+};
+
+template <class Real>
+BUPO_HD Partial<Real> merge(const Partial<Real>& a, const Partial<Real>& b) {
+  const Real m = maximum(a.m, b.m);
+  const Real of_a = a.m - m, of_b = b.m - m;  // one of them is 0
+  const Real scale_a = exponential(of_a), scale_b = exponential(of_b);
+  return {m, scale_a * a.s + scale_b * b.s, scale_a * (a.t + of_a * a.s) + scale_b * (b.t + of_b * b.s)};
+}
+
+// dz_j for j ≠ y, from x = z_j − m and e = e^x: the constant and the slope are `Coefficients` of bupo_kernels/backends/algebra.py.
+template <class Real>
+BUPO_HD Real logit_gradient(Real x, Real e, Real constant, Real slope) {
+  return e * (constant - slope * x);
+}
+
+}  // namespace bupo
