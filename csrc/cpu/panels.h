@@ -75,20 +75,26 @@ inline void columns_to_tile(const std::uint16_t* from, std::int64_t stride, std:
 
 enum class Side { left, right };
 
-// One panel of either side, from a matrix with its depth along the rows (`from[i · stride + k]`, i the panel's own index) or across them
-// (`from[k · stride + i]`).
+// Panels of either side, from a matrix with its depth along the rows (`from[i · stride + k]`, i the panels' own index) or across them
+// (`from[k · stride + i]`), and zeros from `depth` to `padded_depth`. What lies side by side in memory is read together.
 template <Side side, bool depth_along_rows>
-inline void pack_panel(const std::uint16_t* from, std::int64_t stride, std::int64_t count, std::int64_t depth, Word* to) {
+inline void pack_panels(const std::uint16_t* from, std::int64_t stride, std::int64_t count, std::int64_t depth, std::int64_t padded_depth,
+                        Word* to) {
   alignas(64) Word turned[tile_words];
-  for (std::int64_t k = 0; k < depth; k += step_depth)
-    for (std::int64_t half = 0; half < panel; half += tile, to += tile_words) {
-      const std::int64_t there = max<std::int64_t>(count - half, 0);
+  const std::int64_t words = panel_words(padded_depth), steps = steps_of(padded_depth), panels = ceil_div(count, panel);
+  for (std::int64_t i = 0; i < panels * steps; i++) {
+    const std::int64_t p = depth_along_rows ? i / steps : i % panels, step = depth_along_rows ? i % steps : i / panels;
+    const std::int64_t k = step * step_depth, left_over = max<std::int64_t>(depth - k, 0);
+    for (std::int64_t half = 0; half < 2; half++) {
+      const std::int64_t at = p * panel + half * tile, there = max<std::int64_t>(count - at, 0);
+      Word* final = to + p * words + step * step_words + half * tile_words;
       constexpr bool as_is = (side == Side::left) == depth_along_rows;
-      Word* tile_to = as_is ? to : turned;
+      Word* first = as_is ? final : turned;
       if constexpr (depth_along_rows)
-        rows_to_tile(from + half * stride + k, stride, there, depth - k, tile_to);
+        rows_to_tile(from + at * stride + k, stride, there, left_over, first);
       else
-        columns_to_tile(from + k * stride + half, stride, depth - k, there, tile_to);
-      if constexpr (!as_is) transpose(turned, to);
+        columns_to_tile(from + k * stride + at, stride, left_over, there, first);
+      if constexpr (!as_is) transpose(turned, final);
     }
+  }
 }
