@@ -9,14 +9,14 @@ RESULTS ?= benchmarks/results
 
 BIN := .venv/bin
 
-.PHONY: install demo test test-triton test-demo lint kernels bench gpu clean
+.PHONY: install demo test test-triton test-demo sanitize lint kernels bench gpu clean
 
 # One stamp, named after what it stands for: asking for another torch or Triton installs it.
 STAMP := .venv/installed-$(subst =,,$(TORCH)-$(TRITON))
 
 install: $(STAMP)
 
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv .venv
 	rm -f .venv/installed-*
 	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" $(if $(TRITON),"$(TRITON)")
@@ -38,6 +38,13 @@ kernels: install ## compile every Triton configuration for every target, and pri
 test-demo: install ## the demo must learn; minutes
 	$(BIN)/python -m pytest -m slow -s
 
+SANITIZE := BUPO_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
+
+sanitize: install ## the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built apart from the installed ones
+	$(SANITIZE) BUPO_BUILD_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/sanitize/lib --build-temp build/sanitize/temp
+	$(SANITIZE) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	PYTHONPATH=build/sanitize/lib $(BIN)/pytest -s tests/test_native.py tests/test_install.py::test_the_module_is_the_one_asked_for
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -50,4 +57,4 @@ gpu: ## on a machine with a GPU, from a checkout and with what is installed: its
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --out $(RESULTS) && exit $$tests
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .benchmarks
+	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .benchmarks bupo_kernels/*.so

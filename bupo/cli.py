@@ -1,9 +1,10 @@
-"""``bupo train | demo``."""
+"""``bupo train | demo | env``."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -55,6 +56,15 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="of the data split, the weights and the sampling (default 0)")
     demo.add_argument("--output", type=Path, help="new folder (default runs/demo-POLICY-seedSEED, numbered if taken)")
     demo.set_defaults(run=_demo)
+
+    env = commands.add_parser(
+        "env",
+        help="versions, devices, what was built, and which backend runs what here",
+        description="Prints versions, devices, what the native module was built for, and which backend each kind of call would use "
+        "on this machine and why not the others. Nothing is computed.",
+    )
+    env.add_argument("--json", action="store_true", help="the same for a program to read")
+    env.set_defaults(run=_env)
     return parser
 
 
@@ -78,6 +88,14 @@ def _demo(options: argparse.Namespace) -> int:
 
     before, after = demo(folder, options.policy, options.seed)
     print(f"before  {before}\nafter   {after}\npicture, metrics, episodes and checkpoint are in {folder / 'run'}")
+    return 0
+
+
+def _env(options: argparse.Namespace) -> int:
+    from bupo.env import describe, environment
+
+    found = environment()
+    print(json.dumps(found, indent=2) if options.json else describe(found))
     return 0
 
 

@@ -2,11 +2,8 @@
 // is in cpu/kernels.h and cuda/rows.h; bupo_kernels/backends/native.py is the only caller, and checks them.
 #include <pybind11/pybind11.h>
 
-#include "cpu/isa.h"
-
-#if __has_include("build_info.h")
 #include "build_info.h"
-#endif
+#include "cpu/isa.h"
 
 namespace py = pybind11;
 using namespace bupo;
@@ -141,6 +138,11 @@ void bind_cpu(py::module_& module) {
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
+  module.def("build_info", [] {
+    py::dict facts;
+    for (const auto& [name, value] : build_info) facts[name] = value;
+    return facts;
+  });
   auto cpu = module.def_submodule("cpu");
   bind_cpu(cpu);
 #ifdef BUPO_WITH_CUDA
