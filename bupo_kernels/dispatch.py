@@ -9,7 +9,7 @@ from types import ModuleType
 
 import torch
 
-from bupo_kernels.backends import torch_chunked, triton_
+from bupo_kernels.backends import native, torch_chunked, triton_
 from bupo_kernels.backends.problem import Problem, Schedule
 
 # In order of preference. A backend is a module, importable everywhere, with
@@ -20,7 +20,7 @@ from bupo_kernels.backends.problem import Problem, Schedule
 #   one_pass_schedule(problem, strategy)  the same for a loss whose gradients are taken in the forward
 #   cached_rows(problem, strategy)      rows whose E is kept for the backward, each of cache_widths(problem)
 #   statistics, row_statistics, gradient_dtype, gradient_tiles    the work itself
-BACKENDS = {"triton": triton_, "torch": torch_chunked}
+BACKENDS = {"triton": triton_, "native": native, "torch": torch_chunked}
 # What a caller may ask for: "auto", a backend, or "backend:strategy".
 NAMES = ("auto", *(n for b, module in BACKENDS.items() for n in (b, *(f"{b}:{s}" for s in module.STRATEGIES))))
 
@@ -81,7 +81,7 @@ class Plan:
             f"problem   {p.active_rows} of {p.rows} rows x {p.vocab} columns x {p.width}, "
             f"{str(p.dtype).removeprefix('torch.')} on {p.device.type}"
             + (f", no gradient for {' and '.join(frozen)}" if frozen else ""),
-            f"backend   {self.backend}: {s.strategy}, tiles of {s.tile.rows} x {s.tile.columns}"
+            f"backend   {self.backend}: {s.strategy}{f' with {s.isa}' if s.isa else ''}, tiles of {s.tile.rows} x {s.tile.columns}"
             + (f", E of {s.cached_rows} rows kept" if s.cached_rows and not s.chunk_rows else "")
             + (f", {s.chunk_rows} rows at a time" if s.chunk_rows else ""),
             *(f"kernel    {kernel}" for kernel in s.kernels),

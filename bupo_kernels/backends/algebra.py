@@ -29,6 +29,14 @@ class Statistics(NamedTuple):
         return statistics
 
 
+def of_all_rows(part: Statistics, rows: Tensor, count: int) -> Statistics:
+    """From those of the ``rows`` [n] that count to those of all ``count``."""
+    whole = Statistics(*Statistics.empty(count, part.m.dtype, part.m.device))
+    for all_rows, some in zip(whole, part, strict=True):
+        all_rows[rows] = some
+    return whole
+
+
 class Results(NamedTuple):
     """[N] each; 0 on rows that do not count."""
 

@@ -8,10 +8,36 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Rows of a 16-bit product that leave the library GEMM in fp32 at a time, before they are added.
+PRODUCT_ROWS = 4096
+
+
+def accumulate_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:  # [m, n] += [m, k] @ [k, n]
+    """Adds a product without rounding it first, to an fp32 (or float64) ``total``; or puts the ``first`` one there, rounded to the
+    dtype of ``total``."""
+    dtype = torch.promote_types(a.dtype, torch.float32)
+    if a.dtype != dtype and a.is_cuda:
+        for rows in range(0, len(a), PRODUCT_ROWS):
+            block = slice(rows, rows + PRODUCT_ROWS)
+            product = torch.mm(a[block], b, out_dtype=dtype)
+            total[block].copy_(product) if first else total[block].add_(product)
+        return
+    # Where no library product keeps its fp32 accumulator: upcasting 16-bit operands is exact.
+    a, b = a.to(dtype), b.to(dtype)
+    if not first:
+        total.addmm_(a, b)
+    elif total.dtype == dtype:
+        torch.mm(a, b, out=total)
+    else:
+        total.copy_(torch.mm(a, b))
+
 
 class GradientTile(NamedTuple):
     """``dz`` of some rows and a slice of the vocabulary, and the operands its products take. Slices come in ascending order,
-    and within a slice blocks of rows. All three matrices have one dtype; ``dz`` is overwritten by the next tile."""
+    and within a slice blocks of rows. All three matrices have one dtype; ``dz`` is overwritten by the next tile.
+
+    Sums ask a tile for its columns and rows, and for the three methods. ``total`` is fp32 (float64); where the product is the
+    ``first`` there, and alone, it may be of another dtype, to which the product is then rounded."""
 
     columns: slice
     rows: slice
@@ -19,23 +45,14 @@ class GradientTile(NamedTuple):
     weight: Tensor  # [c, D]
     hidden: Tensor | None  # [r, D]; None when dW is not wanted
 
+    def add_to_hidden(self, total: Tensor, first: bool) -> None:  # [r, D]
+        accumulate_(total, self.dz, self.weight, first)
 
-# Rows of a 16-bit product that leave the library GEMM in fp32 at a time, before they are added.
-PRODUCT_ROWS = 4096
+    def add_to_weight(self, total: Tensor, first: bool) -> None:  # [c, D]
+        accumulate_(total, self.dz.T, self.hidden, first)
 
-
-def accumulate_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:  # [m, n] += [m, k] @ [k, n]
-    """Adds a product without rounding it first, ``total`` being fp32 (or float64) whatever the operands are; or puts the ``first``
-    one there."""
-    if a.dtype != total.dtype and a.is_cuda:
-        for rows in range(0, len(a), PRODUCT_ROWS):
-            block = slice(rows, rows + PRODUCT_ROWS)
-            product = torch.mm(a[block], b, out_dtype=total.dtype)
-            total[block].copy_(product) if first else total[block].add_(product)
-        return
-    # Where no library product keeps its fp32 accumulator: upcasting 16-bit operands is exact.
-    a, b = a.to(total.dtype), b.to(total.dtype)
-    torch.mm(a, b, out=total) if first else total.addmm_(a, b)
+    def column_sums(self, dtype: torch.dtype) -> Tensor:  # [c]
+        return self.dz.sum(0, dtype=dtype)
 
 
 class GradientSums:
@@ -75,13 +92,14 @@ class GradientSums:
         weight_sum, bias_sum = self._sums
         for tile in tiles:
             if rows_sum is not None:
-                accumulate_(rows_sum[tile.rows], tile.dz, tile.weight, first=tile.columns.start == 0)
+                tile.add_to_hidden(rows_sum[tile.rows], first=tile.columns.start == 0)
             if tile.rows.start == 0:
-                of_weight, of_bias = (self._slice(total, tile.columns, unscale) for total in (weight_sum, bias_sum))
+                alone = unscale is None and self._nothing_yet and tile.rows.stop == n
+                of_weight, of_bias = (self._slice(total, tile.columns, unscale, alone) for total in (weight_sum, bias_sum))
             if weight_sum is not None:
-                accumulate_(of_weight[0], tile.dz.T, tile.hidden, first=tile.rows.start == 0 and of_weight[1])
+                tile.add_to_weight(of_weight[0], first=tile.rows.start == 0 and of_weight[1])
             if bias_sum is not None:
-                column_sums = tile.dz.sum(0, dtype=self.dtype)
+                column_sums = tile.column_sums(self.dtype)
                 of_bias[0].copy_(column_sums) if tile.rows.start == 0 and of_bias[1] else of_bias[0].add_(column_sums)
             if tile.rows.stop == n:
                 for total, part in ((weight_sum, of_weight), (bias_sum, of_bias)):
@@ -94,12 +112,12 @@ class GradientSums:
                 rows_sum.mul_(unscale)
             _move_rows(rows_sum, self.hidden, positions, step)
 
-    def _slice(self, total: Tensor | None, columns: slice, unscale: Tensor | None) -> tuple[Tensor, bool] | None:
-        """Sums of a slice, and whether they are yet to be written. Where the whole is of their dtype, and nothing is left to do to
-        them, they are its own rows."""
+    def _slice(self, total: Tensor | None, columns: slice, unscale: Tensor | None, alone: bool) -> tuple[Tensor, bool] | None:
+        """Sums of a slice, and whether they are yet to be written. They are rows of the whole where nothing is left to do to them:
+        they are of its dtype, or of a product ``alone``."""
         if total is None:
             return None
-        if total.dtype == self.dtype and unscale is None:
+        if alone or (total.dtype == self.dtype and unscale is None):
             return total[columns], self._nothing_yet
         return torch.empty_like(total[columns], dtype=self.dtype), True
 

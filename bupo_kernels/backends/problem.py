@@ -105,3 +105,4 @@ class Schedule(NamedTuple):
     cached_rows: int = 0  # rows whose E the forward keeps, so that the backward need not form their product again
     kernels: tuple[str, ...] = ()  # configurations, to be printed
     chunk_rows: int = 0  # of a one-pass loss: rows whose logits, or E, are at hand together
+    isa: str = ""  # instruction set of the native kernels

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bupo_kernels.backends.algebra import Coefficients, Statistics
+from bupo_kernels.backends.algebra import Coefficients, Statistics, of_all_rows
 from bupo_kernels.backends.gradients import GradientTile
 from bupo_kernels.backends.problem import Memory, Operands, Problem, Readout, Schedule, Tile
 
@@ -122,23 +122,25 @@ def _to_logits_(product: Tensor, bias: Tensor | None, readout: Readout) -> Tenso
     return product if readout.is_identity else product.mul_(readout.logit_scale / readout.temperature)
 
 
-class _Block(NamedTuple):
-    """One tile of logits and what it was made of."""
+class Block(NamedTuple):
+    """One tile of products and what it was made of."""
 
     columns: slice
     rows: slice
     weight: Tensor  # [c, D]
     hidden: Tensor  # [r, D]
-    logits: Tensor  # [r, c], overwritten by the next tile
+    bias: Tensor | None  # [c]
+    tile: Tensor  # [r, c], products, or what a fold kept of them; overwritten by the next tile
     scratch: Tensor  # [r, c], overwritten by the next tile
     readout: Readout
+    maxima: Tensor | None  # [r]: where the tile was kept, those of Kept
 
 
 class Kept(NamedTuple):
-    """The logits of the n rows of a chunk, as the statistics left them: each less the maximum of its row in its tile."""
+    """The logits of the n rows of a chunk, as the fold of their statistics left them."""
 
     logits: Tensor  # [n · V], slice after slice
-    maxima: Tensor  # [n, slices]
+    maxima: Tensor  # [n, slices] that were subtracted
     index: Tensor | None = None  # [k]: those of the rows that are wanted; None for all
 
     def slice(self, columns: slice) -> Tensor:  # [n, c]
@@ -148,10 +150,10 @@ class Kept(NamedTuple):
 
 def _blocks(
     operands: Operands, rows: Tensor, tile: Tile, dtype: torch.dtype, kept: Kept | None = None, form: bool = True
-) -> Iterator[_Block]:
+) -> Iterator[Block]:
     """All tiles, slice by slice. ``rows`` numbers the leading dimensions of ``hidden`` through, so any view of it will do.
 
-    With ``kept`` the logits lie there: they are put there if they are to be formed, and taken from there otherwise.
+    With ``kept`` they lie there: they are put there if they are to be formed, and taken from there otherwise.
     """
     hidden, weight, bias, _, readout = operands
     count, vocab = len(rows), weight.shape[0]
@@ -167,19 +169,17 @@ def _blocks(
             block = slice(first, min(first + tile.rows, count))
             index = tuple(i[block] for i in coordinates)
             h = hidden[index].to(dtype)
-            logits, scratch = (buffer[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0]) for buffer in buffers)
-            selected = readout.rows(index, dtype)
+            products, scratch = (buffer[: h.shape[0] * w.shape[0]].view(h.shape[0], w.shape[0]) for buffer in buffers)
+            maxima = None
             if kept is not None and kept.index is None:
-                logits = kept.slice(columns)[block]
+                products = kept.slice(columns)[block]
             if form:
-                torch.mm(h, w.T, out=logits)
-                _to_logits_(logits, b, selected)
+                torch.mm(h, w.T, out=products)
             else:
                 if kept.index is not None:
-                    torch.index_select(kept.slice(columns), 0, kept.index[block], out=logits)
+                    torch.index_select(kept.slice(columns), 0, kept.index[block], out=products)
                 maxima = kept.maxima[block if kept.index is None else kept.index[block], start // tile.columns]
-                logits.add_(maxima.unsqueeze(1))
-            yield _Block(columns, block, w, h, logits, scratch, selected)
+            yield Block(columns, block, w, h, b, products, scratch, readout.rows(index, dtype), maxima)
 
 
 def _target_column(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:  # [r] -> [r, 1], [r, 1]
@@ -192,40 +192,65 @@ def _target_column(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:  #
 def statistics(operands: Operands, counts: Tensor, problem: Problem, plan: Schedule, with_entropy: bool):  # [N] bool
     """:class:`Statistics` of the rows that count; finite logits are assumed."""
     rows = counts.nonzero().squeeze(1)
-    result = Statistics(*Statistics.empty(len(counts), problem.statistics_dtype, counts.device))
-    for whole, part in zip(result, row_statistics(operands, rows, problem, plan, with_entropy)[0], strict=True):
-        whole[rows] = part
-    return result, None
+    return of_all_rows(row_statistics(operands, rows, problem, plan, with_entropy)[0], rows, len(counts)), None
 
 
-def row_statistics(operands: Operands, rows: Tensor, problem: Problem, plan: Schedule, with_entropy: bool, keep: bool = False):
-    """:class:`Statistics` of the rows [n], and, to ``keep``, their logits for :func:`gradient_tiles`."""
-    dtype, kept = problem.statistics_dtype, None
-    y = operands.targets.flatten()[rows]
-    m, s, t, z_y = Statistics.empty(len(rows), dtype, rows.device)
-    s.zero_()
-    if keep:
-        slices = -(-problem.vocab // plan.tile.columns)
-        kept = Kept(m.new_empty(len(rows) * problem.vocab), m.new_empty(len(rows), slices))
-    for block in _blocks(operands, rows, plan.tile, dtype, kept):
-        z, e, r = block.logits, block.scratch, block.rows
-        column, inside = _target_column(y[r], block.columns)
-        z_y[r] = torch.where(inside, z.gather(1, column), z_y[r].unsqueeze(1)).squeeze(1)
+class TorchRows:
+    """What is done to the rows of a tile. ``native`` has the same in C++."""
+
+    @staticmethod
+    def fold(block: Block, y: Tensor, running: Statistics, with_entropy: bool) -> Tensor:  # [r], [r] each -> [r]
+        """The tile into the statistics of its rows; leaves logits less the maximum of their row in the tile, which is returned."""
+        z, e, m, s = _to_logits_(block.tile, block.bias, block.readout), block.scratch, running.m, running.s
+        column, inside = _target_column(y, block.columns)
+        running.z_y.copy_(torch.where(inside, z.gather(1, column), running.z_y.unsqueeze(1)).squeeze(1))
         tile_m = z.amax(1)
         torch.exp(z.sub_(tile_m.unsqueeze(1)), out=e)
         tile_s = e.sum(1)
         # Merge of two partials (m, s, t); slices arrive in ascending order, so the result is repeatable bit for bit.
-        new_m = torch.maximum(m[r], tile_m)
-        a, b = (m[r] - new_m).exp(), (tile_m - new_m).exp()
+        new_m = torch.maximum(m, tile_m)
+        a, b = (m - new_m).exp(), (tile_m - new_m).exp()
         if with_entropy:
             tile_t = e.mul_(z).sum(1)
-            shifted = torch.where(s[r] > 0, (m[r] - new_m) * s[r], 0)  # −inf · 0 before the first slice
-            t[r] = a * (t[r] + shifted) + b * (tile_t + (tile_m - new_m) * tile_s)
-        s[r] = a * s[r] + b * tile_s
-        m[r] = new_m
+            shifted = torch.where(s > 0, (m - new_m) * s, 0)  # −inf · 0 before the first slice
+            running.t.copy_(a * (running.t + shifted) + b * (tile_t + (tile_m - new_m) * tile_s))
+        s.copy_(a * s + b * tile_s)
+        m.copy_(new_m)
+        return tile_m
+
+    @staticmethod
+    def gradient(block: Block, of: Coefficients) -> Tensor:  # [r] each -> [r, c]
+        z, dz, at = block.tile, block.scratch, block.readout
+        z = _to_logits_(z, block.bias, at) if block.maxima is None else z.add_(block.maxima.unsqueeze(1))
+        if at.softcap is not None:
+            softcap_slope = (z * (at.temperature / at.softcap)).square_().neg_().add_(1)  # 1 − tanh²
+        torch.exp(z.sub_(of.m.unsqueeze(1)), out=dz)
+        if of.slope is None:
+            dz.mul_(of.constant.unsqueeze(1))
+        else:
+            dz.mul_(torch.addcmul(of.constant.unsqueeze(1), z, of.slope.unsqueeze(1), value=-1, out=z))
+        column, inside = _target_column(of.targets, block.columns)
+        dz.scatter_(1, column, torch.where(inside, of.on_target.unsqueeze(1), dz.gather(1, column)))
+        return dz if at.softcap is None else dz.mul_(softcap_slope)
+
+
+def row_statistics(
+    operands: Operands, rows: Tensor, problem: Problem, plan: Schedule, with_entropy: bool, keep: bool = False, on_rows=TorchRows
+):
+    """:class:`Statistics` of the rows [n], and, to ``keep``, their logits for :func:`gradient_tiles`."""
+    dtype, kept = problem.statistics_dtype, None
+    y = operands.targets.flatten()[rows]
+    statistics = Statistics(*Statistics.empty(len(rows), dtype, rows.device))
+    statistics.s.zero_()
+    if keep:
+        slices = -(-problem.vocab // plan.tile.columns)
+        kept = Kept(y.new_empty(len(rows) * problem.vocab, dtype=dtype), y.new_empty(len(rows), slices, dtype=dtype))
+    for block in _blocks(operands, rows, plan.tile, dtype, kept):
+        r = block.rows
+        maxima = on_rows.fold(block, y[r], Statistics(*(x[r] for x in statistics)), with_entropy)
         if keep:
-            kept.maxima[r, block.columns.start // plan.tile.columns] = tile_m
-    return Statistics(m, s, t, z_y), (kept.logits, kept.maxima) if keep else None
+            kept.maxima[r, block.columns.start // plan.tile.columns] = maxima
+    return statistics, (kept.logits, kept.maxima) if keep else None
 
 
 def gradient_dtype(problem: Problem) -> torch.dtype:
@@ -240,24 +265,12 @@ def gradient_tiles(
     problem: Problem,
     plan: Schedule,
     cache: tuple[Tensor, Tensor, Tensor] | None,  # the two of Kept, overwritten, and where in them each row is [n]
+    on_rows=TorchRows,
 ) -> Iterator[GradientTile]:
     kept = None
     if cache is not None:
         logits, maxima, index = cache
         kept = Kept(logits, maxima, None if len(index) == len(maxima) else index)
     for block in _blocks(operands, rows, plan.tile, problem.statistics_dtype, kept, form=kept is None):
-        z, dz, at = block.logits, block.scratch, block.readout
-        m, constant, slope, on_target, y = coefficients.rows(block.rows)
-        if at.softcap is not None:
-            softcap_slope = (z * (at.temperature / at.softcap)).square_().neg_().add_(1)  # 1 − tanh²
-        torch.exp(z.sub_(m.unsqueeze(1)), out=dz)
-        if slope is None:
-            dz.mul_(constant.unsqueeze(1))
-        else:
-            dz.mul_(torch.addcmul(constant.unsqueeze(1), z, slope.unsqueeze(1), value=-1, out=z))
-        column, inside = _target_column(y, block.columns)
-        dz.scatter_(1, column, torch.where(inside, on_target.unsqueeze(1), dz.gather(1, column)))
-        if at.softcap is not None:
-            dz.mul_(softcap_slope)
-            del softcap_slope
+        dz = on_rows.gradient(block, coefficients.rows(block.rows))
         yield GradientTile(block.columns, block.rows, dz, block.weight, block.hidden)

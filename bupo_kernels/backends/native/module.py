@@ -1,0 +1,39 @@
+"""`bupo_kernels._C` as it was built, or not, for this machine."""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+try:
+    from bupo_kernels import _C as built
+except ModuleNotFoundError:
+    built: ModuleType | None = None
+
+
+# From the fastest on; what setup.py knows.
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+
+
+@functools.cache
+def isas() -> tuple[str, ...]:
+    """Instruction sets that were built and that this CPU has, the fastest first."""
+    return () if built is None else tuple(built.cpu.isas())
+
+
+@functools.cache
+def kernels(isa: str):
+    """The functions of csrc/cpu/kernels.h."""
+    return built.cpu.Kernels(isa)
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def words(count: int, device: str | torch.device = "cpu") -> Tensor:
+    """Uninitialised memory, of 4 bytes each."""
+    return torch.empty(count, dtype=torch.int32, device=device)

@@ -1,0 +1,204 @@
+"""bf16 on a CPU: statistics and gradients from packed panels of hidden vectors, in C++ (csrc/cpu), no logits in memory.
+
+The forward multiplies every row of W with all rows of a block and folds the products while they are in a core's first cache. The
+backward forms dz of a slice of the vocabulary again, as both operands that the products with W and h take: 8 N·V·D FLOP in all. dz is
+rounded to bf16 where the CPU multiplies bf16, else it stays fp32; everything else is fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bupo_kernels.backends.algebra import Coefficients, Statistics
+from bupo_kernels.backends.native.module import address, kernels, words
+from bupo_kernels.backends.native.rows import PANEL, CoefficientArguments, ReadoutArguments, padded
+from bupo_kernels.backends.problem import Memory, Operands, Problem, Schedule, Tile
+
+# Rows whose packed panels are at hand together, and columns of dz. A slice's W, turned over, should stay in the second cache.
+MOST_ROWS, MOST_COLUMNS = 8192, 2048
+
+
+def schedule(problem: Problem, isa: str) -> Schedule:
+    """Raises ``ValueError`` when the budget holds not even the smallest tile."""
+    rows, columns = _up(max(problem.active_rows, 1)), _up(min(problem.vocab, MOST_COLUMNS))
+    problem.require_budget(memory(problem, Tile(PANEL, PANEL), isa).working)
+    rows = min(rows, MOST_ROWS)
+    while rows > PANEL and memory(problem, Tile(rows, columns), isa).working > problem.memory_budget:
+        rows = _up(rows // 2)
+    while columns > PANEL and memory(problem, Tile(rows, columns), isa).working > problem.memory_budget:
+        columns = _up(columns // 2)
+    tile = Tile(rows, columns)
+    strategy = "recompute" if problem.needs_grad else "statistics only"
+    return Schedule(strategy, tile, memory(problem, tile, isa), isa=isa)
+
+
+def _up(count: int) -> int:
+    return -(-count // PANEL) * PANEL
+
+
+def memory(problem: Problem, tile: Tile, isa: str) -> Memory:
+    """What a call allocates with this tile; a test holds it against what the allocator saw."""
+    k, threads, width = kernels(isa), torch.get_num_threads(), problem.width
+    active = max(problem.active_rows, 1)
+    rows = min(tile.rows, active)
+    gathered = rows * width * problem.dtype.itemsize
+    per_row = (active + tile.rows) * (8 * 8 + 12 * 4) + 4 * problem.vocab * problem.grad_bias
+    packed = 4 * k.packed_words(rows, width)
+    forward = per_row + gathered + packed + k.statistics_bytes(rows, problem.vocab, width, threads)
+    backward = 0
+    if problem.needs_grad:
+        dz = k.packed_words(tile.columns, _up(rows)) + k.packed_words(rows, tile.columns)
+        left = max(k.left_bytes(width, threads), k.left_bytes(tile.columns, threads))
+        backward = 2 * per_row + gathered + packed + 4 * (dz + k.packed_words(width, _up(rows)) * problem.grad_weight) + left
+        if problem.active_rows > tile.rows and problem.grad_weight:
+            backward += 4 * tile.columns * width  # fp32 sum of the slice's dW over blocks of rows
+    accumulator = problem.active_rows * width * 4 if problem.grad_hidden else 0
+    return Memory(forward, backward, accumulator)
+
+
+class Hidden(NamedTuple):
+    """A block of rows, packed for the products that need them."""
+
+    rows: slice
+    by_width: Tensor  # for h Wᵀ
+    by_rows: Tensor | None  # for dzᵀ h
+    readout: ReadoutArguments
+
+
+class Packing:
+    """Blocks of rows of ``operands``, one at a time in memory."""
+
+    def __init__(self, operands: Operands, rows: Tensor, tile: Tile, isa: str, with_columns: bool):
+        self.operands, self.rows, self.kernels, self.with_columns = operands, rows, kernels(isa), with_columns
+        self.slices = [slice(first, min(first + tile.rows, len(rows))) for first in range(0, len(rows), tile.rows)]
+        self.bias = None if operands.bias is None else operands.bias.float().contiguous()
+        self._last: Hidden | None = None
+
+    def block(self, i: int) -> Hidden:
+        rows = self.slices[i]
+        if self._last is None or self._last.rows != rows:
+            self._last = None
+            self._last = self._pack(rows)
+        return self._last
+
+    def _pack(self, rows: slice) -> Hidden:
+        operands, k, threads = self.operands, self.kernels, torch.get_num_threads()
+        index = operands.coordinates(self.rows[rows])
+        hidden = operands.hidden[index]  # [r, D], a contiguous copy
+        n, width = hidden.shape
+        by_width, by_rows = words(k.packed_words(n, width)), None
+        k.pack_rows(address(hidden), width, n, width, address(by_width), threads)
+        if self.with_columns:
+            by_rows = words(k.packed_words(width, _up(n)))
+            k.pack_columns(address(hidden), width, n, width, address(by_rows), threads)
+        return Hidden(rows, by_width, by_rows, ReadoutArguments.of(operands.readout.rows(index, torch.float32), self.bias, n))
+
+
+def _matrix(weight: Tensor) -> tuple[int, int, int, int]:  # [c, D]
+    return address(weight), weight.stride(0), *weight.shape
+
+
+def row_statistics(operands: Operands, rows: Tensor, problem: Problem, plan: Schedule) -> Statistics:
+    """:class:`Statistics` of the rows [n]."""
+    packing, threads = Packing(operands, rows, plan.tile, plan.isa, with_columns=False), torch.get_num_threads()
+    out = torch.empty(4, len(rows))
+    y = operands.targets.flatten()[rows].int()
+    for i, block in enumerate(packing.slices):
+        hidden, n = packing.block(i), block.stop - block.start
+        workspace = torch.empty(packing.kernels.statistics_bytes(n, problem.vocab, problem.width, threads), dtype=torch.uint8)
+        targets = padded(y[block], -1)
+        packing.kernels.linear_statistics(
+            address(hidden.by_width),
+            n,
+            *_matrix(operands.weight),
+            *hidden.readout.passed,
+            address(targets),
+            address(out[:, block]),
+            out.stride(0),
+            address(workspace),
+            threads,
+        )
+    return Statistics(*out)
+
+
+class PackedTile(NamedTuple):
+    """dz of a block of rows and a slice of the vocabulary, packed: for :class:`gradients.GradientSums`, as ``GradientTile``."""
+
+    columns: slice
+    rows: slice
+    left: Tensor  # dzᵀ
+    right: Tensor  # dz
+    sums: Tensor | None  # [c]
+    weight: Tensor  # [c, D]
+    hidden: Hidden
+    workspace: Tensor
+    kernels: object
+
+    def add_to_hidden(self, total: Tensor, first: bool) -> None:  # [r, D]
+        self.kernels.hidden_gradient(
+            address(self.right),
+            len(total),
+            *_matrix(self.weight),
+            address(total),
+            total.stride(0),
+            not first,
+            address(self.workspace),
+            torch.get_num_threads(),
+        )
+
+    def add_to_weight(self, total: Tensor, first: bool) -> None:  # [c, D]
+        self.kernels.weight_gradient(
+            address(self.left),
+            len(total),
+            address(self.hidden.by_rows),
+            self.rows.stop - self.rows.start,
+            total.shape[1],
+            address(total),
+            total.stride(0),
+            total.dtype == torch.bfloat16,
+            not first,
+            torch.get_num_threads(),
+        )
+
+    def column_sums(self, dtype: torch.dtype) -> Tensor:  # [c]
+        return self.sums
+
+
+def gradient_tiles(
+    operands: Operands, rows: Tensor, coefficients: Coefficients, problem: Problem, plan: Schedule
+) -> Iterator[PackedTile]:
+    if len(rows) == 0:
+        return
+    packing, threads, width = (
+        Packing(operands, rows, plan.tile, plan.isa, problem.grad_weight),
+        torch.get_num_threads(),
+        problem.width,
+    )
+    k, most, columns = packing.kernels, min(plan.tile.rows, len(rows)), plan.tile.columns
+    left, right = words(k.packed_words(columns, _up(most))), words(k.packed_words(most, columns))
+    workspace = torch.empty(max(k.left_bytes(width, threads), k.left_bytes(columns, threads)), dtype=torch.uint8)
+    for start in range(0, problem.vocab, columns):
+        here = slice(start, min(start + columns, problem.vocab))
+        weight = operands.weight[here]
+        sums = torch.empty(len(weight)) if problem.grad_bias else None
+        for i, block in enumerate(packing.slices):
+            hidden = packing.block(i)
+            readout = hidden.readout._replace(bias=None if packing.bias is None else packing.bias[here])
+            arguments = CoefficientArguments.of(coefficients.rows(block), start)
+            k.linear_gradient(
+                address(hidden.by_width),
+                block.stop - block.start,
+                *_matrix(weight),
+                *readout.passed,
+                *arguments.passed,
+                address(left),
+                address(right),
+                address(sums),
+                address(workspace),
+                threads,
+            )
+            yield PackedTile(here, block, left, right, sums, weight, hidden, workspace, k)
