@@ -113,9 +113,12 @@ def choose(problem: Problem, backend: str = "auto") -> tuple[str, ModuleType, st
             if name not in reasons and (reason := module.why_not_default(problem)):
                 reasons[name] = reason
         asked = next(name for name in BACKENDS if name not in reasons)
-        if problem.device.type != "cpu":
-            for name in list(BACKENDS)[: list(BACKENDS).index(asked)]:
-                _log_once(f"{asked} runs on {problem.device.type} instead of {name}: {reasons[name]}")
+        place = list(BACKENDS).index(asked)
+        if place and problem.device.type != "cpu":
+            passed_over = " and ".join(f"{name} ({reasons[name]})" for name in list(BACKENDS)[:place])
+            _log_once(f"{asked} runs on {problem.device.type} instead of {passed_over}")
+        for name in list(BACKENDS)[place + 1 :]:
+            reasons.setdefault(name, f"it can, but {asked} comes first")
     elif asked in reasons:
         raise ValueError(f"backend: {backend!r} given, it cannot run this: {reasons[asked]}")
     return asked, BACKENDS[asked], strategy or None, {name: reason for name, reason in reasons.items() if name != asked}

@@ -231,7 +231,7 @@ def explain(
     :func:`linear_logprobs` would.
 
     Example:
-        >>> print(explain(torch.randn(512, 64), torch.randn(1000, 64, requires_grad=True)))
+        >>> print(explain(torch.randn(512, 64), torch.randn(1000, 64, requires_grad=True), backend="torch"))
         problem   512 of 512 rows x 1000 columns x 64, float32 on cpu, no gradient for hidden
         backend   torch: recompute, tiles of 512 x 1000
         forward   0.066 GFLOP, at least 0.37 MiB moved, 4.12 MiB of working memory

@@ -18,7 +18,7 @@ def _seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["torch", "triton"], scope="session")
+@pytest.fixture(params=["torch", "native", "triton"], scope="session")
 def backend(request):
     """For ``linear_logprobs(..., backend=backend)``; its tensors belong on ``problems.device_of(backend)``. Tests whose operands
     are 16-bit and have no softcap take ``problems.with_cached`` to run on "triton:cached" too."""

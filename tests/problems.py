@@ -18,7 +18,7 @@ from bupo_kernels.backends.triton_.config import interpreted
 CONTRACT = 2e-6
 
 # For tests whose operands are 16-bit and have no softcap: what keeps E runs them too.
-with_cached = pytest.mark.parametrize("backend", ["torch", "triton", "triton:cached"], indirect=True)
+with_cached = pytest.mark.parametrize("backend", ["torch", "native", "triton", "triton:cached"], indirect=True)
 
 
 def device_of(backend: str) -> str:

@@ -190,7 +190,7 @@ def test_one_pass_costs_three_products_and_explain_says_so():
     stated = explain(*arguments[:3], objective=PolicyObjective())
     assert products_of(arguments) == 3 * 2 * 24 * 300 * 16 == stated.flops_forward
     assert stated.flops_backward == 0
-    assert "torch: one pass" in str(stated)
+    assert ": one pass" in str(stated)
     assert explain(*arguments[:3], objective=OBJECTIVES["gspo"]).flops_backward == 3 * 2 * 24 * 300 * 16
 
 

@@ -30,7 +30,7 @@ def test_slice_borders_do_not_depend_on_the_number_of_rows():
 def test_explain_prints_problem_backend_cost_and_budget():
     case = random_case(512, 1000, 64)
     case.hidden.requires_grad_(False)
-    text = str(explain(case.hidden, case.weight, case.targets.index_fill(0, torch.arange(12), -100)))
+    text = str(explain(case.hidden, case.weight, case.targets.index_fill(0, torch.arange(12), -100), backend="torch"))
     assert "500 of 512 rows x 1000 columns x 64, float32 on cpu, no gradient for hidden" in text
     assert "backend   torch: recompute, tiles of 500 x 1000" in text
     assert f"forward   {2 * 500 * 1000 * 64 / 1e9:.3f} GFLOP" in text
@@ -39,7 +39,7 @@ def test_explain_prints_problem_backend_cost_and_budget():
 
 
 def test_explain_needs_no_targets_and_prints_what_its_docstring_shows():
-    text = str(explain(torch.randn(512, 64), torch.randn(1000, 64, requires_grad=True)))
+    text = str(explain(torch.randn(512, 64), torch.randn(1000, 64, requires_grad=True), backend="torch"))
     for line in text.splitlines()[:3]:
         assert line in explain.__doc__
     with pytest.raises(TypeError, match="hidden: list given"):

@@ -33,6 +33,11 @@ def why_not(problem: Problem, strategy: str | None) -> str | None:
         return f"weight: [{problem.vocab}, {problem.width}] given, accepted are fewer than 2^31 rows that are not empty"
     if strategy is not None and strategy not in isas():
         return f"instruction set: {strategy} given, which this CPU or this build does not have; it has {', '.join(isas())}"
+    if not _fused(problem):
+        return None
+    least, threads = packed.least_budget(problem, strategy or isas()[0]), torch.get_num_threads()
+    if least > problem.memory_budget:
+        return f"memory_budget: {problem.memory_budget} bytes given, accepted are at least {least} with {threads} threads"
     return None
 
 
@@ -54,7 +59,7 @@ def one_pass_schedule(problem: Problem, strategy: str | None) -> Schedule:
     isa = strategy or isas()[0]
     if not _fused(problem):
         return torch_chunked.one_pass_schedule(problem, None)._replace(isa=isa)
-    return packed.schedule(problem, isa)._replace(chunk_rows=max(problem.active_rows, 1))
+    return packed.one_pass_schedule(problem, isa)
 
 
 def cached_rows(problem: Problem, strategy: str | None) -> int:

@@ -1,13 +1,14 @@
 """bf16 on a CPU: statistics and gradients from packed panels of hidden vectors, in C++ (csrc/cpu), no logits in memory.
 
 The forward multiplies every row of W with all rows of a block and folds the products while they are in a core's first cache. The
-backward forms dz of a slice of the vocabulary again, as both operands that the products with W and h take: 8 N·V·D FLOP in all. dz is
-rounded to bf16 where the CPU multiplies bf16, else it stays fp32; everything else is fp32.
+backward forms dz of a slice of the vocabulary again, as both operands that the products with W and h take: 8 N·V·D FLOP in all. dz
+is rounded to bf16 where the CPU multiplies bf16, else it stays fp32; everything else is fp32.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ MOST_ROWS, MOST_COLUMNS = 8192, 2048
 def schedule(problem: Problem, isa: str) -> Schedule:
     """Raises ``ValueError`` when the budget holds not even the smallest tile."""
     rows, columns = _up(max(problem.active_rows, 1)), _up(min(problem.vocab, MOST_COLUMNS))
-    problem.require_budget(memory(problem, Tile(PANEL, PANEL), isa).working)
+    problem.require_budget(memory(problem, SMALLEST, isa).working)
     rows = min(rows, MOST_ROWS)
     while rows > PANEL and memory(problem, Tile(rows, columns), isa).working > problem.memory_budget:
         rows = _up(rows // 2)
@@ -34,6 +35,21 @@ def schedule(problem: Problem, isa: str) -> Schedule:
     tile = Tile(rows, columns)
     strategy = "recompute" if problem.needs_grad else "statistics only"
     return Schedule(strategy, tile, memory(problem, tile, isa), isa=isa)
+
+
+def one_pass_schedule(problem: Problem, isa: str) -> Schedule:
+    """All rows at once, and dz formed again: nothing of the size of the vocabulary is kept."""
+    plan = schedule(problem, isa)
+    used = Memory(plan.memory.working, 0, plan.memory.accumulator)
+    return plan._replace(memory=used, chunk_rows=max(problem.active_rows, 1))
+
+
+SMALLEST = Tile(PANEL, PANEL)
+
+
+def least_budget(problem: Problem, isa: str) -> int:
+    """Twice what a call with few rows takes: more rows take more."""
+    return 2 * memory(replace(problem, active_rows=PANEL), SMALLEST, isa).working
 
 
 def _up(count: int) -> int:
@@ -107,9 +123,10 @@ def row_statistics(operands: Operands, rows: Tensor, problem: Problem, plan: Sch
     packing, threads = Packing(operands, rows, plan.tile, plan.isa, with_columns=False), torch.get_num_threads()
     out = torch.empty(4, len(rows))
     y = operands.targets.flatten()[rows].int()
+    most = min(plan.tile.rows, len(rows))
+    workspace = torch.empty(packing.kernels.statistics_bytes(most, problem.vocab, problem.width, threads), dtype=torch.uint8)
     for i, block in enumerate(packing.slices):
         hidden, n = packing.block(i), block.stop - block.start
-        workspace = torch.empty(packing.kernels.statistics_bytes(n, problem.vocab, problem.width, threads), dtype=torch.uint8)
         targets = padded(y[block], -1)
         packing.kernels.linear_statistics(
             address(hidden.by_width),
