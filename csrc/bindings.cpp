@@ -110,10 +110,16 @@ void bind_cpu(py::module_& module) {
           release())
       .def(
           "hidden_gradient",
-          [](const Cpu& c, Address dz_right, i64 rows, Address weight, i64 weight_stride, i64 columns, i64 width, Address out, i64 stride,
-             bool add, Address workspace, int threads) {
-            c.k->hidden_gradient(at<const cpu::Word>(dz_right), rows, matrix(weight, weight_stride, columns, width), at<float>(out),
-                                 stride, add ? cpu::Write::add_to_fp32 : cpu::Write::fp32, at<void>(workspace), threads);
+          [](const Cpu& c, Address dz_right, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address blocks, bool add,
+             Address workspace, int threads) {
+            c.k->hidden_gradient(at<const cpu::Word>(dz_right), rows, matrix(weight, stride, columns, width), at<float>(blocks), add,
+                                 at<void>(workspace), threads);
+          },
+          release())
+      .def(
+          "unpack_hidden",
+          [](const Cpu& c, Address blocks, i64 rows, i64 width, Address out, i64 stride, int threads) {
+            c.k->unpack_hidden(at<const float>(blocks), rows, width, at<float>(out), stride, threads);
           },
           release())
       .def(

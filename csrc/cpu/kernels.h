@@ -59,9 +59,11 @@ struct Kernels {
   // out[columns, width] = dzᵀ h, h as packed columns.
   void (*weight_gradient)(const Word* dz_left, std::int64_t columns, const Word* hidden_columns, std::int64_t rows,
                           std::int64_t width, void* out, std::int64_t stride, Write how, int threads);
-  // out[rows, width] (+)= dz W. The workspace is of `left_bytes` of the columns, rounded up to 32.
-  void (*hidden_gradient)(const Word* dz_right, std::int64_t rows, Matrix weight, float* out, std::int64_t stride, Write how,
-                          void* workspace, int threads);
+  // blocks (+)= dz W, [width / 32, rows / 32] transposed blocks of 32 x 32; and out[rows, width] from them. The workspace is of
+  // `left_bytes` of the columns, rounded up to 32.
+  void (*hidden_gradient)(const Word* dz_right, std::int64_t rows, Matrix weight, float* blocks, bool add, void* workspace,
+                          int threads);
+  void (*unpack_hidden)(const float* blocks, std::int64_t rows, std::int64_t width, float* out, std::int64_t stride, int threads);
 
   // The same for products that a library left in memory, fp32 [rows, columns], of the columns from `first` on: folds them into the
   // statistics, and leaves the logits in their place.

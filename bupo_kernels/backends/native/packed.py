@@ -70,6 +70,8 @@ def memory(problem: Problem, tile: Tile, isa: str) -> Memory:
         dz = k.packed_words(tile.columns, _up(rows)) + k.packed_words(rows, tile.columns)
         left = max(k.left_bytes(width, threads), k.left_bytes(tile.columns, threads))
         backward = 2 * per_row + gathered + packed + 4 * (dz + k.packed_words(width, _up(rows)) * problem.grad_weight) + left
+        blocks = -(-active // rows) * _up(rows) * _up(width) * 4
+        backward += blocks * problem.grad_hidden
         if problem.active_rows > tile.rows and problem.grad_weight:
             backward += 4 * tile.columns * width  # fp32 sum of the slice's dW over blocks of rows
     accumulator = problem.active_rows * width * 4 if problem.grad_hidden else 0
@@ -152,20 +154,24 @@ class PackedTile(NamedTuple):
     sums: Tensor | None  # [c]
     weight: Tensor  # [c, D]
     hidden: Hidden
+    blocks: Tensor | None  # sums of dH over the slices so far
+    last: bool  # of the slices
     workspace: Tensor
     kernels: object
 
-    def add_to_hidden(self, total: Tensor, first: bool) -> None:  # [r, D]
+    def add_to_hidden(self, total: Tensor, first: bool) -> None:  # [r, D]; written with the last slice
+        threads = torch.get_num_threads()
         self.kernels.hidden_gradient(
             address(self.right),
             len(total),
             *_matrix(self.weight),
-            address(total),
-            total.stride(0),
+            address(self.blocks),
             not first,
             address(self.workspace),
-            torch.get_num_threads(),
+            threads,
         )
+        if self.last:
+            self.kernels.unpack_hidden(address(self.blocks), *total.shape, address(total), total.stride(0), threads)
 
     def add_to_weight(self, total: Tensor, first: bool) -> None:  # [c, D]
         self.kernels.weight_gradient(
@@ -198,6 +204,7 @@ def gradient_tiles(
     k, most, columns = packing.kernels, min(plan.tile.rows, len(rows)), plan.tile.columns
     left, right = words(k.packed_words(columns, _up(most))), words(k.packed_words(most, columns))
     workspace = torch.empty(max(k.left_bytes(width, threads), k.left_bytes(columns, threads)), dtype=torch.uint8)
+    blocks = [words(_up(block.stop - block.start) * _up(width)) if problem.grad_hidden else None for block in packing.slices]
     for start in range(0, problem.vocab, columns):
         here = slice(start, min(start + columns, problem.vocab))
         weight = operands.weight[here]
@@ -218,4 +225,4 @@ def gradient_tiles(
                 address(workspace),
                 threads,
             )
-            yield PackedTile(here, block, left, right, sums, weight, hidden, workspace, k)
+            yield PackedTile(here, block, left, right, sums, weight, hidden, blocks[i], here.stop == problem.vocab, workspace, k)
