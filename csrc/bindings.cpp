@@ -63,6 +63,9 @@ void bind_cpu(py::module_& module) {
     return names;
   });
 
+  module.def(
+      "make_present", [](Address memory, i64 bytes) { cpu::make_present(at<void>(memory), bytes); }, release());
+
   py::class_<Cpu>(module, "Kernels")
       .def(py::init<const std::string&>())
       .def("packed_words", [](const Cpu& c, i64 count, i64 depth) { return c.k->packed_words(count, depth); })

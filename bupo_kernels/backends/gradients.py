@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bupo_kernels.backends.compiled import present
+
 # Rows of a 16-bit product that leave the library GEMM in fp32 at a time, before they are added.
 PRODUCT_ROWS = 4096
 
@@ -70,7 +72,7 @@ class GradientSums:
         self.shape, self._nothing = hidden.shape, hidden.new_empty(0)
         rows = hidden.shape[:-1].numel()
         self.hidden = torch.zeros(rows, width, dtype=hidden.dtype, device=hidden.device) if need[0] else None
-        self.weight = torch.empty_like(weight, memory_format=torch.contiguous_format) if need[1] else None
+        self.weight = present(torch.empty_like(weight, memory_format=torch.contiguous_format)) if need[1] else None
         self.bias = torch.empty_like(bias) if need[2] else None
         self._sums = [x if x is None else x.to(dtype) for x in (self.weight, self.bias)] if parts else [self.weight, self.bias]
         self._nothing_yet = True

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bupo_kernels.backends.algebra import Coefficients, Statistics, of_all_rows
+from bupo_kernels.backends.compiled import present
 from bupo_kernels.backends.gradients import GradientTile
 from bupo_kernels.backends.problem import Memory, Operands, Problem, Readout, Schedule, Tile
 
@@ -244,7 +245,7 @@ def row_statistics(
     statistics.s.zero_()
     if keep:
         slices = -(-problem.vocab // plan.tile.columns)
-        kept = Kept(y.new_empty(len(rows) * problem.vocab, dtype=dtype), y.new_empty(len(rows), slices, dtype=dtype))
+        kept = Kept(present(y.new_empty(len(rows) * problem.vocab, dtype=dtype)), y.new_empty(len(rows), slices, dtype=dtype))
     for block in _blocks(operands, rows, plan.tile, dtype, kept):
         r = block.rows
         maxima = on_rows.fold(block, y[r], Statistics(*(x[r] for x in statistics)), with_entropy)

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from bupo_kernels.backends import torch_chunked
 from bupo_kernels.backends.algebra import Coefficients, of_all_rows
+from bupo_kernels.backends.compiled import ISAS, isas
 from bupo_kernels.backends.native import packed
-from bupo_kernels.backends.native.module import ISAS, isas
 from bupo_kernels.backends.native.rows import NativeRows
 from bupo_kernels.backends.problem import Operands, Problem, Schedule
 

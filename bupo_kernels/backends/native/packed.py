@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bupo_kernels.backends.algebra import Coefficients, Statistics
-from bupo_kernels.backends.native.module import address, kernels, words
+from bupo_kernels.backends.compiled import address, kernels, words
 from bupo_kernels.backends.native.rows import PANEL, CoefficientArguments, ReadoutArguments, padded
 from bupo_kernels.backends.problem import Memory, Operands, Problem, Schedule, Tile
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bupo_kernels.backends.algebra import Coefficients, Statistics
-from bupo_kernels.backends.native.module import address, kernels
+from bupo_kernels.backends.compiled import address, kernels
 from bupo_kernels.backends.problem import Readout
 from bupo_kernels.backends.torch_chunked import Block
 

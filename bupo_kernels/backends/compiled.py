@@ -34,6 +34,13 @@ def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
+def present(memory: Tensor) -> Tensor:
+    """``memory``, on a CPU with its pages in place: a large result is allocated anew with each call."""
+    if built is not None and memory.device.type == "cpu":
+        built.cpu.make_present(address(memory), memory.nbytes)
+    return memory
+
+
 def words(count: int, device: str | torch.device = "cpu") -> Tensor:
     """Uninitialised memory, of 4 bytes each."""
     return torch.empty(count, dtype=torch.int32, device=device)
