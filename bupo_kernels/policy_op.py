@@ -8,14 +8,16 @@ being masked or of zero weight, never enter; rows on which a clip decides leave 
 from __future__ import annotations
 
 import json
-from typing import Optional
+from collections.abc import Iterator
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from bupo_kernels.backends import algebra
-from bupo_kernels.backends.gradients import GradientSums
-from bupo_kernels.dispatch import make_plan
+from bupo_kernels.backends.gradients import GradientSums, GradientTile
+from bupo_kernels.backends.problem import Operands, Problem
+from bupo_kernels.dispatch import Plan, make_plan
 from bupo_kernels.ops import check_rows, of_product, on, operands_of, problem_of, traced_gradients
 from bupo_kernels.policy_losses import PolicyObjective, policy_terms
 
@@ -61,47 +63,68 @@ def linear_policy_loss(
     need = grad_hidden, grad_weight, grad_bias
     problem = problem_of(hidden, weight, len(rows), softcap, need, memory_budget)
     plan = make_plan(problem, backend, one_pass=True)
-    dtype, chunk, module = problem.statistics_dtype, plan.schedule.chunk_rows, plan.module
+    dtype, chunk = problem.statistics_dtype, plan.schedule.chunk_rows
     operands = operands_of(hidden, weight, bias, targets, row_temperature, temperature, logit_scale, softcap)
-    per_row = [x if x is None else x.flatten() for x in (old_logprobs, reference_logprobs, sampler_logprobs)]
-    keep = any(need) and plan.schedule.cached_rows > 0
-
+    per_token = {
+        "advantages": advantages,
+        "old_logprobs": old_logprobs,
+        "reference_logprobs": reference_logprobs,
+        "sampler_logprobs": sampler_logprobs,
+        "weights": weights,
+    }
     loss = torch.zeros((), dtype=dtype, device=hidden.device)
     logprob, entropy = (torch.zeros(targets.numel(), dtype=dtype, device=hidden.device) for _ in range(2))
     sums = GradientSums(hidden, weight, bias, need=need, dtype=dtype, parts=len(rows) > chunk)
     with on(hidden.device):
         for first in range(0, len(rows), chunk):
             r = rows[first : first + chunk]
-            statistics, kept = module.row_statistics(operands, r, problem, plan.schedule, with_entropy=True, keep=keep)
-            found = algebra.finish(statistics, problem.vocab, with_entropy=True)
-            old, reference, sampler = (x if x is None else x[r].to(dtype) for x in per_row)
-            terms = policy_terms(
-                goal,
-                found.logprob,
-                found.entropy,
-                advantages.flatten()[r].to(dtype),
-                old_logprobs=old,
-                reference_logprobs=reference,
-                sampler_logprobs=sampler,
-            )
-            w = weights.flatten()[r].to(dtype)
-            loss += (w * terms.loss).sum()
-            logprob[r], entropy[r] = found.logprob, found.entropy
-            g_logprob, g_entropy = w * terms.d_logprob, w * terms.d_entropy if goal.needs_entropy else None
-            used = g_logprob != 0 if g_entropy is None else (g_logprob != 0) | (g_entropy != 0)
-            index = used.nonzero().squeeze(1) if any(need) else r[:0]
-            if len(index) == 0:
-                continue
-            g_logprob, g_entropy = g_logprob[index], g_entropy if g_entropy is None else g_entropy[index]
-            of_rows = (x[index] for x in (statistics.m, found.log_s, found.logprob, found.entropy))
-            r = r[index]
-            coefficients = algebra.coefficients(g_logprob, g_entropy, None, *of_rows, targets.flatten()[r])
-            coefficients, unscale = of_product(coefficients, operands, r, module.gradient_dtype(problem))
-            cache = (*kept, index) if keep else None
-            tiles = module.gradient_tiles(operands, r, coefficients, problem, plan.schedule, cache)
-            sums.add(tiles, r, unscale=unscale, step=plan.schedule.tile.rows)
-            del kept, cache, tiles
+            inputs = {name: x if x is None else x.flatten()[r].to(dtype) for name, x in per_token.items()}
+            run = _fused_chunk if plan.schedule.fused_rows else _chunk
+            part = run(goal, operands, r, inputs, problem, plan)
+            loss += part.loss.sum()
+            logprob[r], entropy[r] = part.logprob, part.entropy
+            if part.tiles is not None:
+                sums.add(part.tiles, part.rows, unscale=part.unscale, step=plan.schedule.tile.rows)
+            del part  # with the logits that it kept
     return loss, logprob.view(targets.shape), entropy.view(targets.shape), *sums.result()
+
+
+class _Part(NamedTuple):
+    """What a chunk of n rows comes to."""
+
+    loss: Tensor  # [n], times the weight
+    logprob: Tensor
+    entropy: Tensor
+    rows: Tensor | None  # those with a gradient
+    tiles: Iterator[GradientTile] | None  # of dz of these
+    unscale: Tensor | None = None
+
+
+def _chunk(goal: PolicyObjective, operands: Operands, r: Tensor, inputs: dict, problem: Problem, plan: Plan) -> _Part:
+    module, keep = plan.module, problem.needs_grad and plan.schedule.cached_rows > 0
+    statistics, kept = module.row_statistics(operands, r, problem, plan.schedule, with_entropy=True, keep=keep)
+    found = algebra.finish(statistics, problem.vocab, with_entropy=True)
+    w = inputs.pop("weights")
+    terms = policy_terms(goal, found.logprob, found.entropy, **inputs)
+    g_logprob, g_entropy = w * terms.d_logprob, w * terms.d_entropy if goal.needs_entropy else None
+    used = g_logprob != 0 if g_entropy is None else (g_logprob != 0) | (g_entropy != 0)
+    index = used.nonzero().squeeze(1) if problem.needs_grad else r[:0]
+    if len(index) == 0:
+        return _Part(w * terms.loss, found.logprob, found.entropy, None, None)
+    g_logprob, g_entropy = g_logprob[index], g_entropy if g_entropy is None else g_entropy[index]
+    of_rows = (x[index] for x in (statistics.m, found.log_s, found.logprob, found.entropy))
+    r = r[index]
+    coefficients = algebra.coefficients(g_logprob, g_entropy, None, *of_rows, operands.targets.flatten()[r])
+    coefficients, unscale = of_product(coefficients, operands, r, module.gradient_dtype(problem))
+    tiles = module.gradient_tiles(operands, r, coefficients, problem, plan.schedule, (*kept, index) if keep else None)
+    return _Part(w * terms.loss, found.logprob, found.entropy, r, tiles, unscale)
+
+
+def _fused_chunk(goal: PolicyObjective, operands: Operands, r: Tensor, inputs: dict, problem: Problem, plan: Plan) -> _Part:
+    inputs["targets"] = operands.targets.flatten()[r]
+    found, tiles = plan.module.policy_rows(operands, r, goal, inputs, problem, plan.schedule)
+    rows, tiles = (r[found["used"]], tiles) if problem.needs_grad else (None, None)
+    return _Part(found["loss"], found["logprob"], found["entropy"], rows, tiles)
 
 
 @linear_policy_loss.register_fake

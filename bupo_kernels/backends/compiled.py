@@ -30,6 +30,11 @@ def kernels(isa: str):
     return built.cpu.Kernels(isa)
 
 
+def cuda() -> ModuleType | None:
+    """The functions of csrc/cuda/rows.h, where they were built."""
+    return getattr(built, "cuda", None)
+
+
 def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

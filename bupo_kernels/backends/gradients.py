@@ -19,6 +19,9 @@ def accumulate_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:  # [m
     dtype of ``total``."""
     dtype = torch.promote_types(a.dtype, torch.float32)
     if a.dtype != dtype and a.is_cuda:
+        if first and total.dtype == dtype:
+            torch.mm(a, b, out_dtype=dtype, out=total)
+            return
         for rows in range(0, len(a), PRODUCT_ROWS):
             block = slice(rows, rows + PRODUCT_ROWS)
             product = torch.mm(a[block], b, out_dtype=dtype)

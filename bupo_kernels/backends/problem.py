@@ -106,3 +106,4 @@ class Schedule(NamedTuple):
     kernels: tuple[str, ...] = ()  # configurations, to be printed
     chunk_rows: int = 0  # of a one-pass loss: rows whose logits, or E, are at hand together
     isa: str = ""  # instruction set of the native kernels
+    fused_rows: bool = False  # of a one-pass loss: one kernel takes whole rows from products to loss and dz

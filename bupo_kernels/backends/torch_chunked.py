@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bupo_kernels.backends.algebra import Coefficients, Statistics, of_all_rows
 from bupo_kernels.backends.compiled import present
-from bupo_kernels.backends.gradients import GradientTile
+from bupo_kernels.backends.gradients import GradientTile, accumulate_
 from bupo_kernels.backends.problem import Memory, Operands, Problem, Readout, Schedule, Tile
 
 # Largest tile worth having (rows, columns). CPU: two fp32 tiles of 512 x 2048 are 8 MiB, which stays in a shared L3 while
@@ -150,7 +150,7 @@ class Kept(NamedTuple):
 
 
 def _blocks(
-    operands: Operands, rows: Tensor, tile: Tile, dtype: torch.dtype, kept: Kept | None = None, form: bool = True
+    operands: Operands, rows: Tensor, problem: Problem, tile: Tile, on_rows, kept: Kept | None = None, form: bool = True
 ) -> Iterator[Block]:
     """All tiles, slice by slice. ``rows`` numbers the leading dimensions of ``hidden`` through, so any view of it will do.
 
@@ -160,12 +160,14 @@ def _blocks(
     count, vocab = len(rows), weight.shape[0]
     if count == 0:
         return
-    buffers = torch.empty(2, tile.rows * tile.columns, dtype=dtype, device=hidden.device)
+    dtype, of_gradient = on_rows.dtypes(problem)  # of the operands, of dz
+    size = tile.rows * tile.columns
+    buffers = [torch.empty(size, dtype=d, device=hidden.device) for d in (problem.statistics_dtype, of_gradient)]
     coordinates = operands.coordinates(rows)
     for start in range(0, vocab, tile.columns):
         columns = slice(start, min(start + tile.columns, vocab))
         w = weight[columns].to(dtype)
-        b = None if bias is None else bias[columns].to(dtype)
+        b = None if bias is None else bias[columns].to(problem.statistics_dtype)
         for first in range(0, count, tile.rows):
             block = slice(first, min(first + tile.rows, count))
             index = tuple(i[block] for i in coordinates)
@@ -175,12 +177,12 @@ def _blocks(
             if kept is not None and kept.index is None:
                 products = kept.slice(columns)[block]
             if form:
-                torch.mm(h, w.T, out=products)
+                accumulate_(products, h, w.T, first=True)
             else:
                 if kept.index is not None:
                     torch.index_select(kept.slice(columns), 0, kept.index[block], out=products)
                 maxima = kept.maxima[block if kept.index is None else kept.index[block], start // tile.columns]
-            yield Block(columns, block, w, h, b, products, scratch, readout.rows(index, dtype), maxima)
+            yield Block(columns, block, w, h, b, products, scratch, readout.rows(index, problem.statistics_dtype), maxima)
 
 
 def _target_column(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:  # [r] -> [r, 1], [r, 1]
@@ -197,7 +199,12 @@ def statistics(operands: Operands, counts: Tensor, problem: Problem, plan: Sched
 
 
 class TorchRows:
-    """What is done to the rows of a tile. ``native`` has the same in C++."""
+    """What is done to the rows of a tile. ``native`` has the same in C++ and CUDA."""
+
+    @staticmethod
+    def dtypes(problem: Problem) -> tuple[torch.dtype, torch.dtype]:
+        """Of the products' operands, and of dz. A 16-bit operand is upcast: torch has no portable product that keeps its sum."""
+        return problem.statistics_dtype, problem.statistics_dtype
 
     @staticmethod
     def fold(block: Block, y: Tensor, running: Statistics, with_entropy: bool) -> Tensor:  # [r], [r] each -> [r]
@@ -246,7 +253,7 @@ def row_statistics(
     if keep:
         slices = -(-problem.vocab // plan.tile.columns)
         kept = Kept(present(y.new_empty(len(rows) * problem.vocab, dtype=dtype)), y.new_empty(len(rows), slices, dtype=dtype))
-    for block in _blocks(operands, rows, plan.tile, dtype, kept):
+    for block in _blocks(operands, rows, problem, plan.tile, on_rows, kept):
         r = block.rows
         maxima = on_rows.fold(block, y[r], Statistics(*(x[r] for x in statistics)), with_entropy)
         if keep:
@@ -272,6 +279,6 @@ def gradient_tiles(
     if cache is not None:
         logits, maxima, index = cache
         kept = Kept(logits, maxima, None if len(index) == len(maxima) else index)
-    for block in _blocks(operands, rows, plan.tile, problem.statistics_dtype, kept, form=kept is None):
+    for block in _blocks(operands, rows, problem, plan.tile, on_rows, kept, form=kept is None):
         dz = on_rows.gradient(block, coefficients.rows(block.rows))
         yield GradientTile(block.columns, block.rows, dz, block.weight, block.hidden)

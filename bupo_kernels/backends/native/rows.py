@@ -1,7 +1,8 @@
-"""What is done to the rows of a tile of products that a library left in memory, in C++: :class:`torch_chunked.TorchRows`' twin."""
+"""What is done to rows of products that a library left in memory, in C++ and CUDA: twins of :class:`torch_chunked.TorchRows`."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from bupo_kernels.backends.algebra import Coefficients, Statistics
 from bupo_kernels.backends.compiled import address, kernels
-from bupo_kernels.backends.problem import Readout
+from bupo_kernels.backends.gradients import accumulate_
+from bupo_kernels.backends.problem import Operands, Problem, Readout
 from bupo_kernels.backends.torch_chunked import Block
 
 PANEL = 32  # rows to whose multiple per-row arguments are padded
@@ -66,11 +68,15 @@ class CoefficientArguments(NamedTuple):
         return tuple(map(address, self))
 
 
-class NativeRows:
-    """On a CPU, fp32."""
+class CpuRows:
+    """fp32, with the instruction set ``isa``."""
 
     def __init__(self, isa: str):
         self.kernels = kernels(isa)
+
+    @staticmethod
+    def dtypes(problem: Problem) -> tuple[torch.dtype, torch.dtype]:
+        return torch.float32, torch.float32
 
     def fold(self, block: Block, y: Tensor, running: Statistics, with_entropy: bool) -> float:  # [r], [r] each
         """The tile into the statistics of its rows; leaves it as logits."""
@@ -104,3 +110,96 @@ class NativeRows:
             torch.get_num_threads(),
         )
         return dz
+
+
+def _name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+class CudaRows:
+    """fp32 products of fp32 or bf16 operands, dz in the operands' dtype. ``module`` is ``_C.cuda``."""
+
+    def __init__(self, module: ModuleType):
+        self.module = module
+
+    @staticmethod
+    def dtypes(problem: Problem) -> tuple[torch.dtype, torch.dtype]:
+        return problem.dtype, problem.dtype
+
+    def fold(self, block: Block, y: Tensor, running: Statistics, with_entropy: bool) -> float:  # [r], [r] each
+        """The tile into the statistics of its rows; leaves it as it is."""
+        keep_alive, arguments = self._products(block.tile, block.columns.start, block.readout, block.bias)
+        first = block.columns.start == 0
+        self.module.row_statistics(**arguments, targets=address(y), first=first, **_addresses(running._asdict()))
+        del keep_alive
+        return 0.0  # nothing is subtracted from what is kept
+
+    def gradient(self, block: Block, of: Coefficients) -> Tensor:  # [r] each -> [r, c]
+        keep_alive, arguments = self._products(block.tile, block.columns.start, block.readout, block.bias)
+        dz = block.scratch
+        self.module.row_gradient(
+            **arguments,
+            **_addresses(of._asdict()),
+            selected=0,
+            n=len(dz),
+            gradient=address(dz),
+            gradient_dtype=_name(dz),
+            gradient_stride=dz.stride(0),
+        )
+        del keep_alive
+        return dz
+
+    def policy_loss(
+        self,
+        operands: Operands,
+        index: tuple[Tensor, ...],  # coordinates of the rows
+        objective: object,  # read by field name
+        inputs: dict[str, Tensor | None],  # [r] each
+        problem: Problem,
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Of whole rows: loss (weighted), logprob, entropy and used, [r] each; dz [r, V] and the hidden vectors [r, D]."""
+        hidden = operands.hidden[index]
+        products = torch.empty(len(hidden), problem.vocab, device=hidden.device)
+        accumulate_(products, hidden, operands.weight.T, first=True)
+        bias = None if operands.bias is None else operands.bias.float()
+        keep_alive, arguments = self._products(products, 0, operands.readout.rows(index, torch.float32), bias)
+        del arguments["first_column"]
+        dz = products if problem.dtype == products.dtype else torch.empty_like(products, dtype=problem.dtype)
+        found = {name: torch.empty_like(products[:, 0].contiguous()) for name in ("loss", "logprob", "entropy")}
+        found["used"] = torch.empty_like(found["loss"], dtype=torch.bool)
+        self.module.row_policy_loss(
+            **arguments,
+            **_addresses(inputs),
+            **_addresses(found),
+            objective=objective,
+            gradient=address(dz) if problem.needs_grad else 0,
+            gradient_dtype=_name(dz),
+            gradient_stride=dz.stride(0),
+        )
+        del keep_alive
+        return found, dz, hidden
+
+    @staticmethod
+    def _products(products: Tensor, first_column: int, readout: Readout, bias: Tensor | None) -> tuple[tuple, dict]:
+        """What must live until the launch, and the arguments that all kernels share."""
+        temperature = readout.temperature
+        per_row = temperature.reshape(-1).float().contiguous() if isinstance(temperature, Tensor) else None
+        arguments = {
+            "products": address(products),
+            "dtype": _name(products),
+            "rows": len(products),
+            "columns": products.shape[1],
+            "stride": products.stride(0),
+            "first_column": first_column,
+            "bias": address(bias),
+            "row_temperature": address(per_row),
+            "temperature": 1.0 if per_row is not None else temperature,
+            "logit_scale": readout.logit_scale,
+            "softcap": readout.softcap,
+            "stream": torch.cuda.current_stream(products.device).cuda_stream if products.is_cuda else 0,
+        }
+        return (per_row, bias), arguments
+
+
+def _addresses(tensors: dict[str, Tensor | None]) -> dict[str, int]:
+    return {name: address(tensor) for name, tensor in tensors.items()}

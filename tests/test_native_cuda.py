@@ -1,0 +1,127 @@
+"""The native backend as it runs on a GPU, its row kernels emulated (tests/emulation) and the library's products on the CPU."""
+
+import emulation
+import pytest
+import torch
+from problems import (
+    OPTIONS,
+    assert_same_gradients,
+    assert_stored_gradients,
+    assert_values,
+    case_with,
+    gradients,
+    leaves,
+    random_case,
+)
+
+from bupo_kernels import PolicyObjective, explain, linear_logprobs, linear_policy_loss
+from bupo_kernels.backends import compiled, native
+from bupo_kernels.backends.native.rows import CudaRows
+from bupo_kernels.backends.problem import Problem
+from bupo_kernels.dispatch import choose
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+OBJECTIVES = {
+    "ppo": PolicyObjective(),
+    "dapo with a bonus": PolicyObjective(clip_high=0.28, entropy_coefficient=0.01),
+    "cispo": PolicyObjective(clip="cispo"),
+    "kl": PolicyObjective(kl="k3", kl_coefficient=0.1, dual_clip=3.0),
+    "importance": PolicyObjective(importance="token"),
+    "reinforce": PolicyObjective(ratio="none", clip=None),
+}
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    if reason := emulation.why_not():
+        pytest.skip(reason)
+    return emulation.emulated_cuda()
+
+
+@pytest.fixture
+def on_gpu(emulated, monkeypatch):
+    """backend="native" takes the ways of a GPU; for the launches that it made."""
+    calls = []
+
+    class Counted:
+        def __getattr__(self, name):
+            return lambda **arguments: calls.append(name) or getattr(emulated, name)(**arguments)
+
+    monkeypatch.setattr(native, "_packed", lambda problem: False)
+    monkeypatch.setattr(native, "_isa", lambda problem, strategy: "")
+    monkeypatch.setattr(native, "_on_rows", lambda problem, plan: CudaRows(Counted()))
+    monkeypatch.setattr(native, "one_pass_schedule", lambda problem, strategy: native.fused_rows_schedule(problem))
+    return calls
+
+
+@DTYPES
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("budget", [None, 60_000], ids=["whole", "slices and blocks of rows"])
+def test_statistics_and_gradients(on_gpu, dtype, options, budget):
+    case = case_with(options, 21, 300, 16, dtype=dtype)
+    ours = linear_logprobs(case.hidden, case.weight, case.targets, backend="native", memory_budget=budget, **case.options)
+    assert_values(ours, case)
+    upstream = [torch.randn(21) for _ in range(3)]
+    got = gradients(sum((g * x).sum() for g, x in zip(upstream, ours, strict=True)), *leaves(case))
+    assert_stored_gradients(got, case, upstream, "native")
+    assert set(on_gpu) == {"row_statistics", "row_gradient"}
+    assert (len(on_gpu) > 2) == (budget is not None)
+
+
+@DTYPES
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("budget", [None, 40_000], ids=["one chunk", "several chunks"])
+def test_fused_policy_loss_is_that_of_the_torch_backend(on_gpu, dtype, objective, budget):
+    case = case_with({"bias": True, "temperature": "rows", "mask": True}, 21, 300, 16, dtype=dtype)
+    per_token = {
+        "old_logprobs": torch.full((21,), -5.7) + 0.3 * torch.randn(21),
+        "reference_logprobs": torch.full((21,), -5.7) + 0.3 * torch.randn(21),
+        "sampler_logprobs": torch.full((21,), -5.7) + 0.3 * torch.randn(21),
+    }
+    arguments = case.hidden, case.weight, case.targets, torch.randn(21)
+    results = []
+    for backend in ("native", "torch"):
+        loss, metrics = linear_policy_loss(
+            *arguments, objective=objective, backend=backend, memory_budget=budget, **per_token, **case.options
+        )
+        results.append((loss, metrics, gradients(loss, *leaves(case))))
+    (ours, of_ours, got), (theirs, of_theirs, want) = results
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    for name, ours_, theirs_ in zip(of_ours._fields, of_ours, of_theirs, strict=True):
+        torch.testing.assert_close(ours_, theirs_, rtol=1e-5, atol=1e-6, msg=name)
+    assert_same_gradients(got, want, case)
+    assert set(on_gpu) == {"row_policy_loss"}
+    assert (len(on_gpu) > 1) == (budget is not None)
+
+
+def test_rows_that_a_clip_decides_leave_before_the_gradient_products(on_gpu):
+    case = random_case(12, 90, 8)
+    far = torch.full((12,), -40.0)
+    far[3] = linear_logprobs(case.hidden, case.weight, case.targets).logprobs[3].detach()
+    loss, _ = linear_policy_loss(case.hidden, case.weight, case.targets, torch.ones(12), old_logprobs=far, backend="native")
+    (d_hidden,) = gradients(loss, case.hidden)
+    assert d_hidden.abs().sum(1).nonzero().flatten().tolist() == [3]
+
+
+def test_without_gradients_no_dz_is_written(on_gpu):
+    case = random_case(5, 60, 8, dtype=torch.bfloat16)
+    with torch.no_grad():
+        ours, _ = linear_policy_loss(case.hidden, case.weight, case.targets, torch.ones(5), backend="native")
+        theirs, _ = linear_policy_loss(case.hidden, case.weight, case.targets, torch.ones(5), backend="torch")
+    torch.testing.assert_close(ours, theirs)
+    plan = explain(case.hidden.detach(), case.weight.detach(), backend="native", objective=PolicyObjective())
+    assert plan.schedule.fused_rows
+    assert plan.flops_forward == 2 * 5 * 60 * 8
+
+
+def test_a_gpu_takes_them_where_they_were_built_and_only_when_asked(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(compiled, "cuda", lambda: object())
+    problem = Problem(4, 4, 20, 8, torch.bfloat16, torch.device("cuda"), True, True, False, False, 2**20)
+    assert native.why_not(problem, None) is None
+    assert "never yet measured" in choose(problem)[3]["native"]
+    assert choose(problem, "native")[0] == "native"
+    with pytest.raises(ValueError, match="instruction set: avx2 given, accepted is none on cuda"):
+        choose(problem, "native:avx2")
+    monkeypatch.setattr(compiled, "cuda", lambda: None)
+    assert native.why_not(problem, None) == "the CUDA kernels were not built; `bupo env` says why"
