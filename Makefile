@@ -52,7 +52,8 @@ lint: install
 bench: install ## against the bare GEMM of the same run
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-enable
 
-gpu: ## on a machine with a GPU, from a checkout and with what is installed: its tests, then its benchmark
+gpu: ## on a machine with a GPU, from a checkout and with what is installed: the CUDA build, its tests, then its benchmark
+	$(PYTHON) setup.py -q build_ext --inplace
 	PYTHONPATH=. $(PYTHON) -m pytest tests/test_gpu.py --durations=10; tests=$$?; \
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --out $(RESULTS) && exit $$tests
 

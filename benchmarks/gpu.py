@@ -116,6 +116,14 @@ def gradient_of(x: Inputs, out, upstream: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad(out, x.leaves, upstream, retain_graph=False)
 
 
+def has_native(x: Inputs) -> bool:
+    """Whether the C++ or CUDA kernels were built, and take this."""
+    try:
+        return bool(explain(*x.leaves, x.targets, backend="native"))
+    except ValueError:
+        return False
+
+
 def ours(x: Inputs) -> Iterator[Contender]:
     def forward(backend: str, budget: int | None):
         out = linear_logprobs(*x.leaves, x.targets, backend=backend, memory_budget=budget)
@@ -135,8 +143,9 @@ def ours(x: Inputs) -> Iterator[Contender]:
     with torch.no_grad():
         stated = explain(*x.leaves, x.targets, backend="triton").schedule.memory
     yield Contender("forward", 1, only_forward, logprobs=lambda out: out[0], stated=stated.forward)
-    for strategy, products, budget in (("recompute", 4, None), ("cached", 3, ALL_OF_E)):
-        backend = f"triton:{strategy}"
+    ways = [("triton:recompute", 4, None), ("triton:cached", 3, ALL_OF_E), *([("native", 4, None)] if has_native(x) else [])]
+    for backend, products, budget in ways:
+        strategy = backend.removeprefix("triton:")
         memory = explain(*x.leaves, x.targets, backend=backend, memory_budget=budget).schedule.memory
         of_backward = memory.backward + memory.accumulator
 
@@ -162,12 +171,13 @@ def ours(x: Inputs) -> Iterator[Contender]:
 def one_pass(x: Inputs) -> Iterator[Contender]:
     """A policy loss with an entropy bonus: no row is clipped, each has a gradient of both statistics."""
     objective = PolicyObjective(entropy_coefficient=0.01)
-    for name, budget in (("1 GiB", None), ("all rows at once", ALL_OF_E)):
-        memory = explain(*x.leaves, x.targets, objective=objective, backend="triton", memory_budget=budget).schedule.memory
+    ways = [("triton", "1 GiB", None), ("triton", "all rows at once", ALL_OF_E)]
+    for backend, name, budget in [*ways, *([("native", "native, 1 GiB", None)] if has_native(x) else [])]:
+        memory = explain(*x.leaves, x.targets, objective=objective, backend=backend, memory_budget=budget).schedule.memory
 
-        def full(_, budget=budget):
+        def full(_, backend=backend, budget=budget):
             loss, _ = linear_policy_loss(
-                *x.leaves, x.targets, x.upstream[0], objective=objective, backend="triton", memory_budget=budget
+                *x.leaves, x.targets, x.upstream[0], objective=objective, backend=backend, memory_budget=budget
             )
             return torch.autograd.grad(loss, x.leaves)
 

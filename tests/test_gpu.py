@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU, at real sizes, against float64 on the same GPU. ``make gpu`` runs these; without a GPU they skip.
+"""The Triton and CUDA kernels on a GPU, at real sizes, against float64 on it. ``make gpu`` runs these; without a GPU they skip.
 
 The oracle is dense float64, in blocks of rows: statistics and dH for a few dozen rows of a call, dW for a few dozen columns (over
 all rows). The tolerances are those of ``problems.py``, written for a selection of rows and columns. T-numbers are the failures
@@ -20,6 +20,7 @@ from problems import CONTRACT, Case, assert_stored_gradients, assert_values, cas
 from torch import Tensor
 
 from bupo_kernels import PolicyObjective, explain, linear_logprobs, linear_policy_loss
+from bupo_kernels.backends import compiled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -27,6 +28,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 GIB = 2**30
 ALL_OF_E = 96 * GIB  # a budget that holds E of every row, and slices as wide as they get
 STRATEGIES = ["triton:recompute", "triton:cached"]
+WITH_NATIVE = [*STRATEGIES, pytest.param("native", marks=pytest.mark.skipif(compiled.cuda() is None, reason="no CUDA build"))]
 FLAT, PEAKED = 1.0, 8.0  # standard deviations of the logits: an early layer, a late one
 
 
@@ -202,6 +204,10 @@ SIZES = [
     (32768, 151936, 2560, BF16, "triton", FLAT, None),
     (65536, 128256, 1024, BF16, "triton:recompute", FLAT, None),
     (65536, 151936, 1024, FP16, "triton:cached", FLAT, ALL_OF_E),
+    (64, 151936, 5120, FP32, "native", PEAKED, None),
+    (1000, 152063, 4096, BF16, "native", FLAT, None),
+    (4096, 128256, 2560, BF16, "native", PEAKED, None),
+    (300, 50257, 1001, BF16, "native", FLAT, None),
     # what TMA and vectorised loads cannot take: a width that is no multiple of anything, and tiny vocabularies (T01)
     (300, 50257, 1001, BF16, "triton:recompute", FLAT, None),
     (300, 50257, 1001, BF16, "triton:cached", FLAT, None),
@@ -216,6 +222,8 @@ def name_of(value) -> str | None:
 
 @pytest.mark.parametrize(("rows", "vocab", "width", "dtype", "backend", "scale", "budget"), SIZES, ids=name_of)
 def test_values_and_gradients_at_real_sizes(rows, vocab, width, dtype, backend, scale, budget):
+    if backend == "native" and compiled.cuda() is None:
+        pytest.skip("no CUDA build")
     check(rows, vocab, width, dtype, "cuda", backend, scale, budget)
 
 
@@ -259,7 +267,7 @@ def check_views(device, backend: str, vocab: int, width: int) -> None:
             assert (a.double() - b.double()).norm() <= 2 * torch.finfo(BF16).eps * b.double().norm(), name
 
 
-@pytest.mark.parametrize("backend", STRATEGIES)
+@pytest.mark.parametrize("backend", WITH_NATIVE)
 def test_T09_views_are_read_where_they_lie(backend):
     check_views("cuda", backend, 32003, 1024)
 
@@ -321,7 +329,7 @@ def weight_gradient_errors(counts, vocab: int, width: int, device, backend: str,
     return errors
 
 
-@pytest.mark.parametrize("backend", STRATEGIES)
+@pytest.mark.parametrize("backend", WITH_NATIVE)
 def test_T06_weight_gradient_error_is_flat_in_the_number_of_rows(backend):
     errors = weight_gradient_errors((1024, 8192, 65536), 128256, 1024, "cuda", backend, None)
     # One rounding has an error of 0.21 eps in the mean. Those of dz, E and result are up to three, weighing more or less as the
@@ -331,6 +339,27 @@ def test_T06_weight_gradient_error_is_flat_in_the_number_of_rows(backend):
 
 
 # ---- T21: bits
+
+
+@pytest.mark.skipif(compiled.cuda() is None, reason="no CUDA build")
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=name_of)
+@pytest.mark.parametrize("budget", [None, ALL_OF_E], ids=["chunks", "all rows at once"])
+def test_fused_rows_of_a_policy_loss_are_those_of_triton(dtype, budget):
+    case = large_case(3000, 128256, 1024, dtype, ignored=False)
+    advantages, old = torch.randn(3000, device="cuda"), torch.full((3000,), -11.0, device="cuda")
+    objective = PolicyObjective(entropy_coefficient=0.01)
+    results = []
+    for backend in ("native", "triton"):
+        loss, metrics = linear_policy_loss(
+            *(case.hidden, case.weight, case.targets, advantages),
+            old_logprobs=old,
+            objective=objective,
+            backend=backend,
+            memory_budget=budget,
+        )
+        results.append((loss, metrics.entropy, *torch.autograd.grad(loss, leaves(case))))
+    for ours, want in zip(*results, strict=True):  # gradients: two roundings of dz, of E and of the result
+        assert (ours.double() - want.double()).norm() <= 3 * torch.finfo(dtype).eps * want.double().norm() + 1e-5
 
 
 def check_repeatability(rows: int, vocab: int, width: int, dtype, device, backend: str) -> None:
@@ -375,7 +404,7 @@ def test_T22_every_kernel_compiles_and_runs_with_the_installed_triton(width, dty
     check(200, 1000, width, dtype, "cuda", backend)
 
 
-@pytest.mark.parametrize("backend", STRATEGIES)
+@pytest.mark.parametrize("backend", WITH_NATIVE)
 def test_T23_work_goes_to_the_current_stream(backend):
     case, upstream = large_case(500, 32000, 1024, BF16), random_upstream(500, "cuda")
     want = run(case, upstream, backend=backend)
@@ -410,7 +439,7 @@ def test_T23_other_threads_may_call(backend):
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-@pytest.mark.parametrize("backend", STRATEGIES)
+@pytest.mark.parametrize("backend", WITH_NATIVE)
 def test_T23_a_device_that_is_not_the_current_one(backend):
     assert torch.cuda.current_device() == 0
     check(500, 32000, 1024, BF16, "cuda:1", backend)
