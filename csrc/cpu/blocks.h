@@ -75,6 +75,10 @@ struct Block {
 
   template <class Between>
   static void multiply(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c, Between) {
+    multiply(a, b, steps, c);
+  }
+  // Not inlined: among an epilogue's variables the sums would lose their registers.
+  __attribute__((noinline)) static void multiply(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c) {
     for (int row = 0; row < 32; row += high)
       for (int column = 0; column < 32; column += wide * lanes) {
         Vec sum[high][wide];
