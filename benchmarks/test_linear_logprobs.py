@@ -9,7 +9,7 @@ import torch
 
 from bupo_kernels import PolicyObjective, linear_logprobs, linear_policy_loss
 
-SHAPES = [(512, 32000, 1024), (2048, 32000, 2048)]  # rows, vocabulary, width
+SHAPES = [(512, 32000, 1024), (512, 151936, 1024), (2048, 32000, 2048)]  # rows, vocabulary, width
 DTYPES = [torch.float32, torch.bfloat16]
 
 

@@ -135,10 +135,10 @@ void bind_cpu(py::module_& module) {
           release())
       .def(
           "row_gradient",
-          [](const Cpu& c, Address logits, i64 stride, Address from, i64 rows, i64 columns, Address bias, Address outer, float inner,
+          [](const Cpu& c, Address logits, i64 stride, i64 rows, i64 columns, Address bias, Address outer, float inner,
              bool softcap, bool formed, Address m, Address constant, Address slope, Address on_target, Address targets, Address dz,
              int threads) {
-            c.k->row_gradient(at<const float>(logits), stride, at<const i64>(from), rows, columns, readout(bias, outer, inner, softcap),
+            c.k->row_gradient(at<const float>(logits), stride, rows, columns, readout(bias, outer, inner, softcap),
                               formed, coefficients(m, constant, slope, on_target, targets), at<float>(dz), threads);
           },
           release());

@@ -35,7 +35,7 @@ struct Partial {
 template <class Real>
 BUPO_HD Partial<Real> merge(const Partial<Real>& a, const Partial<Real>& b) {
   const Real m = maximum(a.m, b.m);
-  const Real of_a = a.m - m, of_b = b.m - m;  // one of them is 0
+  const Real of_a = maximum(a.m - m, Real(-1e4f)), of_b = maximum(b.m - m, Real(-1e4f));  // one of them is 0, none is -inf
   const Real scale_a = exponential(of_a), scale_b = exponential(of_b);
   return {m, scale_a * a.s + scale_b * b.s, scale_a * (a.t + of_a * a.s) + scale_b * (b.t + of_b * b.s)};
 }

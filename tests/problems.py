@@ -109,7 +109,7 @@ def leaves(case: Case) -> tuple[Tensor, ...]:
 
 def roundoff(dtype: torch.dtype, backend: str) -> float:
     """Of a tile that a kernel stores: half an eps; a whole one where Triton's interpreter stores bf16, which it truncates."""
-    truncated = dtype == torch.bfloat16 and backend != "torch" and interpreted()
+    truncated = dtype == torch.bfloat16 and backend.startswith("triton") and interpreted()
     return torch.finfo(dtype).eps * (1 if truncated else 0.5)
 
 

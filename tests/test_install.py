@@ -297,6 +297,7 @@ def backend_hook(checkout: Path, hook: str, **variables) -> tuple[Path, str]:
 BARE = """
 import sys
 sys.path.insert(0, sys.argv[1])
+sys.meta_path = [finder for finder in sys.meta_path if "Editable" not in getattr(finder, "__name__", "")]  # of the tests
 sys.modules["triton"] = None
 import torch, bupo_kernels
 assert bupo_kernels.__file__.startswith(sys.argv[1]), bupo_kernels.__file__

@@ -53,6 +53,7 @@ from bupo_kernels.backends.triton_ import config
 
 FIELDS = ("logprobs", "entropy", "logsumexp")
 MIB = 2**20
+SOME_MIB = 2 * (1 + torch.get_num_threads()) * MIB  # each thread of the native kernels has panels of its own
 
 # Cut even small problems into several tiles. Triton's smallest is 256 columns wide, which torch's is not.
 SMALL_BUDGET = {"torch": 48 * 1024, "native": 48 * 1024, "triton": 160 * 1024, "triton:cached": 160 * 1024}
@@ -210,7 +211,7 @@ def test_T06_weight_gradient_error_does_not_grow_with_the_number_of_rows(backend
     errors = []
     for rows in (64, 4096):
         case = random_case(rows, 50, 32, dtype=torch.bfloat16, device=device_of(backend))
-        (got,) = gradients(all_of(case, backend, memory_budget=4 * MIB).logprobs.sum(), case.weight)
+        (got,) = gradients(all_of(case, backend, memory_budget=SOME_MIB).logprobs.sum(), case.weight)
         exact_weight = case.weight.detach().double().requires_grad_()
         exact = reference.linear_logprobs(case.hidden.detach(), exact_weight, case.targets)[0]
         (want,) = gradients(exact.sum(), exact_weight)
@@ -590,7 +591,7 @@ def test_T21_repeated_calls_agree_bit_for_bit(backend):
     case = random_case(31, 999, 40, dtype=torch.bfloat16, device=device_of(backend))
     runs = []
     for _ in range(2):
-        out = all_of(case, backend, memory_budget=64 * 1024 if backend == "torch" else 4 * MIB)
+        out = all_of(case, backend, memory_budget=64 * 1024 if backend == "torch" else SOME_MIB)
         runs.append([*out, *gradients(out.logprobs.sum() + out.entropy.sum(), case.hidden, case.weight)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+built: ModuleType | None
 try:
-    from bupo_kernels import _C as built
-except ModuleNotFoundError:
-    built: ModuleType | None = None
+    built = importlib.import_module("bupo_kernels._C")
+except ModuleNotFoundError:  # one that is there and does not load is an error
+    built = None
 
 
 # From the fastest on; what setup.py knows.

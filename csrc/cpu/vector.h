@@ -42,6 +42,7 @@ struct Vec {
 };
 inline Vec choose(Ints where, Vec a, Vec b) { return (Floats)((where & (Ints)a.v) | (~where & (Ints)b.v)); }
 inline Vec maximum(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
+inline Vec minimum(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
 
 // e^x for x ≤ 0 within 1 ulp, and 0 below −87, where e^x would be subnormal, and slow. x = n ln 2 + r with |r| ≤ ln 2 / 2; ln 2 in two
 // parts, the first with so few digits that n times it is exact, with FMA and without (constants of Cephes' expf).
@@ -56,7 +57,7 @@ inline Vec exponential(Vec x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   const Vec e = (p * (r * r) + r) + 1.0f;
-  return choose(x < -87.0f, 0.0f, (Floats)((Ints)e.v + ((Ints)shifted.v << 23)));
+  return choose(x < -87.0f, 0.0f, (Floats)((Words)e.v + ((Words)shifted.v << 23)));
 }
 
 // tanh x within 2 ulp: an odd polynomial near 0, where (1 − e^−2x) / (1 + e^−2x) would cancel (constants of Cephes' tanhf).

@@ -116,6 +116,11 @@ class Packing:
         return Hidden(rows, by_width, by_rows, ReadoutArguments.of(operands.readout.rows(index, torch.float32), self.bias, n))
 
 
+def _dense_rows(weight: Tensor) -> Tensor:  # [c, D]
+    """Of any row stride; a weight that lies by columns is copied, beyond what :func:`memory` states."""
+    return weight if weight.stride(1) == 1 else weight.contiguous()
+
+
 def _matrix(weight: Tensor) -> tuple[int, int, int, int]:  # [c, D]
     return address(weight), weight.stride(0), *weight.shape
 
@@ -124,7 +129,7 @@ def row_statistics(operands: Operands, rows: Tensor, problem: Problem, plan: Sch
     """:class:`Statistics` of the rows [n]."""
     packing, threads = Packing(operands, rows, plan.tile, plan.isa, with_columns=False), torch.get_num_threads()
     out = torch.empty(4, len(rows))
-    y = operands.targets.flatten()[rows].int()
+    y, weight = operands.targets.flatten()[rows].int(), _dense_rows(operands.weight)
     most = min(plan.tile.rows, len(rows))
     workspace = torch.empty(packing.kernels.statistics_bytes(most, problem.vocab, problem.width, threads), dtype=torch.uint8)
     for i, block in enumerate(packing.slices):
@@ -133,7 +138,7 @@ def row_statistics(operands: Operands, rows: Tensor, problem: Problem, plan: Sch
         packing.kernels.linear_statistics(
             address(hidden.by_width),
             n,
-            *_matrix(operands.weight),
+            *_matrix(weight),
             *hidden.readout.passed,
             address(targets),
             address(out[:, block]),
@@ -207,7 +212,7 @@ def gradient_tiles(
     blocks = [words(_up(block.stop - block.start) * _up(width)) if problem.grad_hidden else None for block in packing.slices]
     for start in range(0, problem.vocab, columns):
         here = slice(start, min(start + columns, problem.vocab))
-        weight = operands.weight[here]
+        weight = _dense_rows(operands.weight[here])
         sums = torch.empty(len(weight)) if problem.grad_bias else None
         for i, block in enumerate(packing.slices):
             hidden = packing.block(i)

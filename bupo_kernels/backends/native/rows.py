@@ -101,7 +101,6 @@ class CpuRows:
         self.kernels.row_gradient(
             address(logits),
             logits.stride(0),
-            0,
             *logits.shape,
             *readout.passed,
             block.maxima is not None,
