@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from itertools import pairwise
 
 import numpy as np
-import problems
 import pytest
 import torch
 import torch.nn.functional as F
@@ -46,14 +45,6 @@ def isa(request):
     if request.param not in compiled.isas():
         pytest.skip(f"this CPU or this build has no {request.param}")
     return request.param
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _rounded_to_nearest():
-    """Unlike what Triton's interpreter stores, so the error model need not allow for it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(problems, "interpreted", lambda: False)
-        yield
 
 
 @contextmanager
@@ -147,7 +138,11 @@ def test_any_shape_option_and_tile_matches_the_oracle(isa, dtype, rows, vocab, w
 @given(rows=st.integers(1, 70), vocab=any_vocab, width=st.integers(1, 70), options=st.sampled_from(["softcap", "everything"]))
 @settings(max_examples=15)
 def test_a_saturated_softcap_keeps_its_values(isa, dtype, rows, vocab, width, options):
-    case = case_with(OPTIONS[options], rows, vocab, width, dtype=dtype, scale=30.0)
+    # Whole numbers, whose products are exact: what fp32 loses of a product of hundreds, a softcap of 3 makes large.
+    case = case_with(OPTIONS[options], rows, vocab, width, dtype=dtype, scale=3.0)
+    with torch.no_grad():
+        for operand in (case.hidden, case.weight.mul_(width**0.5), case.options.get("bias", torch.empty(0))):
+            operand.round_()
     assert_values(run(case, isa), case)
 
 

@@ -662,7 +662,7 @@ operands = hidden, torch.randn(20, 8), torch.arange(5)
 bupo_kernels.linear_logprobs(*operands).logprobs.sum().backward()
 assert hidden.grad.any()
 plan = bupo_kernels.explain(*operands)
-assert plan.backend == "torch"
+assert plan.backend in ("native", "torch")
 {check}
 """
 
@@ -670,7 +670,7 @@ assert plan.backend == "torch"
 @pytest.mark.parametrize(
     ("forbid", "check"),
     [
-        ("sys.modules['triton'] = None", "assert plan.why_not == {'triton': 'triton: not installed'}"),
+        ("sys.modules['triton'] = None", "assert plan.why_not['triton'] == 'triton: not installed'"),
         ("", "assert 'device: cpu given, accepted is cuda' in plan.why_not['triton']"),
     ],
     ids=["not installed", "installed"],
