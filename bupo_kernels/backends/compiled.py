@@ -16,7 +16,7 @@ except ModuleNotFoundError:  # one that is there and does not load is an error
     built = None
 
 
-# From the fastest on; what setup.py knows.
+# All that setup.py knows, from the fastest on.
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 
 
@@ -48,6 +48,6 @@ def present(memory: Tensor) -> Tensor:
     return memory
 
 
-def words(count: int, device: str | torch.device = "cpu") -> Tensor:
+def words(count: int) -> Tensor:
     """Uninitialised memory, of 4 bytes each."""
-    return torch.empty(count, dtype=torch.int32, device=device)
+    return torch.empty(count, dtype=torch.int32)

@@ -41,7 +41,8 @@ def one_pass_schedule(problem: Problem, isa: str) -> Schedule:
     """All rows at once, and dz formed again: nothing of the size of the vocabulary is kept."""
     plan = schedule(problem, isa)
     used = Memory(plan.memory.working, 0, plan.memory.accumulator)
-    return plan._replace(memory=used, chunk_rows=max(problem.active_rows, 1))
+    strategy = "one pass, recompute" if problem.needs_grad else plan.strategy
+    return plan._replace(strategy=strategy, memory=used, chunk_rows=max(problem.active_rows, 1))
 
 
 SMALLEST = Tile(PANEL, PANEL)
@@ -201,11 +202,8 @@ def gradient_tiles(
 ) -> Iterator[PackedTile]:
     if len(rows) == 0:
         return
-    packing, threads, width = (
-        Packing(operands, rows, plan.tile, plan.isa, problem.grad_weight),
-        torch.get_num_threads(),
-        problem.width,
-    )
+    packing = Packing(operands, rows, plan.tile, plan.isa, with_columns=problem.grad_weight)
+    threads, width = torch.get_num_threads(), problem.width
     k, most, columns = packing.kernels, min(plan.tile.rows, len(rows)), plan.tile.columns
     left, right = words(k.packed_words(columns, _up(most))), words(k.packed_words(most, columns))
     workspace = torch.empty(max(k.left_bytes(width, threads), k.left_bytes(columns, threads)), dtype=torch.uint8)

@@ -19,7 +19,7 @@ PANEL = 32  # rows to whose multiple per-row arguments are padded
 
 
 def padded(x: Tensor, value: float = 0) -> Tensor:  # [n] -> [n'], contiguous
-    return F.pad(x, (0, -len(x) % PANEL), value=value)
+    return F.pad(x, (0, -len(x) % PANEL), value=value).contiguous()
 
 
 class ReadoutArguments(NamedTuple):
