@@ -117,7 +117,7 @@ any_vocab = st.one_of(
 
 
 @both_dtypes
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     rows=st.integers(0, 100),
     vocab=any_vocab,
