@@ -122,9 +122,8 @@ def _chunk(goal: PolicyObjective, operands: Operands, r: Tensor, inputs: dict, p
 
 def _fused_chunk(goal: PolicyObjective, operands: Operands, r: Tensor, inputs: dict, problem: Problem, plan: Plan) -> _Part:
     inputs["targets"] = operands.targets.flatten()[r]
-    found, tiles = plan.module.policy_rows(operands, r, goal, inputs, problem, plan.schedule)
-    rows, tiles = (r[found["used"]], tiles) if problem.needs_grad else (None, None)
-    return _Part(found["loss"], found["logprob"], found["entropy"], rows, tiles)
+    found, used, tiles = plan.module.policy_rows(operands, r, goal, inputs, problem, plan.schedule)
+    return _Part(found["loss"], found["logprob"], found["entropy"], None if used is None else r[used], tiles)
 
 
 @linear_policy_loss.register_fake

@@ -1,5 +1,5 @@
 // bupo_kernels._C: raw pointers, sizes and strides in; no torch headers, so that one build serves every torch. What the arguments mean
-// is in cpu/kernels.h and cuda/rows.h; bupo_kernels/backends/native.py is the only caller, and checks them.
+// is in cpu/kernels.h and cuda/rows.h; bupo_kernels/backends/native is the only caller, and checks them.
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"

@@ -43,7 +43,7 @@ inline void transpose(const Word* from, Word* to) {
 #endif
 }
 
-// 16 rows, [row][word], of a matrix whose rows run along the depth, from element `first` of each; `rows` and `depth` are what is there.
+// 16 rows, [row][word], of a matrix whose rows run along the depth; `rows` and `depth` are what is there.
 inline void rows_to_tile(const std::uint16_t* from, std::int64_t stride, std::int64_t rows, std::int64_t depth, Word* to) {
   const std::int64_t there = min(depth, step_depth);
   if (rows < tile || there < step_depth) std::memset(to, 0, tile_words * sizeof(Word));

@@ -76,3 +76,4 @@ inline Words rounded_to_bf16(Vec x) {
   const Words bits = (Words)x.v;
   return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
+inline Halves bf16(Vec x) { return __builtin_convertvector(rounded_to_bf16(x) >> 16, Halves); }

@@ -137,15 +137,18 @@ def gradient_tiles(
 
 def policy_rows(
     operands: Operands, rows: Tensor, objective: object, inputs: dict[str, Tensor | None], problem: Problem, plan: Schedule
-) -> tuple[dict[str, Tensor], Iterator[GradientTile]]:
-    """Of the rows [n] of a plan with ``fused_rows``: loss (times the weight), logprob, entropy and whether there is a gradient, and
-    the gradient of the rows that have one. ``objective`` is a ``PolicyObjective`` of tokens, ``inputs`` are [n] each."""
+) -> tuple[dict[str, Tensor], Tensor | None, Iterator[GradientTile] | None]:
+    """Of the rows [n] of a plan with ``fused_rows``: loss (times the weight), logprob and entropy; which of them have a gradient,
+    and that of those (both None where none is wanted). ``objective`` is a ``PolicyObjective`` of tokens, ``inputs`` are
+    [n] each."""
     found, dz, hidden = _on_rows(problem, plan).policy_loss(operands, operands.coordinates(rows), objective, inputs, problem)
+    if not problem.needs_grad:
+        return found, None, None
+    used = found["used"].nonzero().squeeze(1)
 
     def tiles() -> Iterator[GradientTile]:
-        used = found["used"].nonzero().squeeze(1)
         if len(used):
             some = (dz, hidden) if len(used) == len(dz) else (dz[used], hidden[used])
             yield GradientTile(slice(0, problem.vocab), slice(0, len(used)), some[0], operands.weight, some[1])
 
-    return found, tiles()
+    return found, used, tiles()

@@ -127,14 +127,13 @@ class CudaRows:
 
     def fold(self, block: Block, y: Tensor, running: Statistics, with_entropy: bool) -> float:  # [r], [r] each
         """The tile into the statistics of its rows; leaves it as it is."""
-        keep_alive, arguments = self._products(block.tile, block.columns.start, block.readout, block.bias)
+        _alive, arguments = self._products(block.tile, block.columns.start, block.readout, block.bias)
         first = block.columns.start == 0
         self.module.row_statistics(**arguments, targets=address(y), first=first, **_addresses(running._asdict()))
-        del keep_alive
         return 0.0  # nothing is subtracted from what is kept
 
     def gradient(self, block: Block, of: Coefficients) -> Tensor:  # [r] each -> [r, c]
-        keep_alive, arguments = self._products(block.tile, block.columns.start, block.readout, block.bias)
+        _alive, arguments = self._products(block.tile, block.columns.start, block.readout, block.bias)
         dz = block.scratch
         self.module.row_gradient(
             **arguments,
@@ -145,7 +144,6 @@ class CudaRows:
             gradient_dtype=_name(dz),
             gradient_stride=dz.stride(0),
         )
-        del keep_alive
         return dz
 
     def policy_loss(
@@ -161,11 +159,11 @@ class CudaRows:
         products = torch.empty(len(hidden), problem.vocab, device=hidden.device)
         accumulate_(products, hidden, operands.weight.T, first=True)
         bias = None if operands.bias is None else operands.bias.float()
-        keep_alive, arguments = self._products(products, 0, operands.readout.rows(index, torch.float32), bias)
+        _alive, arguments = self._products(products, 0, operands.readout.rows(index, torch.float32), bias)
         del arguments["first_column"]
-        dz = products if problem.dtype == products.dtype else torch.empty_like(products, dtype=problem.dtype)
-        found = {name: torch.empty_like(products[:, 0].contiguous()) for name in ("loss", "logprob", "entropy")}
-        found["used"] = torch.empty_like(found["loss"], dtype=torch.bool)
+        dz = torch.empty_like(products, dtype=problem.dtype) if problem.needs_grad and problem.dtype != products.dtype else products
+        found = {name: products.new_empty(len(products)) for name in ("loss", "logprob", "entropy")}
+        found["used"] = products.new_empty(len(products), dtype=torch.bool)
         self.module.row_policy_loss(
             **arguments,
             **_addresses(inputs),
@@ -175,7 +173,6 @@ class CudaRows:
             gradient_dtype=_name(dz),
             gradient_stride=dz.stride(0),
         )
-        del keep_alive
         return found, dz, hidden
 
     @staticmethod
