@@ -40,8 +40,37 @@ class Section(BaseModel):
 
 
 class Data(Section):
-    train: Path = Field(description="JSONL file with `prompt` and `answer` on each line")
-    heldout: Path = Field(description="JSONL file of the same form, for evaluation only")
+    """Files are JSONL or parquet, folders are what `datasets` saved, everything else is a dataset's name on the Hugging Face hub
+    (``name:split`` or ``name/config:split``)."""
+
+    train: str = Field(description="JSONL or parquet file, folder saved by `datasets`, or name:split on the hub")
+    heldout: str | list[str] = Field([], description="the same, one or several, for evaluation only; [] = no evaluation")
+    prompt: str = Field("prompt", description="column: text, or a chat (a list of role and content); a.b reads b in the struct a")
+    answer: str | None = Field(None, description="column; null = `answer`, or else `reward_model.ground_truth` (verl, BuPO)")
+    source: str | None = Field(None, description="column to report accuracy by; null = `data_source`, or else the file's name")
+    template: Literal["auto", "raw", "chat", "qwen-math", "qwen3-nothinking", "octothinker"] = Field(
+        "auto", description="auto = text as it is, chats through the tokenizer's template; the last three are the paper's"
+    )
+    max_prompt_tokens: PositiveInt = 1024
+    too_long: Literal["error", "drop"] = Field("error", description="what to do with a prompt above max_prompt_tokens")
+
+
+class Reward(Section):
+    function: str = Field("bupo.rewards:exact_match", description="`module:function` of (response, answer) -> float")
+    timeout: PositiveFloat = Field(10.0, description="seconds; a response whose reward takes longer leaves the batch")
+    workers: PositiveInt = Field(2, description="processes per device that compute rewards")
+
+
+class Guards(Section):
+    """Each ends phase 1 early when it trips; null is off."""
+
+    perplexity: Annotated[float, Field(gt=1)] | None = Field(
+        None, description="of the final policy on held-out responses of the first model, relative to that model's own"
+    )
+    kl: PositiveFloat | None = Field(None, description="KL(internal policy || final policy), nats per token")
+    reward_drop: PositiveFloat | None = Field(None, description="below the best mean over `window` steps so far")
+    window: PositiveInt = Field(5, description="steps over which kl and reward are averaged")
+    responses: PositiveInt = Field(64, description="held-out responses for perplexity")
 
 
 class Bupo(Section):
@@ -51,21 +80,26 @@ class Bupo(Section):
     internal_steps: int = Field(ge=0, description="s_inter: this many steps optimise the internal policy, the rest the model's own")
     module: Literal["layer", "attention", "ffn"] = "layer"
     final_norm: bool = Field(False, description="apply the final norm before the unembedding (the paper does not)")
+    guards: Guards = Guards()
 
 
 class Rollout(Section):
-    prompts: PositiveInt = Field(32, description="prompts per step")
-    samples: int = Field(8, ge=2, description="responses per prompt, the group of GRPO")
+    engine: Literal["continuous", "generate", "vllm"] = Field("continuous", description="transformers' continuous batching, its generate, vLLM")
+    prompts: PositiveInt = Field(32, description="prompts per step, over all devices")
+    samples: PositiveInt = Field(8, description="responses per prompt, the group of GRPO")
     max_new_tokens: PositiveInt = 256
     temperature: PositiveFloat = Field(1.0, description="of sampling, and of every log-prob in the loss")
+    sequences: PositiveInt = Field(512, description="generated at a time per device; bounds the cache of keys and values")
+    vllm_memory: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="share of the GPU's memory that vLLM may take")
 
 
 class Objective(Section):
+    advantage: Literal["grpo", "rloo", "reinforce++", "reinforce++-baseline"] = "grpo"
+    advantage_std: bool = Field(True, description="grpo: divide group advantages by their standard deviation")
     clip_low: Share = 0.2
     clip_high: Annotated[float, Field(ge=0)] = 0.2
     dual_clip: Annotated[float, Field(gt=1)] | None = 10.0
     aggregation: Literal["token-mean", "sequence-mean-token-mean"] = "token-mean"
-    advantage_std: bool = Field(True, description="divide group advantages by their standard deviation")
 
 
 class Optimizer(Section):
@@ -73,50 +107,106 @@ class Optimizer(Section):
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: PositiveFloat = 1.0
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up; linear and cosine fall to 0")
+    warmup_steps: int = Field(0, ge=0, description="steps of the run over which the learning rate rises")
     mini_batch: PositiveInt = Field(32, description="prompts per optimizer step; must divide rollout.prompts")
-    micro_batch: PositiveInt = Field(64, description="sequences per forward and backward; changes memory, not the result")
+    upper_layers: Share = Field(1.0, description="share of the learning rate for layers above `upper_from` and the final norm; 0 freezes them")
+    upper_from: PositiveInt | None = Field(None, description="the last layer, counted from 1, with the full learning rate")
 
 
 class Evaluation(Section):
     every: int = Field(0, ge=0, description="steps between evaluations; 0 = only before and after training")
-    samples: PositiveInt = Field(8, description="k of avg@k and pass@k")
+    samples: PositiveInt = Field(8, description="responses per problem")
+    k: list[PositiveInt] = Field([1, 8], description="of pass@k, each at most `samples`")
     temperature: PositiveFloat = 1.0
-    batch: PositiveInt = Field(512, description="sequences generated at a time")
+
+
+class Hardware(Section):
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N; under torchrun auto, cpu or cuda")
+    precision: Literal["float32", "bfloat16"] = Field("float32", description="of weights and activations in use; masters, gradients, sums are float32")
+    max_tokens_per_device: PositiveInt = Field(16384, description="tokens in a packed micro-batch; changes memory and speed, not the result")
+    attention: Literal["per-sequence", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager"] = Field(
+        "per-sequence", description="in training; per-sequence = scaled_dot_product_attention on each sequence of the packed batch"
+    )
+    checkpoint_activations: bool = Field(False, description="recompute each layer in the backward instead of keeping its activations")
+    offload: bool = Field(False, description="keep sharded weights and optimizer state in CPU memory")
+    liger: bool = Field(False, description="liger-kernel's norm, rotary embedding and MLP kernels; GPU only")
+    timeout: PositiveFloat = Field(1800.0, description="seconds after which a device that waits for the others gives up")
+
+
+class Checkpoints(Section):
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0 = only at the end and on SIGTERM")
+    keep: PositiveInt = Field(2, description="how many to keep, the newest")
+    resume: Literal["auto", "never"] = Field("auto", description="auto continues a run found in output_dir; never refuses such a folder")
+
+
+class Telemetry(Section):
+    episodes_every: PositiveInt = Field(20, description="steps between groups of episodes written as text")
+    tensorboard: bool | None = Field(None, description="null = if it is installed")
+    wandb: str | None = Field(None, description="project on Weights & Biases; null = off")
+    peak_tflops: PositiveFloat | None = Field(None, description="of one device, for MFU; null = known GPUs only")
 
 
 class TrainConfig(Section):
-    model: Path = Field(description="folder of a Hugging Face checkpoint")
-    output_dir: Path = Field(description="run folder; must not exist yet, or be empty")
+    model: str = Field(description="folder of a Hugging Face checkpoint, or a model's name on the hub")
+    architecture: Path | None = Field(None, description="a model's config.json, for --dry-run where the model is not at hand")
+    output_dir: Path = Field(description="run folder: new, empty, or one to continue")
     data: Data
     bupo: Bupo | None = None
     policy: Literal["bupo", "grpo"] = "bupo"
-    reward: str = Field("bupo.rewards:exact_match", description="`module:function` of (response, answer) -> float")
     steps: PositiveInt = 300
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N")
-    episodes_every: PositiveInt = Field(20, description="steps between groups of episodes written as text")
+    reward: Reward = Reward()
     rollout: Rollout = Rollout()
     objective: Objective = Objective()
     optimizer: Optimizer = Optimizer()
     evaluation: Evaluation = Evaluation()
+    hardware: Hardware = Hardware()
+    checkpoints: Checkpoints = Checkpoints()
+    telemetry: Telemetry = Telemetry()
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
+        def require(holds: bool, key: str, accepted: str) -> None:
+            value = self
+            for name in key.split("."):
+                value = getattr(value, name)
+            if not holds:
+                raise ValueError(f"{key}: {value} given, accepted {accepted}")
+
+        rollout, optimizer, guards = self.rollout, self.optimizer, self.bupo.guards if self.bupo else Guards()
         if self.policy == "bupo":
             if self.bupo is None:
                 raise ValueError("bupo: missing, accepted is a section with layer and internal_steps, or policy: grpo")
-            if self.bupo.internal_steps > self.steps:
-                raise ValueError(f"bupo.internal_steps: {self.bupo.internal_steps} given, accepted are 0 to {self.steps} (steps)")
-        if self.rollout.prompts % self.optimizer.mini_batch:
-            given, prompts = self.optimizer.mini_batch, self.rollout.prompts
-            raise ValueError(f"optimizer.mini_batch: {given} given, accepted are divisors of rollout.prompts ({prompts})")
+            require(self.bupo.internal_steps <= self.steps, "bupo.internal_steps", f"are 0 to {self.steps} (steps)")
+            require(guards.perplexity is None or self.heldout, "bupo.guards.perplexity", "is null without data.heldout")
+        require(rollout.prompts % optimizer.mini_batch == 0, "optimizer.mini_batch", f"are divisors of rollout.prompts ({rollout.prompts})")
+        require(rollout.samples >= 2 or self.objective.advantage == "reinforce++", "rollout.samples", "are 2 or more, or objective.advantage: reinforce++")
+        longest = self.data.max_prompt_tokens + rollout.max_new_tokens
+        require(
+            longest <= self.hardware.max_tokens_per_device,
+            "hardware.max_tokens_per_device",
+            f"is at least data.max_prompt_tokens + rollout.max_new_tokens ({longest})",
+        )
+        require(optimizer.upper_layers == 1 or optimizer.upper_from is not None, "optimizer.upper_layers", "is 1.0 without optimizer.upper_from")
+        require(optimizer.warmup_steps < self.steps, "optimizer.warmup_steps", f"are 0 to {self.steps - 1} (below steps)")
+        require(max(self.evaluation.k, default=1) <= self.evaluation.samples, "evaluation.k", f"are up to evaluation.samples ({self.evaluation.samples})")
         return self
+
+    @property
+    def heldout(self) -> list[str]:
+        return [self.data.heldout] if isinstance(self.data.heldout, str) else self.data.heldout
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """Tokens at most of a prompt, and of a response."""
+        return self.data.max_prompt_tokens, self.rollout.max_new_tokens
 
 
 def load_config(path: Path, overrides: list[str] = ()) -> TrainConfig:
     """The checked configuration in ``path`` with ``key.path=value`` overrides; values are YAML.
 
-    Raises :class:`ConfigError`; the files it names exist when it returns.
+    Raises :class:`ConfigError`. The model and the files it names are not looked at here.
     """
     if not path.is_file():
         raise ConfigError(f"config: {path} is not a file, accepted is a YAML file")
@@ -134,16 +224,9 @@ def load_config(path: Path, overrides: list[str] = ()) -> TrainConfig:
 def parse_config(tree: dict[str, Any]) -> TrainConfig:
     """The checked configuration in ``tree``. Raises :class:`ConfigError`."""
     try:
-        config = TrainConfig.model_validate(tree)
+        return TrainConfig.model_validate(tree)
     except ValidationError as error:
         raise ConfigError(_one_line(error.errors()[0])) from None
-    for key, path in (("data.train", config.data.train), ("data.heldout", config.data.heldout)):
-        if not path.is_file():
-            raise ConfigError(f"{key}: {path} is not a file, accepted is a JSONL file")
-    if not (config.model / "config.json").is_file():
-        raise ConfigError(f"model: {config.model} has no config.json, accepted is the folder of a Hugging Face checkpoint")
-    check_new_folder(config.output_dir, "output_dir")
-    return config
 
 
 def check_new_folder(path: Path, key: str) -> None:

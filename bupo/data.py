@@ -63,12 +63,12 @@ class PromptOrder:
         return torch.randperm(len(self.examples), generator=generator).tolist()
 
 
-STREAMS = ("order", "rollout", "evaluation", "warm-up")
+STREAMS = ("order", "rollout", "evaluation", "warm-up", "guard", "look")
 
 
-def stream_seed(seed: int, stream: str, index: int = 0) -> int:
-    """A seed of its own for the ``index``-th use (an epoch, a step) of one of a run's :data:`STREAMS` of random numbers.
+def stream_seed(seed: int, stream: str, *indices: int) -> int:
+    """A seed of its own for one use (an epoch; a step and a rank) of one of a run's :data:`STREAMS` of random numbers.
 
     Hashed to 32 bits: torch's CPU generator reads no more of its seed, so that sums and shifts would collide.
     """
-    return int(np.random.SeedSequence((seed, STREAMS.index(stream), index)).generate_state(1)[0])
+    return int(np.random.SeedSequence((seed, STREAMS.index(stream), *indices)).generate_state(1)[0])

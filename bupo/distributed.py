@@ -1,0 +1,161 @@
+"""Many processes as one: the process group, sharding with FSDP2, and what a step needs to exchange."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+
+from bupo.config import ConfigError, Hardware
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the others. Its methods are collectives: every rank calls them, in the same order."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the one that prints and writes."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over ranks, in place."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Tensor) -> Tensor:
+        """The maximum over ranks, in place."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def share(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's part of ``items``, contiguous; :meth:`gather` puts the parts together again."""
+        bounds = [len(items) * rank // self.size for rank in (self.rank, self.rank + 1)]
+        return items[slice(*bounds)]
+
+    def gather(self, items: list[T]) -> list[T]:
+        """The lists of all ranks, one after the other, on each of them."""
+        if self.size == 1:
+            return items
+        parts = [None] * self.size
+        dist.all_gather_object(parts, items)
+        return [item for part in parts for item in part]
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+    def _reduce(self, values: Tensor, how) -> Tensor:
+        if self.size > 1:
+            dist.all_reduce(values, how)
+        return values
+
+
+@contextmanager
+def process_group(hardware: Hardware) -> Iterator[World]:
+    """The world that ``torchrun`` describes in the environment, or one process by itself; gloo on CPU, NCCL on GPU.
+
+    Raises :class:`ConfigError` when the device is not there.
+    """
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _LAUNCH)
+    device = _device(hardware.device, local_rank if size > 1 else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    how = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+    dist.init_process_group(backend, timeout=timedelta(seconds=hardware.timeout), **how)
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()
+
+
+_LAUNCH = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # as torchrun sets them
+
+
+def _device(name: str, local_rank: int | None) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if local_rank is not None and ":" in name:
+        raise ConfigError(f"hardware.device: {name!r} given under torchrun, accepted are auto, cpu, cuda")
+    device = torch.device(name if local_rank is None or name == "cpu" else f"{name}:{local_rank}")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"hardware.device: {str(device)!r} given, accepted are auto, cpu, cuda, cuda:N ({reason})") from None
+    return torch.device(device.type, torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
+
+
+def shard(model: nn.Module, world: World, hardware: Hardware, methods: Sequence[str]) -> nn.Module:
+    """Shards ``model`` in place over the ranks: one FSDP2 unit a layer; embedding, final norm and head stay in the root unit.
+
+    One process in float32 without offload keeps the plain model: there is nothing to gather and nothing to cast.
+
+    Args:
+        methods: of the model, beside ``forward``, that run it: FSDP gathers the root's weights around them too.
+    """
+    if world.size == 1 and hardware.precision == "float32" and not hardware.offload:
+        return model.to(world.device)
+    options = {
+        "mesh": dist.device_mesh.init_device_mesh(world.device.type, (world.size,)),
+        # Inputs are not cast: among them are the old log-probs, which bfloat16 would round.
+        "mp_policy": MixedPrecisionPolicy(getattr(torch, hardware.precision), reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "offload_policy": CPUOffloadPolicy() if hardware.offload else OffloadPolicy(),
+    }
+    for layer in model.base_model.layers:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    for method in methods:
+        register_fsdp_forward_method(model, method)
+    return model
+
+
+def sharded_units(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@contextmanager
+def unsharded(model: nn.Module) -> Iterator[None]:
+    """Within the context every weight is whole on every rank, and no forward communicates: ranks may do different work."""
+    units = sharded_units(model)
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(unit is not model, recurse=False)  # FSDP's own default: the root stays
+            unit.reshard()
+
+
+def full(tensor: Tensor) -> Tensor:
+    """A DTensor whole (a collective), any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
