@@ -1,8 +1,15 @@
 """Policies from hidden states: log-prob, entropy and logsumexp of ``softmax(h Wᵀ)`` without ``[tokens, vocab]`` logits."""
 
 from bupo_kernels.dispatch import Plan
-from bupo_kernels.functional import LinearLogprobs, explain, linear_cross_entropy, linear_logprobs, linear_policy_loss
-from bupo_kernels.internal_policy import internal_policy, policy_logprobs, policy_loss
+from bupo_kernels.functional import (
+    LinearLogprobs,
+    explain,
+    linear_cross_entropy,
+    linear_divergence,
+    linear_logprobs,
+    linear_policy_loss,
+)
+from bupo_kernels.internal_policy import internal_policy, policy_divergence, policy_logprobs, policy_loss
 from bupo_kernels.modules import FusedLMHead
 from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective
 
@@ -15,8 +22,10 @@ __all__ = [
     "explain",
     "internal_policy",
     "linear_cross_entropy",
+    "linear_divergence",
     "linear_logprobs",
     "linear_policy_loss",
+    "policy_divergence",
     "policy_logprobs",
     "policy_loss",
 ]

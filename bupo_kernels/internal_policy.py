@@ -12,6 +12,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
 
 from bupo_kernels.functional import LinearLogprobs
@@ -114,6 +115,7 @@ def policy_logprobs(
     layer: int | None = None,
     module: str = "layer",
     final_norm: bool = False,
+    model_options: dict | None = None,
     **options,
 ) -> LinearLogprobs:
     """Log-prob, entropy and logsumexp of ``targets`` under the policy of ``layer``, or under the model's own.
@@ -128,6 +130,7 @@ def policy_logprobs(
         position_ids: ``[B, S]``, restarting at 0 for every sequence of a packed batch. Not together with
             ``attention_mask``, which would let packed sequences see one another.
         layer, module, final_norm: the policy, as in :func:`internal_policy`; ``layer=None`` is the model's own.
+        model_options: further arguments of the backbone's forward, e.g. what a packed attention needs.
         options: those of :func:`bupo_kernels.linear_logprobs`.
 
     Returns:
@@ -136,7 +139,8 @@ def policy_logprobs(
     Raises:
         ValueError, TypeError: naming the argument, as the functions above do.
     """
-    return _head_of_layer(model, input_ids, (targets,), options, attention_mask, position_ids, layer, module, final_norm)
+    inputs = _inputs(input_ids, attention_mask, position_ids, model_options)
+    return _head(model, _hidden_states(model, inputs, layer, module, final_norm), targets, **options)
 
 
 def policy_loss(
@@ -150,6 +154,7 @@ def policy_loss(
     layer: int | None = None,
     module: str = "layer",
     final_norm: bool = False,
+    model_options: dict | None = None,
     **options,
 ) -> tuple[Tensor, PolicyMetrics]:
     """Loss and metrics of an RL step on the policy of ``layer``, or on the model's own, its head in one pass.
@@ -157,23 +162,54 @@ def policy_loss(
     Arguments as in :func:`policy_logprobs`; ``options`` and what is returned as in :func:`bupo_kernels.linear_policy_loss`. With
     the default objective and ``layer`` given it is InterGRPO of BuPO (arXiv 2512.19673, equation 9).
     """
-    return _head_of_layer(model, input_ids, (targets, advantages), options, attention_mask, position_ids, layer, module, final_norm)
+    inputs = _inputs(input_ids, attention_mask, position_ids, model_options)
+    return _head(model, _hidden_states(model, inputs, layer, module, final_norm), targets, advantages, **options)
 
 
-def _head_of_layer(model, input_ids, arguments, options, attention_mask, position_ids, layer, module, final_norm):
-    """What the model's head says to ``arguments`` about the hidden states of a layer."""
+@torch.no_grad()
+def policy_divergence(
+    model: nn.Module,
+    input_ids: Tensor,  # [B, S] int64
+    mask: Tensor,  # [B, S] bool
+    *,
+    attention_mask: Tensor | None = None,  # [B, S]
+    position_ids: Tensor | None = None,  # [B, S]
+    layer: int,
+    module: str = "layer",
+    final_norm: bool = False,
+    model_options: dict | None = None,
+    **options,
+) -> Tensor:
+    """``KL(π^l ‖ π)`` of the policy of ``layer`` from the model's own at the positions of ``mask``, ``[B, S]`` in nats, no gradient.
+
+    Arguments as in :func:`policy_logprobs`; ``options`` as in :func:`bupo_kernels.linear_divergence`.
+    """
+    inputs = _inputs(input_ids, attention_mask, position_ids, model_options)
+    hidden, final = (_hidden_states(model, inputs, *policy) for policy in ((layer, module, final_norm), (None, "layer", False)))
+    return _head(model, hidden, reference=final, mask=mask, **options)
+
+
+def _inputs(input_ids, attention_mask, position_ids, model_options: dict | None) -> dict:
     if attention_mask is not None and position_ids is not None:
         raise ValueError("position_ids: given with attention_mask, accepted is one of the two (packed or padded, not both)")
     if attention_mask is not None:
         position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+    named = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids, "use_cache": False}
+    return named | (model_options or {})
+
+
+def _hidden_states(model: nn.Module, inputs: dict, layer: int | None, module: str, final_norm: bool) -> Tensor:  # [B, S, D]
+    """What the head would read."""
     if layer is None:
         if module != "layer" or final_norm:
             raise ValueError("layer: None given with module or final_norm, accepted is a layer number")
         layer = _backbone(model).config.num_hidden_layers
     with internal_policy(model, layer, module, final_norm):
-        hidden = _backbone(model)(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
+        return _backbone(model)(**inputs).last_hidden_state
+
+
+def _head(model: nn.Module, hidden: Tensor, *arguments, **options):
+    """What the model's head says to ``arguments`` about hidden states. It is called as a module: FSDP gathers its weight there."""
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         return FusedLMHead.forward(head, hidden, *arguments, **options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from bupo_kernels.functional import LinearLogprobs, linear_logprobs, linear_policy_loss
+from bupo_kernels.functional import LinearLogprobs, linear_divergence, linear_logprobs, linear_policy_loss
 from bupo_kernels.policy_losses import PolicyMetrics
 
 
@@ -31,11 +31,22 @@ class FusedLMHead(nn.Linear):
         return linear
 
     def forward(
-        self, hidden: Tensor, targets: Tensor | None = None, advantages: Tensor | None = None, **options
+        self,
+        hidden: Tensor,
+        targets: Tensor | None = None,
+        advantages: Tensor | None = None,
+        *,
+        reference: Tensor | None = None,
+        **options,
     ) -> Tensor | LinearLogprobs | tuple[Tensor, PolicyMetrics]:
         """Logits ``[..., V]`` of ``hidden[..., D]``; given ``targets[...]``, :class:`LinearLogprobs`, with the options of
         :func:`bupo_kernels.linear_logprobs`; given ``advantages`` too, what :func:`bupo_kernels.linear_policy_loss` returns, with
-        its options (``bias`` apart, which is the module's own)."""
+        its options; given ``reference[..., D]`` alone, :func:`bupo_kernels.linear_divergence` from it (``bias`` is always the
+        module's own)."""
+        if reference is not None and (targets is not None or advantages is not None):
+            raise TypeError("reference: given with targets or advantages, accepted only without them")
+        if reference is not None:
+            return linear_divergence(hidden, reference, self.weight, bias=self.bias, **options)
         if targets is None and advantages is not None:
             raise TypeError("advantages: given without targets, accepted only with them")
         if targets is None:

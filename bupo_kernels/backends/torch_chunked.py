@@ -114,7 +114,7 @@ def memory(problem: Problem, tile: Tile) -> Memory:
     return Memory(forward, backward, accumulator)
 
 
-def _to_logits_(product: Tensor, bias: Tensor | None, readout: Readout) -> Tensor:  # [r, c], [c]
+def to_logits_(product: Tensor, bias: Tensor | None, readout: Readout) -> Tensor:  # [r, c], [c]
     """Turns a tile of products into logits in place."""
     if bias is not None:
         product.add_(bias)
@@ -209,7 +209,7 @@ class TorchRows:
     @staticmethod
     def fold(block: Block, y: Tensor, running: Statistics, with_entropy: bool) -> Tensor:  # [r], [r] each -> [r]
         """The tile into the statistics of its rows; leaves logits less the maximum of their row in the tile, which is returned."""
-        z, e, m, s = _to_logits_(block.tile, block.bias, block.readout), block.scratch, running.m, running.s
+        z, e, m, s = to_logits_(block.tile, block.bias, block.readout), block.scratch, running.m, running.s
         column, inside = _target_column(y, block.columns)
         running.z_y.copy_(torch.where(inside, z.gather(1, column), running.z_y.unsqueeze(1)).squeeze(1))
         tile_m = z.amax(1)
@@ -229,7 +229,7 @@ class TorchRows:
     @staticmethod
     def gradient(block: Block, of: Coefficients) -> Tensor:  # [r] each -> [r, c]
         z, dz, at = block.tile, block.scratch, block.readout
-        z = _to_logits_(z, block.bias, at) if block.maxima is None else z.add_(block.maxima.unsqueeze(1))
+        z = to_logits_(z, block.bias, at) if block.maxima is None else z.add_(block.maxima.unsqueeze(1))
         if at.softcap is not None:
             softcap_slope = (z * (at.temperature / at.softcap)).square_().neg_().add_(1)  # 1 − tanh²
         torch.exp(z.sub_(of.m.unsqueeze(1)), out=dz)
