@@ -1,15 +1,16 @@
-"""``bupo train | demo | env``."""
+"""``bupo train | evaluate | export | demo | env``."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import json
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from bupo.config import ConfigError, describe_config, load_config
+from bupo.config import ConfigError, describe_config, load_config, override, parse_config
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -18,7 +19,8 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.run(options)
     except ConfigError as error:
-        print(f"bupo {options.command}: {error}", file=sys.stderr)
+        if int(os.environ.get("RANK", 0)) == 0:  # under torchrun all say the same
+            print(f"bupo {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\nbupo {options.command}: interrupted; what the run folder holds so far stays", file=sys.stderr)
@@ -44,7 +46,40 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument(
         "overrides", nargs="*", metavar="key.path=value", help="values that replace those of CONFIG, e.g. rollout.samples=16"
     )
+    train.add_argument(
+        "--dry-run", action="store_true", help="print memory per device and FLOPs per step from the model's config alone, and stop"
+    )
+    train.add_argument("--devices", type=int, default=1, metavar="N", help="how many the dry run is for (default 1)")
     train.set_defaults(run=_train)
+
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="avg@k, pass@k and greedy accuracy of a model, by data source",
+        description="Generates responses to the problems of the data files, greedily and sampled, grades them, and prints accuracy "
+        "with bootstrap confidence intervals, per data source and overall. Runs under torchrun, too.",
+    )
+    evaluate.add_argument("model", metavar="MODEL", help="folder of a Hugging Face checkpoint, or a model's name on the hub")
+    evaluate.add_argument("--data", nargs="+", required=True, metavar="FILE", help="as data.train of `bupo train`")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="new folder for accuracy.json and responses.jsonl")
+    evaluate.add_argument("--samples", type=int, default=16, help="responses per problem, for avg@ and pass@ (default 16)")
+    evaluate.add_argument("--k", type=int, nargs="+", default=[1, 4, 16], help="of pass@k (default 1 4 16)")
+    evaluate.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key.path=value",
+        help="keys of `bupo train` that apply: data.template, reward.function, rollout.max_new_tokens, hardware.precision, ...",
+    )
+    evaluate.set_defaults(run=_evaluate)
+
+    export = commands.add_parser(
+        "export",
+        help="a checkpoint of a run as a model for from_pretrained",
+        description="Writes the weights of a run's checkpoint, on however many devices it was saved, as a Hugging Face checkpoint.",
+    )
+    export.add_argument("run", type=Path, metavar="RUN", help="folder of a run (its output_dir)")
+    export.add_argument("output", type=Path, metavar="DIR", help="new folder")
+    export.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    export.set_defaults(run=_export)
 
     demo = commands.add_parser(
         "demo",
@@ -70,12 +105,42 @@ def _parser() -> argparse.ArgumentParser:
 
 def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
-    sys.path.insert(0, "")  # so that a reward in the current folder is found, as under python -m
-    _quiet_libraries()
+    if options.dry_run:
+        from bupo.cost import check_fits, describe, load_architecture
+
+        if options.devices < 1:
+            raise ConfigError(f"--devices: {options.devices} given, accepted are 1 and more")
+        check_fits(architecture := load_architecture(config), config)
+        print(describe(architecture, config, options.devices))
+        return 0
+    _prepare_process()
     from bupo.trainer import train
 
     train(config)
-    print(f"picture, metrics, episodes and checkpoint are in {config.output_dir}")
+    return 0
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    tree = {
+        "model": options.model,
+        "output_dir": "unused",
+        "policy": "grpo",
+        "data": {"train": options.data[0], "heldout": options.data},
+    }
+    evaluation = {"evaluation": {"samples": options.samples, "k": options.k}}
+    config = parse_config(override(tree | evaluation, options.overrides))
+    _prepare_process()
+    from bupo.commands import evaluate_command
+
+    evaluate_command(config, options.out)
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    _prepare_process()
+    from bupo.commands import export_command
+
+    print(f"step {export_command(options.run, options.output, options.step)} is in {options.output}")
     return 0
 
 
@@ -83,11 +148,11 @@ def _demo(options: argparse.Namespace) -> int:
     if not 0 <= options.seed < 2**32:
         raise ConfigError(f"--seed: {options.seed} given, accepted are 0 to 2^32 - 1")
     folder = options.output or _free_folder(Path("runs") / f"demo-{options.policy}-seed{options.seed}")
-    _quiet_libraries()
+    _prepare_process()
     from bupo.demo import demo
 
     before, after = demo(folder, options.policy, options.seed)
-    print(f"before  {before}\nafter   {after}\npicture, metrics, episodes and checkpoint are in {folder / 'run'}")
+    print(f"before  {before}\nafter   {after}")
     return 0
 
 
@@ -104,8 +169,9 @@ def _free_folder(path: Path) -> Path:
     return next(candidate for candidate in itertools.chain([path], numbered) if not candidate.exists())
 
 
-def _quiet_libraries() -> None:
-    """Only this program's own progress bars."""
+def _prepare_process() -> None:
+    """Rewards in the current folder are found, as under python -m, and no progress bars but this program's own."""
+    sys.path.insert(0, "")
     from transformers.utils import logging
 
     logging.disable_progress_bar()

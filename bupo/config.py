@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -28,13 +29,17 @@ class ConfigError(Exception):
     """One line that names the key, what was given and what is accepted."""
 
 
+def _allows_flags(annotation: Any) -> bool:
+    return bool in (annotation, *get_args(annotation))
+
+
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     @field_validator("*", mode="before")
     @classmethod
     def _flags_are_not_numbers(cls, value: Any, field: ValidationInfo) -> Any:
-        if isinstance(value, bool) and cls.model_fields[field.field_name].annotation is not bool:
+        if isinstance(value, bool) and not _allows_flags(cls.model_fields[field.field_name].annotation):
             raise PydanticCustomError("flag", "not true or false")
         return value
 
@@ -84,7 +89,9 @@ class Bupo(Section):
 
 
 class Rollout(Section):
-    engine: Literal["continuous", "generate", "vllm"] = Field("continuous", description="transformers' continuous batching, its generate, vLLM")
+    engine: Literal["continuous", "generate", "vllm"] = Field(
+        "continuous", description="transformers' continuous batching, its generate, vLLM"
+    )
     prompts: PositiveInt = Field(32, description="prompts per step, over all devices")
     samples: PositiveInt = Field(8, description="responses per prompt, the group of GRPO")
     max_new_tokens: PositiveInt = 256
@@ -110,7 +117,9 @@ class Optimizer(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="after warm-up; linear and cosine fall to 0")
     warmup_steps: int = Field(0, ge=0, description="steps of the run over which the learning rate rises")
     mini_batch: PositiveInt = Field(32, description="prompts per optimizer step; must divide rollout.prompts")
-    upper_layers: Share = Field(1.0, description="share of the learning rate for layers above `upper_from` and the final norm; 0 freezes them")
+    upper_layers: Share = Field(
+        1.0, description="share of the learning rate for layers above `upper_from` and the final norm; 0 freezes them"
+    )
     upper_from: PositiveInt | None = Field(None, description="the last layer, counted from 1, with the full learning rate")
 
 
@@ -122,13 +131,21 @@ class Evaluation(Section):
 
 
 class Hardware(Section):
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N; under torchrun auto, cpu or cuda")
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="of weights and activations in use; masters, gradients, sums are float32")
-    max_tokens_per_device: PositiveInt = Field(16384, description="tokens in a packed micro-batch; changes memory and speed, not the result")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N; under torchrun auto, cpu or cuda"
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of weights and activations in use; masters, gradients, sums are float32"
+    )
+    max_tokens_per_device: PositiveInt = Field(
+        16384, description="tokens in a packed micro-batch; changes memory and speed, not the result"
+    )
     attention: Literal["per-sequence", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention", "eager"] = Field(
         "per-sequence", description="in training; per-sequence = scaled_dot_product_attention on each sequence of the packed batch"
     )
-    checkpoint_activations: bool = Field(False, description="recompute each layer in the backward instead of keeping its activations")
+    checkpoint_activations: bool = Field(
+        False, description="recompute each layer in the backward instead of keeping its activations"
+    )
     offload: bool = Field(False, description="keep sharded weights and optimizer state in CPU memory")
     liger: bool = Field(False, description="liger-kernel's norm, rotary embedding and MLP kernels; GPU only")
     timeout: PositiveFloat = Field(1800.0, description="seconds after which a device that waits for the others gives up")
@@ -137,7 +154,9 @@ class Hardware(Section):
 class Checkpoints(Section):
     every: int = Field(0, ge=0, description="steps between checkpoints; 0 = only at the end and on SIGTERM")
     keep: PositiveInt = Field(2, description="how many to keep, the newest")
-    resume: Literal["auto", "never"] = Field("auto", description="auto continues a run found in output_dir; never refuses such a folder")
+    resume: Literal["auto", "never"] = Field(
+        "auto", description="auto continues a run found in output_dir; never refuses such a folder"
+    )
 
 
 class Telemetry(Section):
@@ -180,17 +199,33 @@ class TrainConfig(Section):
                 raise ValueError("bupo: missing, accepted is a section with layer and internal_steps, or policy: grpo")
             require(self.bupo.internal_steps <= self.steps, "bupo.internal_steps", f"are 0 to {self.steps} (steps)")
             require(guards.perplexity is None or self.heldout, "bupo.guards.perplexity", "is null without data.heldout")
-        require(rollout.prompts % optimizer.mini_batch == 0, "optimizer.mini_batch", f"are divisors of rollout.prompts ({rollout.prompts})")
-        require(rollout.samples >= 2 or self.objective.advantage == "reinforce++", "rollout.samples", "are 2 or more, or objective.advantage: reinforce++")
+        require(
+            rollout.prompts % optimizer.mini_batch == 0,
+            "optimizer.mini_batch",
+            f"are divisors of rollout.prompts ({rollout.prompts})",
+        )
+        require(
+            rollout.samples >= 2 or self.objective.advantage == "reinforce++",
+            "rollout.samples",
+            "are 2 or more, or objective.advantage: reinforce++",
+        )
         longest = self.data.max_prompt_tokens + rollout.max_new_tokens
         require(
             longest <= self.hardware.max_tokens_per_device,
             "hardware.max_tokens_per_device",
             f"is at least data.max_prompt_tokens + rollout.max_new_tokens ({longest})",
         )
-        require(optimizer.upper_layers == 1 or optimizer.upper_from is not None, "optimizer.upper_layers", "is 1.0 without optimizer.upper_from")
+        require(
+            optimizer.upper_layers == 1 or optimizer.upper_from is not None,
+            "optimizer.upper_layers",
+            "is 1.0 without optimizer.upper_from",
+        )
         require(optimizer.warmup_steps < self.steps, "optimizer.warmup_steps", f"are 0 to {self.steps - 1} (below steps)")
-        require(max(self.evaluation.k, default=1) <= self.evaluation.samples, "evaluation.k", f"are up to evaluation.samples ({self.evaluation.samples})")
+        require(
+            max(self.evaluation.k, default=1) <= self.evaluation.samples,
+            "evaluation.k",
+            f"are up to evaluation.samples ({self.evaluation.samples})",
+        )
         return self
 
     @property
@@ -203,7 +238,7 @@ class TrainConfig(Section):
         return self.data.max_prompt_tokens, self.rollout.max_new_tokens
 
 
-def load_config(path: Path, overrides: list[str] = ()) -> TrainConfig:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The checked configuration in ``path`` with ``key.path=value`` overrides; values are YAML.
 
     Raises :class:`ConfigError`. The model and the files it names are not looked at here.
@@ -216,9 +251,7 @@ def load_config(path: Path, overrides: list[str] = ()) -> TrainConfig:
         raise ConfigError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config: {path} holds a {type(tree).__name__}, accepted is a mapping of keys to values")
-    for override in overrides:
-        _override(tree, override)
-    return parse_config(tree)
+    return parse_config(override(tree, overrides))
 
 
 def parse_config(tree: dict[str, Any]) -> TrainConfig:
@@ -263,21 +296,25 @@ def _describe(section: type[Section], prefix: str) -> list[str]:
     return lines
 
 
-def _override(tree: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"override: {override!r} given, accepted is key.path=value")
-    *parents, leaf = key.split(".")
-    for parent in parents:
-        if tree.get(parent) is None:
-            tree[parent] = {}
-        tree = tree[parent]
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{key}: {parent} is a single value, it has no keys below it")
-    try:
-        tree[leaf] = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise ConfigError(f"{key}: {value!r} given, accepted is a YAML value") from None
+def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """``tree`` with ``key.path=value`` put in; values are YAML. Raises :class:`ConfigError`."""
+    for given in overrides:
+        key, equals, value = given.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"override: {given!r} given, accepted is key.path=value")
+        *parents, leaf = key.split(".")
+        section = tree
+        for parent in parents:
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
+            if not isinstance(section, dict):
+                raise ConfigError(f"{key}: {parent} is a single value, it has no keys below it")
+        try:
+            section[leaf] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ConfigError(f"{key}: {value!r} given, accepted is a YAML value") from None
+    return tree
 
 
 def _one_line(error: dict[str, Any]) -> str:

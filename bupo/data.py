@@ -1,47 +1,303 @@
-"""Prompts with verifiable answers, and the order in which training sees them."""
+"""Prompts with verifiable answers: where they come from, how they are put to the model, the order in which training sees them."""
 
 from __future__ import annotations
 
 import json
+import logging
+import math
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
-from bupo.config import ConfigError
+from bupo.config import ConfigError, Data
 
 
 @dataclass(frozen=True)
 class Example:
-    prompt: str
+    prompt: str  # after the template: the text the model sees
+    prompt_ids: tuple[int, ...]
     answer: str
+    source: str  # accuracy is reported by it
 
 
-def load_examples(path: Path, key: str) -> list[Example]:
-    """The examples of a JSONL file, ``{"prompt": "...", "answer": "..."}`` a line; other columns are ignored.
+def load_examples(where: str, data: Data, tokenizer: PreTrainedTokenizerBase, key: str) -> list[Example]:
+    """The examples of a JSONL or parquet file, of a folder saved by `datasets`, or of a dataset on the Hugging Face hub.
 
-    Raises :class:`ConfigError` with the configuration ``key`` and the line number of the first bad row.
+    Columns, template and limit are those of ``data``. Answers that are numbers become text, whole ones without a point.
+    Raises :class:`ConfigError` with the configuration ``key`` and the first row that is not as it must be.
     """
+    name, rows = _read(where, data, key)
+    if not rows:
+        raise ConfigError(f"{key}: {where} is empty, accepted is at least one example")
+    _check_special_tokens(data.template, tokenizer)
+    prompts = [row.get((data.prompt,), _prompt, _PROMPT) for row in rows]
+    answers = [row.get(_answer_columns(data), _answer, "text that is not empty, or a number") for row in rows]
+    sources = [
+        name
+        if data.source is None and _find(row.values, "data_source") in (_MISSING, None)
+        else row.get((data.source or "data_source",), _text, "text that is not empty")
+        for row in rows
+    ]
+    texts = [_render(prompt, row, data.template, tokenizer) for prompt, row in zip(prompts, rows, strict=True)]
+    ids = _encode(texts, [_is_whole(prompt, data.template) for prompt in prompts], tokenizer)
+
+    for row, text, prompt_ids in zip(rows, texts, ids, strict=True):
+        if not prompt_ids:
+            raise ConfigError(f"{row.place}: the prompt {text!r:.100} has no tokens, accepted is at least one")
+    too_long = [i for i, prompt_ids in enumerate(ids) if len(prompt_ids) > data.max_prompt_tokens]
+    if too_long and (data.too_long == "error" or len(too_long) == len(rows)):
+        first = too_long[0]
+        raise ConfigError(
+            f"{rows[first].place} has a prompt of {len(ids[first])} tokens, accepted are up to {data.max_prompt_tokens} "
+            f"(data.max_prompt_tokens); {len(too_long)} of {len(rows)} prompts are longer, and data.too_long is {data.too_long}"
+        )
+    if too_long:
+        logging.getLogger("bupo").warning(
+            "%s: %d of %d prompts in %s have more than %d tokens and are left out",
+            *(key, len(too_long), len(rows), where, data.max_prompt_tokens),
+        )
+    examples = [Example(*example) for example in zip(texts, map(tuple, ids), answers, sources, strict=True)]
+    return [example for example in examples if len(example.prompt_ids) <= data.max_prompt_tokens]
+
+
+# ---- rows
+
+_MISSING = object()
+_PROMPT = "text that is not empty, or a chat: a list of {role, content} whose last message is not the assistant's"
+_PLACES = "a .jsonl or .parquet file, a folder saved by `datasets`, or owner/name:split or owner/name/config:split on the hub"
+
+
+@dataclass(frozen=True)
+class _Row:
+    place: str  # for messages: the key, the file and the row
+    values: dict[str, Any]
+    columns: Sequence[str]  # all there are; `values` may have fewer
+
+    def get(self, columns: Sequence[str], convert: Callable[[Any], Any], accepted: str) -> Any:
+        """What ``convert`` makes of the first of ``columns`` that is there. Raises :class:`ConfigError` where it makes None."""
+        for column in columns:
+            if (value := _find(self.values, column)) is not _MISSING:
+                if (converted := convert(value)) is None:
+                    raise ConfigError(f"{self.place}: {column!r} is {value!r:.100}, accepted is {accepted}")
+                return converted
+        wanted, there = " or ".join(map(repr, columns)), ", ".join(self.columns)
+        raise ConfigError(f"{self.place} has no {wanted}, accepted is {accepted}; its columns are {there}")
+
+
+def _find(values: Any, column: str) -> Any:
+    """The value of a column, ``a.b`` being b in the struct a."""
+    if not isinstance(values, dict):
+        return _MISSING
+    if column in values:
+        return values[column]
+    struct, _, rest = column.partition(".")
+    return _find(values.get(struct), rest) if rest else _MISSING
+
+
+def _answer_columns(data: Data) -> tuple[str, ...]:
+    return ("answer", "reward_model.ground_truth") if data.answer is None else (data.answer,)
+
+
+def _text(value: Any) -> str | None:
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        return value if isinstance(value, str) and value.strip() and value.encode() else None
+    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+        return None
+
+
+def _answer(value: Any) -> str | None:
+    if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
+        return None
+    if isinstance(value, float):
+        return str(int(value)) if value.is_integer() else repr(value)
+    return str(value) if isinstance(value, int) else _text(value)
+
+
+def _prompt(value: Any) -> str | list[dict[str, str]] | None:
+    if not isinstance(value, list):
+        return _text(value)
+    for message in value:
+        filled = {name for name, content in message.items() if content is not None} if isinstance(message, dict) else None
+        if filled != {"role", "content"} or _text(message["role"]) is None or _text(message["content"]) is None:
+            return None
+    chat = [{name: message[name] for name in ("role", "content")} for message in value]
+    return chat if chat and chat[-1]["role"] != "assistant" else None
+
+
+# ---- files and datasets
+
+
+def _read(where: str, data: Data, key: str) -> tuple[str, list[_Row]]:
+    """The name of the dataset, and its rows."""
+    path = Path(where)
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        return path.resolve().name, _datasets_rows(where, data, key)
+    if path.is_file() and suffix in (".jsonl", ".parquet"):
+        try:
+            return path.stem, (_jsonl_rows if suffix == ".jsonl" else _parquet_rows)(where, data, key)
+        except OSError as error:
+            raise ConfigError(f"{key}: {where} cannot be read ({error.strerror or error}), accepted is {_PLACES}") from None
+    if path.exists():
+        raise ConfigError(f"{key}: {where} is a file of another kind, accepted is {_PLACES}")
+    if suffix in (".jsonl", ".json", ".parquet"):
+        raise ConfigError(f"{key}: {where} does not exist, accepted is {_PLACES}")
+    return where.partition(":")[0].split("/")[:2][-1], _datasets_rows(where, data, key)
+
+
+def _jsonl_rows(where: str, data: Data, key: str) -> list[_Row]:
+    try:
+        lines = Path(where).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also split at U+2028 within a text
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{key}: {path} is not UTF-8: {error}") from None
-    examples = []
+        raise ConfigError(f"{key}: {where} is not UTF-8: {error}") from None
+    rows = []
     for number, line in enumerate(lines, 1):
+        place = f"{key}: {where} line {number}"
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{key}: {path} line {number} is not JSON: {error.msg}") from None
-        for column in ("prompt", "answer"):
-            if not isinstance(row, dict) or not isinstance(row.get(column), str) or not row[column]:
-                raise ConfigError(f"{key}: {path} line {number} has no {column!r}, accepted is a non-empty string")
-        examples.append(Example(row["prompt"], row["answer"]))
-    if not examples:
-        raise ConfigError(f"{key}: {path} is empty, accepted is at least one example")
-    return examples
+            values = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{place} is not JSON: {getattr(error, 'msg', error)}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{place} is {line.strip()[:100]}, accepted is an object: {{column: value, ...}}")
+        rows.append(_Row(place, values, list(values)))
+    return rows
+
+
+def _parquet_rows(where: str, data: Data, key: str) -> list[_Row]:
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ConfigError(f"{key}: {where} needs the package pyarrow, accepted is {_PLACES}") from None
+    try:
+        with parquet.ParquetFile(where) as file:
+            columns = file.schema_arrow.names
+            values = file.read(columns=_needed(columns, data)).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ConfigError(f"{key}: {where} is not a parquet file: {_first_line(error)}") from None
+    return _table_rows(values, columns, where, key)
+
+
+def _datasets_rows(where: str, data: Data, key: str) -> list[_Row]:
+    """The rows of a folder that `datasets` saved, or else of a dataset on the hub."""
+    name, _, split = where.partition(":")
+    parts = name.split("/")
+    folder = Path(where).is_dir()
+    if not folder and not (split and all(parts) and len(parts) <= 3):
+        raise ConfigError(f"{key}: {where} is no file, no folder and no dataset with its split, accepted is {_PLACES}")
+    try:
+        import datasets
+    except ImportError:
+        raise ConfigError(f"{key}: {where} needs the package datasets, or else accepted is a .jsonl or .parquet file") from None
+    try:
+        if folder:
+            dataset = datasets.load_from_disk(where)
+        else:
+            dataset = datasets.load_dataset("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split=split)
+    except Exception as error:  # of the network, of the hub, of the format: datasets has no class of its own for them
+        raise ConfigError(f"{key}: {where} cannot be loaded ({_first_line(error)}), accepted is {_PLACES}") from None
+    if isinstance(dataset, dict):
+        raise ConfigError(f"{key}: {where} holds the splits {', '.join(dataset)}, accepted is the folder of one of them")
+    columns = dataset.column_names
+    return _table_rows(dataset.select_columns(_needed(columns, data)).to_list(), columns, where, key)
+
+
+def _table_rows(values: list[dict[str, Any]], columns: list[str], where: str, key: str) -> list[_Row]:
+    return [_Row(f"{key}: {where} row {number}", row, columns) for number, row in enumerate(values, 1)]
+
+
+def _needed(columns: list[str], data: Data) -> list[str]:
+    """Those of a table's columns that are looked into: the others can be gigabytes. At least one, as rows are counted by it."""
+    wanted = (data.prompt, *_answer_columns(data), data.source or "data_source")
+    return [name for name in columns if any(column == name or column.startswith(f"{name}.") for column in wanted)] or columns[:1]
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+
+
+# ---- templates and tokens
+
+_QWEN = (
+    "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n<|im_start|>user\n",
+    "<|im_end|>\n<|im_start|>assistant\n",
+)
+TEMPLATES = {  # the paper's: what stands before and after the problem
+    "qwen-math": _QWEN,
+    "qwen3-nothinking": (_QWEN[0], _QWEN[1] + "<think>\n\n</think>\n\n"),
+    "octothinker": (
+        "A conversation between User and Assistant. The user asks a question, and the Assistant solves it. "
+        "The assistant first thinks about the reasoning process in the mind and then provides the user with the answer. "
+        "User: You must put your answer inside \\boxed{} "
+        "and Your final answer will be extracted automatically by the \\boxed{} tag.\n",
+        "\nAssistant:",
+    ),
+}
+
+
+def _check_special_tokens(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    needed = re.findall(r"<\|\w+\|>", "".join(TEMPLATES.get(template, ())))
+    if missing := sorted(set(needed) - tokenizer.get_vocab().keys()):
+        accepted = "another template, or a model whose tokenizer has them"
+        raise ConfigError(f"data.template: {template} given, but the tokenizer lacks {' and '.join(missing)}, accepted is {accepted}")
+
+
+def _render(prompt: str | list[dict[str, str]], row: _Row, template: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text that the model sees. Raises :class:`ConfigError` when prompt, template and tokenizer do not go together."""
+    if template in TEMPLATES:
+        before, after = TEMPLATES[template]
+        users = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt if message["role"] == "user"]
+        if not users:
+            raise ConfigError(f"{row.place}: the chat has no message of the user, accepted with data.template: {template} is one")
+        return before + users[-1] + after
+    if isinstance(prompt, str) and template != "chat":
+        return prompt
+    if template == "raw":
+        raise ConfigError(f"{row.place}: the prompt is a chat, accepted with data.template: raw is text")
+    if not tokenizer.chat_template:
+        accepted = f"raw (text only), {', '.join(TEMPLATES)}, or a tokenizer with a chat template"
+        raise ConfigError(f"data.template: {template} given, but the tokenizer has no chat template, accepted is {accepted}")
+    chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    try:
+        return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # whatever a template raises
+        raise ConfigError(f"{row.place}: the tokenizer's chat template does not take it ({_first_line(error)})") from None
+
+
+def _is_whole(prompt: str | list[dict[str, str]], template: str) -> bool:
+    """Whether the template has written the special tokens, so that the tokenizer must not add its own."""
+    if template in TEMPLATES:
+        return TEMPLATES[template][0].startswith("<|")
+    return template == "chat" or not isinstance(prompt, str)
+
+
+def _encode(texts: list[str], whole: list[bool], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """The tokens of each text, with the special tokens that the tokenizer puts before it unless it is ``whole``."""
+    ids: list[list[int]] = [[]] * len(texts)
+    for is_whole in set(whole):
+        chosen = [i for i, this in enumerate(whole) if this == is_whole]
+        encoded = tokenizer([texts[i] for i in chosen], add_special_tokens=not is_whole, return_attention_mask=False, verbose=False)
+        for i, tokens in zip(chosen, encoded.input_ids, strict=True):
+            ids[i] = tokens
+    if not all(whole) and _appends_eos(tokenizer):  # a prompt does not end there
+        ids = [tokens if is_whole else tokens[:-1] for tokens, is_whole in zip(ids, whole, strict=True)]
+    return ids
+
+
+def _appends_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    plain, special = (tokenizer("1", add_special_tokens=add).input_ids for add in (False, True))
+    return special[-1:] == [tokenizer.eos_token_id] != plain[-1:]
+
+
+# ---- order
 
 
 class PromptOrder:

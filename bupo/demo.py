@@ -14,13 +14,14 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from bupo.checkpoint import save_checkpoint
+from bupo.attention import packed_options, training_attention
+from bupo.batching import pack, tokens
 from bupo.config import check_new_folder, load_config
-from bupo.data import Example, stream_seed
+from bupo.distributed import World
 from bupo.evaluation import Accuracy
 from bupo.monitor import progress_bar
-from bupo.rewards import exact_match, score
-from bupo.rollout import Sample, collate, generate
+from bupo.rewards import exact_match
+from bupo.rollout import Sample, Sampling, make_rollout
 from bupo.trainer import train
 from bupo_kernels import FusedLMHead, policy_logprobs
 
@@ -32,8 +33,9 @@ WARM_STEPS = 1500  # by which a healthy warm-up is long done
 CONFIG = {
     "bupo": {"layer": 3, "internal_steps": 15},
     "steps": 80,
-    "rollout": {"prompts": 64, "samples": 8, "max_new_tokens": ANSWER_TOKENS},
-    "optimizer": {"learning_rate": 1e-4, "mini_batch": 32, "micro_batch": 256},
+    # Continuous batching, the default, takes half a second to set up: more than these few tokens.
+    "rollout": {"engine": "generate", "prompts": 64, "samples": 8, "max_new_tokens": ANSWER_TOKENS},
+    "optimizer": {"learning_rate": 1e-4, "mini_batch": 32},
     "evaluation": {"samples": 8, "every": 20},
 }
 
@@ -45,29 +47,31 @@ def demo(folder: Path, policy: str = "bupo", seed: int = 0) -> tuple[Accuracy, A
     """
     config = prepare(folder, policy, seed)
     print(f"\nbupo train {config}", flush=True)
-    return train(load_config(config))
+    accuracies = train(load_config(config))
+    return accuracies[0], accuracies[-1]
 
 
 def prepare(folder: Path, policy: str, seed: int) -> Path:
     """Writes prompts, the warm checkpoint and the configuration of a demo run; returns the configuration's path."""
     check_new_folder(folder, "--output")
     folder.mkdir(parents=True, exist_ok=True)
-    sums = [Example(f"{a}+{b}=", str(a + b)) for a in range(100) for b in range(100)]
+    sums = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(100) for b in range(100)]
     random.Random(seed).shuffle(sums)
     examples = {"heldout": sums[:HELDOUT], "train": sums[HELDOUT:]}
     for name, rows in examples.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(vars(row)) + "\n" for row in rows))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     tokenizer = character_tokenizer("0123456789+=")
     model = small_model(tokenizer, seed)
     print(f"warm-up: {model.num_parameters() / 1e6:.2f} M parameters, until {WARM_ACCURACY:.0%} of samples are right", flush=True)
     warm_up(model, tokenizer, examples["train"], seed)
-    save_checkpoint(model, tokenizer, folder / "warm")
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "warm")
 
     config = {
         "model": str(folder / "warm"),
         "output_dir": str(folder / "run"),
-        "data": {name: str(folder / f"{name}.jsonl") for name in examples},
+        "data": {name: str(folder / f"{name}.jsonl") for name in examples} | {"max_prompt_tokens": 8},
         "policy": policy,
         "seed": seed,
         **CONFIG,
@@ -106,18 +110,20 @@ def small_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausal
     return Qwen3ForCausalLM(config)
 
 
-def warm_up(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, examples: list[Example], seed: int) -> None:
-    """Supervised learning on ``examples`` until :data:`WARM_ACCURACY` of the model's samples are right."""
+def warm_up(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, sums: list[dict[str, str]], seed: int) -> None:
+    """Supervised learning on ``sums`` until :data:`WARM_ACCURACY` of the model's samples are right."""
     FusedLMHead.adopt(model.lm_head)
     rng = random.Random(seed)
-    solutions = [solution(tokenizer, example) for example in examples]
+    solutions = [solution(tokenizer, row) for row in sums]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=50)
     with progress_bar() as progress:
         task = progress.add_task("warm-up", total=WARM_ACCURACY)
         for step in range(1, WARM_STEPS + 1):
-            batch = collate(rng.sample(solutions, 128), torch.zeros(128), tokenizer.pad_token_id, model.device)
-            answers = policy_logprobs(model, batch.input_ids, batch.targets, return_entropy=False)
+            batch = pack(sorted(rng.sample(solutions, 128), key=tokens), [0.0] * 128, model.device)
+            with training_attention(model, "per-sequence"):
+                options = packed_options(batch, "per-sequence")
+                answers = policy_logprobs(model, batch.input_ids, batch.targets, return_entropy=False, **options)
             loss = -answers.logprobs.sum() / batch.mask.sum()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -125,7 +131,7 @@ def warm_up(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, example
             schedule.step()
             optimizer.zero_grad()
             if step % 10 == 0:
-                accuracy = sampled_accuracy(model, tokenizer, rng.sample(examples, 256), stream_seed(seed, "warm-up", step))
+                accuracy = sampled_accuracy(model, tokenizer, rng.sample(sums, 256), seed, step)
                 progress.update(task, completed=accuracy)
                 progress.console.print(
                     f"warm-up step {step}  loss {loss.item():.3f}  sampled accuracy {accuracy:.1%}", highlight=False
@@ -135,13 +141,17 @@ def warm_up(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, example
     raise RuntimeError(f"warm-up: {accuracy:.1%} of samples right after {WARM_STEPS} steps, expected {WARM_ACCURACY:.0%}")
 
 
-def solution(tokenizer: PreTrainedTokenizerBase, example: Example) -> Sample:
-    """The example with its answer as the response."""
-    ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (example.prompt, example.answer)]
-    return Sample(example.prompt, example.answer, ids[0], ids[1] + [tokenizer.eos_token_id], finished=True)
+def solution(tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> Sample:
+    """A sum with its answer as the response."""
+    prompt, answer = (tokenizer(row[name], add_special_tokens=False).input_ids for name in ("prompt", "answer"))
+    return Sample(prompt, [*answer, tokenizer.eos_token_id], None, finished=True)
 
 
-def sampled_accuracy(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, examples: list[Example], seed: int) -> float:
-    prompts = [example.prompt for example in examples]
-    samples = generate(model, tokenizer, prompts, max_new_tokens=ANSWER_TOKENS, temperature=1.0, seed=seed)
-    return score(exact_match, samples, examples).mean().item()
+def sampled_accuracy(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, sums: list[dict[str, str]], seed: int, step: int
+) -> float:
+    world, sampling = World(0, 1, model.device), Sampling(ANSWER_TOKENS, 1.0, seed, "warm-up")
+    rollout = make_rollout("generate", model, tokenizer, sampling, world, sequences=len(sums))
+    samples = rollout.generate([tokenizer(row["prompt"], add_special_tokens=False).input_ids for row in sums], 1, step)
+    responses = (tokenizer.decode(sample.response_ids, skip_special_tokens=True) for sample in samples)
+    return sum(exact_match(response, row["answer"]) for response, row in zip(responses, sums, strict=True)) / len(sums)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -126,7 +127,9 @@ def shard(model: nn.Module, world: World, hardware: Hardware, methods: Sequence[
     options = {
         "mesh": dist.device_mesh.init_device_mesh(world.device.type, (world.size,)),
         # Inputs are not cast: among them are the old log-probs, which bfloat16 would round.
-        "mp_policy": MixedPrecisionPolicy(getattr(torch, hardware.precision), reduce_dtype=torch.float32, cast_forward_inputs=False),
+        "mp_policy": MixedPrecisionPolicy(
+            getattr(torch, hardware.precision), reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
         "offload_policy": CPUOffloadPolicy() if hardware.offload else OffloadPolicy(),
     }
     for layer in model.base_model.layers:
@@ -154,6 +157,27 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         for unit in units:
             unit.set_reshard_after_forward(unit is not model, recurse=False)  # FSDP's own default: the root stays
             unit.reshard()
+
+
+class Termination:
+    """Notices SIGTERM, as a context manager: the step at hand is finished before the process ends."""
+
+    def __init__(self, world: World) -> None:
+        self.world, self.received = world, False
+
+    def __enter__(self) -> Termination:
+        self.before = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+    def requested(self) -> bool:
+        """Whether any rank was told to stop. A collective."""
+        return bool(self.world.max(torch.tensor(self.received, dtype=torch.int32, device=self.world.device)))
+
+    def _receive(self, *_) -> None:
+        self.received = True
 
 
 def full(tensor: Tensor) -> Tensor:

@@ -1,33 +1,109 @@
-"""Held-out accuracy: greedy, avg@k and unbiased pass@k."""
+"""Held-out accuracy: greedy, avg@n and unbiased pass@k, with intervals, per data source."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import json
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from math import comb
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import numpy as np
+from rich.console import Console
+from rich.table import Table
 
-from bupo.data import Example
-from bupo.rewards import Reward, score
-from bupo.rollout import generate
+from bupo.config import check_new_folder
+from bupo.data import Example, stream_seed
+from bupo.distributed import World
+from bupo.monitor import progress_bar, replace_file
 
-SOLVED = 0.5  # a response counts as right when its reward is above this
+if TYPE_CHECKING:
+    from bupo.rewards import RewardPool
+    from bupo.rollout import Rollout
+
+SOLVED = 0.5  # a response is right when its reward is above this
+RESPONSES = 2048  # sampled at a time per device: what token ids and log-probs may take of the memory
+RESAMPLES = 2000
+
+
+class Estimate(NamedTuple):
+    """A mean over problems with its 95 % bootstrap interval (see :func:`intervals`)."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.1%} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    greedy: float  # share of problems that the most likely response solves
-    avg_at_k: float  # mean share of right responses among k samples
-    pass_at_k: float  # chance that at least one of k samples is right
-    k: int
+    """What share of ``problems`` a policy solves; a response is right when its reward is above :data:`SOLVED`."""
+
     problems: int
+    samples: int  # n, per problem
+    estimates: dict[str, Estimate]  # "greedy" (if asked for), "avg@n", "pass@k" for every k asked for
+    response_tokens: float  # mean over the sampled responses
+    finished: float  # share of the sampled responses
+    reward_failures: int  # responses whose reward failed, greedy ones included; they count as wrong
+    sources: dict[str, Accuracy] = field(default_factory=dict)  # of each data source
+
+    @property
+    def greedy(self) -> float | None:
+        """Share of problems that the most likely response solves."""
+        return self.estimates["greedy"].value if "greedy" in self.estimates else None
 
     def __str__(self) -> str:
-        sampled = f"avg@{self.k} {self.avg_at_k:.1%}, pass@{self.k} {self.pass_at_k:.1%}"
-        return f"greedy {self.greedy:.1%}, {sampled} on {self.problems} problems"
+        """Greedy, avg@n and pass@k of the greatest k."""
+        passes = [name for name in self.estimates if name.startswith("pass@")]
+        shown = [name for name in self.estimates if name not in passes] + passes[-1:]
+        failures = f", {self.reward_failures} rewards failed" if self.reward_failures else ""
+        return f"{', '.join(f'{name} {self.estimates[name]}' for name in shown)} on {self.problems} problems{failures}"
 
-    def as_dict(self) -> dict[str, float]:
-        return asdict(self)
+    def as_dict(self) -> dict:
+        """For JSON: an estimate is three numbers, such as ``greedy``, ``greedy_low`` and ``greedy_high``."""
+        numbers = {}
+        for name, estimate in self.estimates.items():
+            numbers |= {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}
+        for name in ("problems", "samples", "response_tokens", "finished", "reward_failures"):
+            numbers[name] = getattr(self, name)
+        return numbers | ({"sources": {name: source.as_dict() for name, source in self.sources.items()}} if self.sources else {})
+
+    def table(self) -> Table:
+        """One row for each data source and one for all problems."""
+        table = Table(caption="in brackets: 95 % bootstrap intervals over problems", caption_justify="left")
+        table.add_column("source", overflow="fold")
+        for name in ("problems", *self.estimates, "tokens", "finished", "failed"):
+            table.add_column(name, justify="right")
+        for name, row in {**self.sources, "all": self}.items():
+            if row is self:
+                table.add_section()
+            numbers = (f"{row.response_tokens:,.0f}", f"{row.finished:.1%}", str(row.reward_failures))
+            table.add_row(name, str(row.problems), *map(str, row.estimates.values()), *numbers)
+        return table
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response of an evaluation, as ``bupo evaluate --out`` writes it."""
+
+    problem: int  # index of the example
+    source: str
+    prompt: str
+    answer: str
+    response: str
+    reward: float | None  # None: failed
+    tokens: int
+    finished: bool
+    greedy: bool
+
+    @property
+    def right(self) -> bool:
+        return self.reward is not None and self.reward > SOLVED
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -37,39 +113,179 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1 - comb(n - correct, k) / comb(n, k)
 
 
+def intervals(values: np.ndarray, seed: int) -> list[Estimate]:  # [problems, columns] -> one estimate per column
+    """The mean of each column and its 95 % percentile bootstrap interval over the rows.
+
+    The problems are resampled, each with all of its responses, so the interval covers which problems were asked and which
+    responses were sampled. It knows no problem but these: of one problem it is the value itself, of a few it is too narrow, and
+    where all are right (or all wrong) it has no width.
+    """
+    generator, size = np.random.default_rng(seed), len(values)
+    means = np.stack([values[generator.integers(size, size=size)].mean(0) for _ in range(RESAMPLES)])  # [resamples, columns]
+    low, high = np.percentile(means, [2.5, 97.5], axis=0)
+    return [Estimate(*map(float, column)) for column in zip(values.mean(0), low, high, strict=True)]
+
+
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[Example],
-    reward: Reward,
+    rollout: Rollout,
+    decode: Callable[[Sequence[int]], str],
+    examples: Sequence[Example],
+    pool: RewardPool,
+    world: World,
     *,
     samples: int,
-    temperature: float,
-    max_new_tokens: int,
+    ks: Sequence[int],
+    step: int,
     seed: int,
-    batch: int,
+    greedy: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+    collect: Callable[[list[Response]], None] | None = None,
 ) -> Accuracy:
-    """Accuracy of the model's final policy on ``examples``; the same ``seed`` gives the same samples."""
+    """Accuracy of the policy behind ``rollout`` on ``examples``. A collective: arguments and result are those of every rank.
 
-    def right(prompts: list[Example], temperature: float) -> list[bool]:
-        responses = generate(
-            model,
-            tokenizer,
-            [example.prompt for example in prompts],
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            seed=seed,
-            batch=batch,
-        )
-        return (score(reward, responses, prompts) > SOLVED).tolist()
+    The same ``seed`` and ``step`` give the same samples on the same number of devices.
 
-    greedy = right(examples, 0)
-    sampled = right([example for example in examples for _ in range(samples)], temperature)
-    correct = [sum(sampled[i : i + samples]) for i in range(0, len(sampled), samples)]
-    return Accuracy(
-        greedy=sum(greedy) / len(examples),
-        avg_at_k=sum(correct) / len(sampled),
-        pass_at_k=sum(pass_at_k(samples, c, samples) for c in correct) / len(examples),
-        k=samples,
-        problems=len(examples),
+    Args:
+        rollout: its own temperature and length are those of the samples; the greedy response is generated besides.
+        decode: token ids of a response -> text.
+        samples: n, responses sampled per problem.
+        ks: of pass@k, each at most n.
+        progress: told how many problems of this rank are done, and of how many.
+        collect: given the responses of all ranks, some problems at a time.
+    """
+    if not examples or not ks or not all(1 <= k <= samples for k in ks):
+        raise ValueError(f"examples: {len(examples)}, ks: {list(ks)} given, accepted are at least 1 and 1 to samples ({samples})")
+
+    def respond(policy: Rollout, problems: Sequence[int], n: int, greedy: bool) -> list[list[Response]]:
+        """``n`` responses to each of the problems, scored."""
+        asked = [i for i in problems for _ in range(n)]
+        generated = policy.generate([examples[i].prompt_ids for i in problems], n, step)
+        texts = [decode(sample.response_ids) for sample in generated]
+        rewards = pool.score([(text, examples[i].answer) for text, i in zip(texts, asked, strict=True)])
+        responses = [
+            Response(
+                problem=i,
+                source=examples[i].source,
+                prompt=examples[i].prompt,
+                answer=examples[i].answer,
+                response=text,
+                reward=None if math.isnan(reward) else float(reward),
+                tokens=len(sample.response_ids),
+                finished=sample.finished,
+                greedy=greedy,
+            )
+            for i, text, reward, sample in zip(asked, texts, rewards, generated, strict=True)
+        ]
+        return [responses[start : start + n] for start in range(0, len(responses), n)]
+
+    mine = world.share(range(len(examples)))
+    width = max(1, RESPONSES // samples)
+    # Generating is a collective: a rank with fewer problems, or none, takes part as often as the others.
+    parts = math.ceil(math.ceil(len(examples) / world.size) / width)
+    outcomes = []
+    for part in range(parts):
+        problems = mine[part * width : (part + 1) * width]
+        policy = rollout.with_sampling(stream="evaluation", seed=stream_seed(seed, "evaluation", part))
+        first = respond(policy.with_sampling(temperature=0.0), problems, 1, greedy=True) if greedy else [[] for _ in problems]
+        responses = [[*one, *more] for one, more in zip(first, respond(policy, problems, samples, greedy=False), strict=True)]
+        outcomes += map(_outcome, responses)
+        if collect:
+            collect(world.gather([response for group in responses for response in group]))
+        if progress:
+            progress(min((part + 1) * width, len(mine)), len(mine))
+    rows = np.array(world.gather(outcomes), dtype=np.float64)  # [problems, 5], in the order of the examples
+    source = np.array([example.source for example in examples])
+    how = {"samples": samples, "ks": ks, "greedy": greedy, "seed": seed}
+    sources = {name: _accuracy(rows[source == name], **how) for name in dict.fromkeys(source.tolist())}
+    return replace(_accuracy(rows, **how), sources=sources)
+
+
+def _outcome(responses: list[Response]) -> tuple[int, ...]:
+    """What counts of one problem: greedy right; samples right; their tokens; how many finished; failed rewards."""
+    sampled = [r for r in responses if not r.greedy]
+    return (
+        sum(r.right for r in responses if r.greedy),
+        sum(r.right for r in sampled),
+        sum(r.tokens for r in sampled),
+        sum(r.finished for r in sampled),
+        sum(r.reward is None for r in responses),
     )
+
+
+def _accuracy(rows: np.ndarray, samples: int, ks: Sequence[int], greedy: bool, seed: int) -> Accuracy:  # rows [problems, 5]
+    solved, correct, tokens, finished, failures = rows.T
+    columns = {"greedy": solved} if greedy else {}
+    columns[f"avg@{samples}"] = correct / samples
+    for k in sorted(set(ks)):
+        chance = np.array([pass_at_k(samples, c, k) for c in range(samples + 1)])
+        columns[f"pass@{k}"] = chance[correct.astype(int)]
+    estimates = intervals(np.stack(list(columns.values()), 1), seed)
+    responses = len(rows) * samples
+    return Accuracy(
+        problems=len(rows),
+        samples=samples,
+        estimates=dict(zip(columns, estimates, strict=True)),
+        response_tokens=float(tokens.sum() / responses),
+        finished=float(finished.sum() / responses),
+        reward_failures=int(failures.sum()),
+    )
+
+
+def evaluate_model(
+    rollout: Rollout,
+    decode: Callable[[Sequence[int]], str],
+    examples: Sequence[Example],
+    pool: RewardPool,
+    world: World,
+    *,
+    samples: int,
+    ks: Sequence[int],
+    seed: int,
+    greedy: bool = True,
+    out: Path | None = None,
+) -> Accuracy:
+    """:func:`evaluate` as ``bupo evaluate`` runs it: with a progress bar and a table at the end.
+
+    The new folder ``out`` receives ``responses.jsonl`` and ``accuracy.json``, each whole or not at all.
+    Raises :class:`ConfigError` when ``out`` is not new or empty.
+    """
+    if out is not None:
+        check_new_folder(out, "--out")
+        world.barrier()  # before rank 0 puts something there
+    writes = out is not None and world.main
+    if writes:
+        out.mkdir(parents=True, exist_ok=True)
+    settings = {"samples": samples, "ks": ks, "step": 0, "seed": seed, "greedy": greedy}
+
+    def write(responses: list[Response]) -> None:
+        if writes:
+            with partial.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(vars(response)) + "\n" for response in responses)
+
+    partial = out / "responses.jsonl.partial" if writes else None
+    try:
+        with progress_bar(shown=world.main) as bar:
+            task = bar.add_task("evaluation", total=None)
+            accuracy = evaluate(
+                rollout,
+                decode,
+                examples,
+                pool,
+                world,
+                **settings,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                collect=write if out is not None else None,
+            )
+        if writes:
+            partial.replace(out / "responses.jsonl")
+            replace_file(out / "accuracy.json", json.dumps(accuracy.as_dict(), indent=2) + "\n")
+    finally:
+        if writes:
+            partial.unlink(missing_ok=True)
+    reasons = [reason for reason in world.gather([pool.last_failure]) if reason]
+    if world.main:
+        # The width of a file is not known to rich, which would fold the table into 80 columns.
+        Console(width=None if sys.stdout.isatty() else 200).print(accuracy.table())
+        if reasons:
+            print(f"the last reward that failed: {reasons[-1]}")
+    return accuracy

@@ -3,87 +3,323 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
 import time
+import uuid
+from collections.abc import Callable
+from contextlib import ExitStack
+from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING, Any
 
+import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
-from bupo.config import TrainConfig, dump_config
+from bupo.config import ConfigError, TrainConfig, dump_config
 from bupo.data import Example
-from bupo.evaluation import Accuracy
+from bupo.distributed import World
 from bupo.plots import draw_run
-from bupo.rollout import Sample
+
+if TYPE_CHECKING:
+    from bupo.evaluation import Accuracy
+    from bupo.rollout import Sample
+
+# What the line of a step shows, each part where all of its metrics are there.
+PARTS = (
+    ("reward {:.3f}", "reward"),
+    ("({:d} failed)", "reward_failures"),
+    ("len {:.0f}", "response_tokens"),
+    ("loss {:+.4f}", "loss"),
+    ("entropy {:.2f}", "entropy"),
+    ("({:.2f})", "entropy_final"),
+    ("kl {:.3g}", "kl"),
+    ("ppl {:.3f}", "perplexity"),
+    ("clip {:.1%}", "clip_share"),
+    ("grad {:.2f}", "grad_norm"),
+    ("gap {:.4f}", "sampler_gap"),
+    ("{:,.0f} tok/s", "tokens_per_second"),
+    ("MFU {:.0%}", "mfu"),
+    ("{:.0f} GiB", "memory_gib"),
+    ("{:.1f} s", "seconds"),
+    ("({:.1f}+{:.1f}+{:.1f})", "seconds_rollout", "seconds_old", "seconds_update"),
+)
 
 
-def progress_bar() -> Progress:
-    """A bar with the time left, on a terminal; nothing where output is a file."""
-    return Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), transient=True)
+def progress_bar(shown: bool = True) -> Progress:
+    """A bar with the time left, on a terminal; nothing where output is a file or not ``shown``."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        transient=True,
+        disable=not shown,
+        speed_estimate_period=3600,  # steps may take minutes, and two must lie within the period
+    )
+
+
+def step_line(metrics: dict[str, Any], steps: int) -> str:
+    """The console's line for a step; what is absent, None or not worth a word is left out.
+
+    In brackets behind the optimised policy's entropy is the final policy's; behind the seconds, those of rollout + old log-probs + update.
+    """
+    said = dict(metrics)
+    if not said.get("reward_failures"):
+        said["reward_failures"] = None
+    if said["phase"] == "final":  # the optimised policy is the final one
+        said["entropy_final"] = None
+    shown = [(text, [said.get(name) for name in names]) for text, *names in PARTS]
+    parts = [text.format(*values) for text, values in shown if None not in values]
+    joined = "  ".join(parts).replace("  (", " (")
+    return f"step {said['step']:>{len(str(steps))}}/{steps}  {said['phase']:<7}  {joined}"
+
+
+def replace_file(path: Path, text: str) -> None:
+    """``path`` with the content ``text``; at any moment it is whole, the old or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
 
 
 class RunFolder:
-    """The folder of a run, as a context manager.
+    """The folder of a run, as a context manager. Rank 0 writes and prints; on the others every method does nothing.
 
     ========================  ==================================================================
     ``config.yaml``           the resolved configuration
     ``metrics.jsonl``         one line per step, written as it happens
     ``accuracy.jsonl``        held-out accuracy, one line per evaluation
     ``episodes.txt``          groups of sampled responses with reward and advantage, to read
-    ``run.png``               reward, entropies and the phase boundary (also drawn when a run is interrupted)
-    ``checkpoint/``           the trained model and its tokenizer, for ``from_pretrained``
+    ``run.png``               reward, entropies and the phase boundary, drawn at every evaluation and at the end
+    ``tensorboard/``          the same numbers for TensorBoard
+    ``wandb/``, ``wandb.id``  what Weights & Biases keeps here, and the name by which a resumed run finds its own
     ========================  ==================================================================
+
+    A run that continues after step ``resumed_step`` finds its files cut there: what was written later is written again.
+    Raises :class:`ConfigError`, on every rank and before anything is written, when the configured telemetry is not installed.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: TrainConfig, world: World, resumed_step: int = 0) -> None:
         self.path, self.steps = config.output_dir, config.steps
-        self.config = config
+        self.config, self.main, self.resumed_step = config, world.main, resumed_step
         self.metrics: list[dict] = []
         self.accuracies: list[dict] = []
-        self.progress = progress_bar()
+        self.progress = progress_bar(world.main)
+        self.sinks: list[Callable[[int, dict[str, float]], None]] = []
+        self.closing = ExitStack()
+        self.summary_writer, self.wandb = _summary_writer(config.telemetry.tensorboard), _wandb(config.telemetry.wandb)
 
     def __enter__(self) -> RunFolder:
+        if not self.main:
+            return self
         self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+        exists = (self.path / "config.yaml").exists() or self.resumed_step > 0
+        self._connect(exists)
+        if exists:
+            self._cut()
+        replace_file(self.path / "config.yaml", dump_config(self.config))
         self.started = time.perf_counter()
         self.progress.start()
-        self.task = self.progress.add_task("training", total=self.steps)
+        self.task = self.progress.add_task("training", total=self.steps, completed=self.resumed_step)
+        self.parts: dict[str, Any] = {}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.say(f"{len(self.metrics)} of {self.steps} steps in {time.perf_counter() - self.started:.0f} s")
+        if not self.main:
+            return
+        step = self.metrics[-1]["step"] if self.metrics else self.resumed_step
+        taken = timedelta(seconds=round(time.perf_counter() - self.started))
+        since = f" since step {self.resumed_step}" if self.resumed_step else ""
         self.progress.stop()
-        if self.metrics:
-            draw_run(self.metrics, self.accuracies, self.path / "run.png")
+        self.say(f"{step} of {self.steps} steps, {taken}{since}")
+        self.closing.__exit__(kind, error, trace)
+        self._draw()
 
     def say(self, line: str) -> None:
-        self.progress.console.print(line, highlight=False, soft_wrap=True)
+        if self.main:
+            self.progress.console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
-    def log_step(self, metrics: dict) -> None:
-        self.metrics.append(metrics)
-        self._append("metrics.jsonl", metrics)
-        self.progress.update(self.task, completed=metrics["step"])
-        self.say(
-            f"step {metrics['step']:>{len(str(self.steps))}}/{self.steps}  {metrics['phase']:<11}  reward {metrics['reward']:.3f}  "
-            f"loss {metrics['loss']:+.4f}  entropy {metrics['entropy']:.3f} (final {metrics['entropy_final']:.3f})  "
-            f"clipped {metrics['clip_share']:.1%}  grad {metrics['grad_norm']:.2f}  {metrics['tokens_per_second']:,.0f} tok/s"
-        )
+    def show_progress(self, what: str, done: int, total: int) -> None:
+        """A second bar for a part of a step, which goes when it is done."""
+        if not self.main:
+            return
+        if what not in self.parts:
+            self.parts[what] = self.progress.add_task(what)
+        self.progress.update(self.parts[what], completed=done, total=total)
+        if done >= total:
+            self.progress.remove_task(self.parts.pop(what))
+
+    def log_step(self, metrics: dict[str, Any]) -> None:
+        """Numbers and words of a step, ``step`` and ``phase`` among them; numbers that are not finite are written as null."""
+        if not self.main:
+            return
+        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in metrics.items()}
+        self.metrics.append(row)
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.progress.update(self.task, completed=row["step"])
+        self.say(step_line(metrics, self.steps))
+        if row.get("switched"):
+            self.say(f"phase 1 ends after step {row['step']}: {row['switched']}")
+        self._publish("train", row["step"], row)
 
     def log_accuracy(self, step: int, accuracy: Accuracy) -> None:
-        self.accuracies.append({"step": step, **accuracy.as_dict()})
-        self._append("accuracy.jsonl", self.accuracies[-1])
+        """Held-out accuracy after ``step``, in place of one that was logged there before."""
+        if not self.main:
+            return
+        self.accuracies = [row for row in self.accuracies if row["step"] != step] + [{"step": step, **accuracy.as_dict()}]
+        replace_file(self.path / "accuracy.jsonl", "".join(json.dumps(row) + "\n" for row in self.accuracies))
         self.say(f"held-out after step {step}: {accuracy}")
+        self._publish("heldout", step, self.accuracies[-1])
+        self._draw()
 
     def log_episodes(
-        self, step: int, phase: str, group: list[Sample], asked: list[Example], rewards: Tensor, advantages: Tensor
+        self,
+        step: int,
+        phase: str,
+        example: Example,
+        responses: list[str],
+        samples: list[Sample],
+        rewards: list[float],
+        advantages: list[float],
     ) -> None:
         """One prompt's group of responses, as text."""
-        lines = [f"step {step} ({phase})  prompt {group[0].prompt!r}  answer {asked[0].answer!r}"]
-        for sample, reward, advantage in zip(group, rewards.tolist(), advantages.tolist(), strict=True):
+        if not self.main:
+            return
+        # Only this line begins at the margin: whatever a text holds, repr keeps it on one line. So the file can be cut at a step.
+        lines = [f"step {step} ({phase})  prompt {example.prompt!r}  answer {example.answer!r}"]
+        for response, sample, reward, advantage in zip(responses, samples, rewards, advantages, strict=True):
             ending = "" if sample.finished else "  (cut off)"
-            lines.append(f"  reward {reward:.2f}  advantage {advantage:+.2f}  {sample.response!r}{ending}")
+            score = "failed" if math.isnan(reward) else f"{reward:.2f}"
+            lines.append(f"  reward {score}  advantage {advantage:+.2f}  {response!r}{ending}")
         with (self.path / "episodes.txt").open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n\n")
 
-    def _append(self, name: str, row: dict) -> None:
-        with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+    def _cut(self) -> None:
+        """Takes from the files what lies after ``resumed_step``, and reads the rest."""
+        for change in _changes(self.path / "config.yaml", self.config):
+            self.say(f"config: {change}")
+        for name, rows in (("metrics.jsonl", self.metrics), ("accuracy.jsonl", self.accuracies)):
+            path = self.path / name
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+            read = [(line, _row(line)) for line in lines]
+            kept = [(line, row) for line, row in read if row is not None and row["step"] <= self.resumed_step]
+            rows += [row for _, row in kept]
+            if unreadable := sum(row is None for _, row in read):
+                self.say(f"{name}: {unreadable} unreadable line(s) dropped")
+            if lines:
+                replace_file(path, "".join(line + "\n" for line, _ in kept))
+        path = self.path / "episodes.txt"
+        if path.exists():
+            groups = re.split(r"^(?=\S)", path.read_text(encoding="utf-8", errors="replace"), flags=re.MULTILINE)
+            steps = [re.match(r"step (\d+) \(", group) for group in groups]
+            kept = [group for group, step in zip(groups, steps, strict=True) if step and int(step[1]) <= self.resumed_step]
+            replace_file(path, "".join(kept))
+
+    def _connect(self, exists: bool) -> None:
+        """Opens TensorBoard and Weights & Biases, which both continue what was there."""
+        if self.wandb is not None:
+            # A name of its own, kept in the folder: one made from the path would continue whatever run was there before.
+            named = self.path / "wandb.id"
+            settings = {
+                "project": self.config.telemetry.wandb,
+                "id": named.read_text(encoding="utf-8") if named.exists() else uuid.uuid4().hex,
+                "name": self.path.name,
+                "dir": str(self.path),
+                "config": self.config.model_dump(mode="json"),
+            }
+            try:
+                run = self.wandb.init(resume="allow", **settings)
+            except self.wandb.Error as error:
+                reason = " ".join(str(error).split())
+                raise ConfigError(f"telemetry.wandb: {settings['project']!r} given, but Weights & Biases said: {reason}") from None
+            replace_file(named, settings["id"])
+            self.closing.push(lambda kind, error, trace: run.finish(exit_code=int(kind is not None)))
+            # Its own counter cannot go back, so the rows of steps that are done again would be dropped.
+            run.define_metric("*", step_metric="step")
+            self.sinks.append(lambda step, scalars: run.log({**scalars, "step": step}))
+        if self.summary_writer is not None:
+            # TensorBoard hides what an earlier process wrote from purge_step on.
+            purge = {"purge_step": self.resumed_step + 1} if exists else {}
+            writer = self.closing.enter_context(self.summary_writer(str(self.path / "tensorboard"), **purge))
+
+            def to_tensorboard(step: int, scalars: dict[str, float]) -> None:
+                for name, value in scalars.items():
+                    writer.add_scalar(name, value, step)
+                writer.flush()
+
+            self.sinks.append(to_tensorboard)
+
+    def _publish(self, prefix: str, step: int, row: dict[str, Any]) -> None:
+        scalars = _scalars(prefix, row)
+        for sink in self.sinks:
+            sink(step, scalars)
+
+    def _draw(self) -> None:
+        if self.metrics:
+            draw_run(self.metrics, self.accuracies, self.path / "run.png")
+
+
+def _summary_writer(wanted: bool | None) -> type | None:
+    if wanted is False:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        if wanted:
+            raise ConfigError(f"telemetry.tensorboard: true given, accepted with tensorboard installed ({error})") from None
+        return None
+    return SummaryWriter
+
+
+def _wandb(project: str | None) -> Any:
+    if project is None:
+        return None
+    try:
+        import wandb
+    except ImportError as error:
+        raise ConfigError(f"telemetry.wandb: {project!r} given, accepted with wandb installed ({error})") from None
+    return wandb
+
+
+def _row(line: str) -> dict | None:
+    """The JSON object with a step that the line is, or None."""
+    try:
+        row = json.loads(line)
+        return row if isinstance(row["step"], int) else None
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _changes(path: Path, config: TrainConfig) -> list[str]:
+    """What differs between the configuration in ``path`` and ``config``."""
+    if not path.exists():
+        return []
+    try:
+        before = _flat("", yaml.safe_load(path.read_text(encoding="utf-8")))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return [f"{path} was unreadable"]
+    now = _flat("", yaml.safe_load(dump_config(config)))
+
+    def value(tree: dict, key: str) -> str:
+        return json.dumps(tree[key]) if key in tree else "absent"
+
+    keys = dict.fromkeys([*now, *before])
+    return [f"{key} was {value(before, key)}, is {value(now, key)}" for key in keys if value(before, key) != value(now, key)]
+
+
+def _flat(prefix: str, tree: Any) -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for name, below in tree.items() for k, v in _flat(f"{prefix}.{name}" if prefix else str(name), below).items()}
+
+
+def _scalars(prefix: str, row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row as ``prefix/name``; those of a data source as ``prefix/source/name``."""
+    scalars = {f"{prefix}/{name}": value for name, value in row.items() if isinstance(value, (int, float)) and name != "step"}
+    for source, numbers in row.get("sources", {}).items():
+        scalars |= _scalars(f"{prefix}/{source}", numbers)
+    return scalars

@@ -2,35 +2,71 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter, MaxNLocator
+
+# Okabe and Ito's colours, which the colour-blind can tell apart.
+BLUE, SKY, GREEN, VERMILION, PURPLE, YELLOW = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#F0E442"
+
+LEAST = 1e-4  # nats; entropies have a logarithmic axis, on which 0 has no place
+GUARDS = (("kl", "KL(internal ‖ final), nats per token", BLUE), ("perplexity", "perplexity of the final policy", PURPLE))
 
 
 def draw_run(metrics: list[dict], accuracies: list[dict], path: Path) -> None:
-    """Reward with held-out accuracy, and both entropies, over the steps; the phase boundary is a dashed line."""
-    steps = [row["step"] for row in metrics]
-    internal = [row["step"] for row in metrics if row["phase"] != "final"]
-    figure = Figure(figsize=(9, 6), layout="constrained")
-    top, bottom = figure.subplots(2, sharex=True)
+    """Reward with held-out accuracy, both entropies and, where they were measured, KL and perplexity, over the steps.
 
-    top.plot(steps, [row["reward"] for row in metrics], color="#56B4E9", linewidth=1, label="reward of the samples")
-    top.plot(
-        [row["step"] for row in accuracies], [row["greedy"] for row in accuracies], "o-", color="#D55E00", label="held-out, greedy"
-    )
-    rewards = [row["reward"] for row in metrics]
-    top.set(ylabel="reward, accuracy", ylim=(min(0, *rewards) - 0.02, max(1, *rewards) + 0.02))
-    switch = len(internal)  # two policies, so two lines
-    for part, label in ((slice(0, switch), None), (slice(switch, None), "optimised policy")):
-        bottom.plot(steps[part], [row["entropy"] for row in metrics[part]], color="#009E73", label=label)
-    bottom.plot(steps, [row["entropy_final"] for row in metrics], color="#000000", linestyle=":", label="final policy")
-    highest = max(max(row["entropy"], row["entropy_final"]) for row in metrics)
-    bottom.set(ylabel="entropy (nats per token)", xlabel="step", ylim=(0, 1.3 * highest or 1))
-    for axes in (top, bottom):
+    Phase 1 is shaded. Values that are absent or None are passed over. The file appears whole or not at all.
+    """
+
+    def draw(axes: Axes, rows: list[dict], name: str, label: str, color: str, least: float = -np.inf, **style) -> None:
+        rows = [row for row in rows if row.get(name) is not None]
+        if rows:
+            marker = "." if len(rows) < 50 else None
+            steps, values = [row["step"] for row in rows], [max(row[name], least) for row in rows]
+            axes.plot(steps, values, color=color, linewidth=1.2, marker=marker, label=label, **style)
+
+    internal = [row for row in metrics if row["phase"] != "final"]
+    guards = [guard for guard in GUARDS if any(row.get(guard[0]) is not None for row in metrics)]
+    figure = Figure(figsize=(9, 8.5 if guards else 6), layout="constrained")
+    panels = figure.subplots(3 if guards else 2, sharex=True)
+    for axes in panels:
         if internal:
-            axes.axvspan(0, internal[-1] + 0.5, color="#F0E442", alpha=0.2, linewidth=0, label=f"phase 1: {metrics[0]['phase']}")
-            axes.axvline(internal[-1] + 0.5, color="grey", linestyle="--", linewidth=1)
+            boundary, label = internal[-1]["step"] + 0.5, f"phase 1: {internal[0]['phase']}"
+            axes.axvspan(0, boundary, color=YELLOW, alpha=0.2, linewidth=0, label=label if axes is panels[0] else None)
+            axes.axvline(boundary, color="grey", linestyle="--", linewidth=1)
         axes.grid(alpha=0.3)
-    top.legend(loc="lower right")
-    bottom.legend(loc="upper right")
-    figure.savefig(path, dpi=150)
+
+    reward, entropy = panels[:2]
+    draw(reward, metrics, "reward", "reward of the samples", SKY)
+    if heldout := [row for row in accuracies if row.get("greedy") is not None]:
+        steps, low, greedy, high = ([row[name] for row in heldout] for name in ("step", "greedy_low", "greedy", "greedy_high"))
+        bars = np.maximum([np.subtract(greedy, low), np.subtract(high, greedy)], 0)
+        reward.errorbar(steps, greedy, bars, fmt="o-", markersize=4, capsize=3, color=VERMILION, label="held-out, greedy (95 %)")
+    reward.set_ylabel("reward, accuracy")
+
+    draw(entropy, internal, "entropy", "internal policy", GREEN, LEAST)
+    final = [row if row["phase"] != "final" else {**row, "entropy_final": row.get("entropy")} for row in metrics]
+    draw(entropy, final, "entropy_final", "final policy", "black", LEAST)
+    entropy.set(ylabel="entropy (nats per token)", yscale="log")  # an inner layer's may be ten times the final policy's
+    entropy.yaxis.set_major_formatter("{x:g}")
+    entropy.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    for axes in (reward, entropy):
+        if handles := axes.get_legend_handles_labels()[0]:
+            axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles), frameon=False)
+
+    for place, (name, label, color) in enumerate(guards):
+        axes = panels[2].twinx() if place else panels[2]
+        draw(axes, metrics, name, label, color, linestyle="--" if place else "-")
+        axes.set_ylabel(label, color=color)
+    last = max(row["step"] for row in [*metrics, *accuracies])
+    panels[-1].set(xlabel="step", xlim=(-0.02 * last, 1.02 * last + 0.1))
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, dpi=150, format="png")
+    os.replace(partial, path)

@@ -1,17 +1,28 @@
-"""Verifiable rewards: functions of (response, answer) -> float, named in the configuration by import path."""
+"""Verifiable rewards: functions of (response, answer) -> float, named by import path and run in processes that can be killed.
+
+Worker processes import this module: it must stay light, without torch and numpy.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
+import logging
 import math
-from collections.abc import Callable
-
-import torch
-from torch import Tensor
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from multiprocessing.connection import wait
+from typing import Any
 
 from bupo.config import ConfigError
-from bupo.data import Example
-from bupo.rollout import Sample
 
 Reward = Callable[[str, str], float]
 
@@ -21,25 +32,319 @@ def exact_match(response: str, answer: str) -> float:
     return float(response.strip() == answer.strip())
 
 
-def score(reward: Reward, samples: list[Sample], asked: list[Example]) -> Tensor:  # [B]
-    """The reward of each sample. Raises ``ValueError`` when one is not a finite number."""
-    rewards = [float(reward(sample.response, example.answer)) for sample, example in zip(samples, asked, strict=True)]
-    for value, sample in zip(rewards, samples, strict=True):
-        if not math.isfinite(value):
-            raise ValueError(f"reward: {value} returned for the response {sample.response!r}, accepted are finite numbers")
-    return torch.tensor(rewards)
+def boxed_string(response: str, answer: str) -> float:
+    r"""The reference's grader: 1.0 when the last ``\boxed{}`` is the answer's string after the normalisation of the MATH benchmark.
+
+    It is about strings: 0.25 is not 1/4, and ``\text{Yes}`` is not Yes.
+    """
+    boxed = last_boxed(response)
+    return float(boxed is not None and normalise_math(boxed) == normalise_math(answer))
+
+
+def math_verify(response: str, answer: str) -> float:
+    r"""1.0 when the response's answer equals ``answer`` as mathematics, by the package math-verify.
+
+    The response's answer is its last ``\boxed{}``; without any ``\boxed``, what math-verify finds in the whole text.
+    """
+    from math_verify import parse, verify
+
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off: the pool has its own
+    given = last_boxed(response) if r"\boxed" in response else response
+    if given is None:
+        return 0.0
+    if (word := _word(answer)) in ("yes", "no", "true", "false"):
+        return float(_word(given) == word)
+    if given.split() == answer.split():
+        return 1.0
+    bases, given_bases = (re.findall(r"[0-9A-Z]_\{?(\d+)\}?", text) for text in (answer, given))
+    if bases and given_bases and bases != given_bases:  # math-verify drops the bases of numerals
+        return 0.0
+    # Without its fallback to strings, which cuts some of them short.
+    options = {"fallback_mode": "no_fallback", "parsing_timeout": None}
+    gold = parse(rf"\boxed{{{answer}}}", **options)
+    target = parse(response if given is response else rf"\boxed{{{given}}}", **options)
+    if not gold or not target:
+        return 0.0
+    if getattr(gold[0], "is_Relational", False) and not gold[0].free_symbols:
+        return float(gold == target)  # math-verify compares solutions: there are none, as of any other such relation
+    decimals = _decimals(answer, gold[0])
+    precision = {"float_rounding": decimals, "numeric_precision": decimals + 9}
+    return float(verify(gold, target, **precision, allow_set_relation_comp=True, timeout_seconds=None))
+
+
+math_verify.package = "math_verify"  # for load_reward
+
+
+def last_boxed(text: str) -> str | None:
+    r"""What the last ``\boxed{}`` holds; None without one, or when its braces do not close."""
+    _, found, rest = text.rpartition(r"\boxed")
+    depth = 0
+    for brace in re.finditer(r"[{}]", rest if found and rest.startswith("{") else ""):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return rest[1 : brace.start()]
+    return None
+
+
+_REMOVED_OR_REWRITTEN = (
+    ("\n", ""),
+    (r"\!", ""),
+    ("\\\\", "\\"),
+    ("tfrac", "frac"),
+    ("dfrac", "frac"),
+    (r"\left", ""),
+    (r"\right", ""),
+    (r"^{\circ}", ""),
+    (r"^\circ", ""),
+    (r"\$", ""),
+)
+
+
+def normalise_math(text: str) -> str:
+    """The answer in the spelling of Hendrycks' MATH benchmark: formatting, degrees, dollars, percents and units are gone."""
+    for old, new in _REMOVED_OR_REWRITTEN:
+        text = text.replace(old, new)
+    text = text.partition(r"\text{ ")[0].replace(r"\%", "")  # a text that begins with a space is a unit
+    text = re.sub(r"(^|[ {])\.", r"\g<1>0.", text)
+    text = re.sub(r"^[^=]{0,2}=([^=]*)$", r"\1", text)  # x=5
+    text = re.sub(r"\\sqrt([^{])", r"\\sqrt{\1}", text).replace(" ", "")
+    text = re.sub(r"\\frac([^{])(?:([^{])|(?=\{))", lambda m: rf"\frac{{{m[1]}}}" + (f"{{{m[2]}}}" if m[2] else ""), text)
+    if text == "0.5":
+        return r"\frac{1}{2}"
+    return re.sub(r"^(0|-?[1-9][0-9]*)/(0|-?[1-9][0-9]*)$", r"\\frac{\1}{\2}", text)
+
+
+def _word(text: str) -> str:
+    r"""``text`` in lower case without ``\text{}`` and its like, and without dollars, full stops and spaces around it."""
+    while (plain := re.sub(r"\\(?:text\w*|math\w+|mbox|operatorname)\s*\{([^{}]*)\}", r"\1", text)) != text:
+        text = plain
+    return text.strip("$. \t\n").casefold()
+
+
+def _decimals(answer: str, gold: Any) -> int:
+    """To how many decimals math-verify compares: its six, as many as the answer has, and more below 1, so that 1e-9 is not 0."""
+    written = max((len(digits) for digits in re.findall(r"\.(\d+)", answer)), default=0)
+    try:
+        size = abs(float(gold))
+    except (TypeError, ValueError, OverflowError):  # no number
+        size = 0
+    return max(6, written, 5 - math.floor(math.log10(size)) if 0 < size < 1 else 0)
 
 
 def load_reward(path: str) -> Reward:
     """The function ``module:function`` names. Raises :class:`ConfigError` when there is none."""
     module_name, colon, function_name = path.partition(":")
     if not colon:
-        raise ConfigError(f"reward: {path!r} given, accepted is module:function")
+        raise ConfigError(f"reward.function: {path!r} given, accepted is module:function")
     try:
         reward = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # whatever a user's module raises while it is imported
-        reason = f"{type(error).__name__}: {error}"
-        raise ConfigError(f"reward: {path!r} given, accepted is an importable module:function ({reason})") from error
+        importlib.import_module(getattr(reward, "package", module_name))  # now, or it would count as time of the first call
+    except (Exception, SystemExit) as error:  # whatever a user's module raises while it is imported
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigError(f"reward.function: {path!r} given, accepted is an importable module:function ({reason})") from error
     if not callable(reward):
-        raise ConfigError(f"reward: {path!r} is a {type(reward).__name__}, accepted is a function of (response, answer)")
+        raise ConfigError(f"reward.function: {path!r} is a {type(reward).__name__}, accepted is a function of (response, answer)")
     return reward
+
+
+class RewardPool:
+    """Processes that compute rewards, and that are killed when one takes too long. One thread at a time may use it, any thread.
+
+    A call that fails costs its own sample and nothing else: the reward is nan, ``failures`` counts it by reason ("timeout",
+    "exception", "not finite", "died") and ``last_failure`` describes it in a line.
+
+    Args:
+        function: ``module:function``, imported once by each process, found as here or in the current folder.
+        timeout: seconds of a call, the import not included.
+    """
+
+    start_timeout = 60.0  # seconds for the import
+
+    def __init__(self, function: str, *, timeout: float, workers: int) -> None:
+        self.function, self.timeout, self.workers = function, timeout, workers
+        self.failures: Counter[str] = Counter()
+        self.last_failure: str | None = None
+        self._pool: list[_Worker] = []
+
+    def __enter__(self) -> RewardPool:
+        """Starts the processes. Raises :class:`ConfigError` when they cannot import the function."""
+        self.score([])
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        while self._pool:
+            self._pool.pop().kill()
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """The reward of each (response, answer), in order; nan where it failed."""
+        rewards = [math.nan] * len(pairs)
+        pending = deque(enumerate(pairs))
+        try:
+            self._fill()
+            while pending or any(worker.busy for worker in self._pool):
+                waiting = pending and not all(worker.busy for worker in self._pool)
+                deadline = min((worker.deadline for worker in self._pool if worker.busy), default=math.inf)
+                heard = wait(self._pool, 0 if waiting else max(0.0, deadline - time.monotonic()))
+                for worker in heard:
+                    self._hear(worker, rewards)
+                for worker in [worker for worker in self._pool if worker.busy and worker not in heard]:
+                    if time.monotonic() > worker.deadline:
+                        self._lose(worker, "timeout", f"no answer within {self._limit(worker):g} s")
+                if pending:
+                    self._fill()
+                for worker in [worker for worker in self._pool if not worker.busy][: len(pending)]:
+                    self._ask(worker, *pending.popleft())
+        except BaseException:  # KeyboardInterrupt too: whoever asks next must not hear answers to these questions
+            self.close()
+            raise
+        return rewards
+
+    def _fill(self) -> None:
+        while len(self._pool) < self.workers:
+            self._pool.append(_Worker(self.function, self.start_timeout))
+
+    def _limit(self, worker: _Worker) -> float:
+        return self.start_timeout if worker.pair is None else self.timeout
+
+    def _ask(self, worker: _Worker, index: int, pair: tuple[str, str]) -> None:
+        try:
+            worker.ask(index, pair, self.timeout)
+        except OSError as error:
+            self._lose(worker, "died", f"the process takes no question ({type(error).__name__})")
+
+    def _hear(self, worker: _Worker, rewards: list[float]) -> None:
+        try:
+            if (message := worker.hear()) is None:
+                return
+            kind, value = message
+        except (OSError, EOFError, ValueError, TypeError):
+            self._lose(worker, "died", "the process ended")
+            return
+        if kind == "error":
+            raise ConfigError(value)
+        if kind == "reward":
+            rewards[worker.index] = value
+        elif kind != "ready":
+            self._count(kind, value, worker.pair)
+        worker.busy = False
+
+    def _lose(self, worker: _Worker, reason: str, detail: str) -> None:
+        """Ends a worker; :meth:`_fill` replaces it."""
+        self._pool.remove(worker)
+        worker.kill()
+        detail = f"{detail} (exit code {worker.process.returncode})" if reason == "died" else detail
+        if worker.busy and worker.pair is None:
+            reason = f"while it was imported: {detail}"
+            raise ConfigError(f"reward.function: {self.function!r} given, accepted is an importable module:function ({reason})")
+        if worker.busy:
+            self._count(reason, detail, worker.pair)
+
+    def _count(self, reason: str, detail: str, pair: tuple[str, str]) -> None:
+        self.failures[reason] += 1
+        self.last_failure = f"{reason}: {detail}; response {pair[0]!r:.200}, answer {pair[1]!r:.80}"
+
+
+# A process of its own kind instead of multiprocessing's: that runs the parent's __main__ again, and it talks through pickles.
+_BOOT = "import sys; sys.path[:] = sys.argv[3:]; from bupo.rewards import _work; _work(sys.argv[1], int(sys.argv[2]))"
+
+
+class _Worker:
+    """A process, and what it is busy with until the deadline: the import, or a pair."""
+
+    def __init__(self, function: str, timeout: float) -> None:
+        self.socket, other = socket.socketpair()
+        with other:
+            self.process = subprocess.Popen(
+                [sys.executable, "-u", "-c", _BOOT, function, str(other.fileno()), *map(str, sys.path), os.getcwd()],
+                bufsize=0,
+                stdin=subprocess.PIPE,  # nothing is written to it: that it closes tells of this process' end
+                stdout=2,  # what a reward prints is to be seen, but not among this process' output
+                pass_fds=[other.fileno()],
+                start_new_session=True,  # Ctrl-C is not for it; and what it starts can be killed with it
+            )
+        self.busy = True
+        self.index: int | None = None
+        self.pair: tuple[str, str] | None = None
+        self.deadline = time.monotonic() + timeout
+        self._received = b""
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def ask(self, index: int, pair: tuple[str, str], timeout: float) -> None:
+        """Raises ``OSError`` when the process does not take it."""
+        self.busy, self.index, self.pair, self.deadline = True, index, pair, time.monotonic() + timeout
+        self.socket.settimeout(timeout)
+        self.socket.sendall(json.dumps(pair).encode() + b"\n")
+
+    def hear(self) -> list[Any] | None:
+        """A message, or None when only part of it is there. Raises ``EOFError``, ``OSError`` or ``ValueError`` when none comes."""
+        data = self.socket.recv(1 << 16)
+        if not data:
+            raise EOFError
+        self._received += data
+        if not self._received.endswith(b"\n"):
+            return None
+        line, self._received = self._received, b""
+        return json.loads(line)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.socket.close()
+        self.process.stdin.close()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(5)  # a process that waits for a broken disk cannot be killed; it is left alone
+
+
+def _work(function: str, descriptor: int) -> None:
+    """The life of a worker process: answers questions on the socket until the other end closes."""
+    _die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):  # schedulers send them to every process of a job; the parent decides
+        signal.signal(number, lambda *_: None)  # SIG_IGN would be inherited by what the reward starts
+    with socket.socket(fileno=descriptor) as connection:
+        connection.set_inheritable(False)
+
+        def send(kind: str, value: float | str | None) -> None:
+            connection.sendall(json.dumps([kind, value]).encode() + b"\n")
+
+        try:
+            reward = load_reward(function)
+        except ConfigError as error:
+            return send("error", str(error))
+        send("ready", None)
+        for question in connection.makefile("rb"):
+            send(*_outcome(reward, *json.loads(question)))
+
+
+def _outcome(reward: Reward, response: str, answer: str) -> tuple[str, float | str]:
+    """("reward", its value), or why there is none and a description."""
+    try:
+        value = reward(response, answer)
+    except (Exception, SystemExit) as error:
+        return "exception", " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    try:
+        if math.isfinite(value):
+            return "reward", float(value)
+    except Exception:  # whatever the value's class raises
+        pass
+    return "not finite", f"{value!r:.100} ({type(value).__name__}) returned, accepted are finite numbers"
+
+
+def _die_with_parent() -> None:
+    """Has the kernel kill this process when the parent ends, however it ends and whatever this process is doing (Linux).
+
+    Not by PR_SET_PDEATHSIG: its parent is a thread, and a pool may outlive the thread that started it.
+    """
+    import fcntl
+
+    lifeline = os.dup(0)
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)
+    if hasattr(fcntl, "F_SETSIG"):
+        fcntl.fcntl(lifeline, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(lifeline, fcntl.F_SETFL, os.O_ASYNC)

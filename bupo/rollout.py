@@ -1,112 +1,356 @@
-"""Responses sampled from the final policy, and the batch that training makes of them."""
+"""Responses sampled from the model's final policy: by transformers' continuous batching, its ``generate``, or vLLM."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+import gc
+import math
+import os
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-IGNORE = -100  # target of a position that is not followed by a response token
+from bupo.config import ConfigError
+from bupo.data import stream_seed
+from bupo.distributed import World, full, unsharded
 
 
 @dataclass(frozen=True)
 class Sample:
-    prompt: str
-    response: str
-    prompt_ids: list[int]
-    response_ids: list[int]  # ends with the end-of-sequence token if finished
-    finished: bool
-
-
-@torch.no_grad()
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[str],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    seed: int,
-    batch: int | None = None,
-) -> list[Sample]:
-    """One response of the model's final policy to each prompt, in order.
-
-    Args:
-        temperature: 0 decodes greedily; otherwise the softmax is sampled whole (no top-k, no top-p).
-        seed: of the sampling. The global generator is seeded with it, so a step's samples depend on the step alone.
-        batch: sequences at a time; None runs all at once.
-    """
-    torch.manual_seed(seed)
-    batch = batch or max(len(prompts), 1)
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    settings = GenerationConfig(
-        **(sampling if temperature > 0 else {"do_sample": False}),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    was_training, own_settings = model.training, model.generation_config
-    # What generate is not told it takes from the checkpoint (a repetition penalty, min_p), which would be another policy.
-    model.eval().generation_config = GenerationConfig()
-    try:
-        parts = (prompts[start : start + batch] for start in range(0, len(prompts), batch))
-        return [sample for part in parts for sample in _generate_together(model, tokenizer, part, settings)]
-    finally:
-        model.train(was_training).generation_config = own_settings
-
-
-def _generate_together(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], settings: GenerationConfig
-) -> Iterator[Sample]:
-    encoded = tokenizer(prompts, padding=True, padding_side="left", return_tensors="pt", return_token_type_ids=False)
-    encoded = encoded.to(model.device)
-    sequences = model.generate(**encoded, generation_config=settings)
-    responses = sequences[:, encoded.input_ids.shape[1] :].tolist()
-    for prompt, ids, mask, response in zip(prompts, encoded.input_ids, encoded.attention_mask, responses, strict=True):
-        finished = tokenizer.eos_token_id in response
-        if finished:
-            response = response[: response.index(tokenizer.eos_token_id) + 1]
-        text = tokenizer.decode(response, skip_special_tokens=True)
-        yield Sample(prompt, text, ids[mask.bool()].tolist(), response, finished)
+    prompt_ids: Sequence[int]
+    response_ids: Sequence[int]  # ends with the end-of-sequence token if finished
+    logprobs: Sequence[float] | None  # of the sampler, after temperature, one per response token; None if greedy
+    finished: bool  # False: cut off at max_new_tokens
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Prompts with responses, one sequence a row, padded on the right (where nothing real looks, so no attention mask)."""
+class Sampling:
+    """The softmax is sampled whole: no top-k, no top-p, no penalty, whatever the checkpoint's own settings say."""
 
-    input_ids: Tensor  # [B, S]
-    targets: Tensor  # [B, S], the token after each position; IGNORE but for response tokens
-    advantages: Tensor  # [B, S]
-    old_logprobs: Tensor | None = None  # [B, S], of the optimised policy before the step's first update
-
-    @property
-    def mask(self) -> Tensor:  # [B, S] bool, True on response tokens
-        return self.targets != IGNORE
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    def __getitem__(self, rows: slice | Tensor) -> Batch:
-        """Some of the sequences, cut to the longest of them."""
-        width = int(self.mask[rows].any(0).nonzero().max()) + 1
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Batch(**{name: t if t is None else t[rows, :width] for name, t in tensors.items()})
-
-    def split(self, size: int) -> Iterator[Batch]:
-        """Batches of at most ``size`` sequences."""
-        return (self[start : start + size] for start in range(0, len(self), size))
+    max_new_tokens: int
+    temperature: float  # 0 = greedy
+    seed: int  # of the run
+    stream: str = "rollout"  # of data.STREAMS
 
 
-def collate(samples: list[Sample], advantages: Tensor, pad_token_id: int, device: torch.device) -> Batch:
-    """The training batch of ``samples`` with one advantage each, ``advantages[B]``."""
-    width = max(len(s.prompt_ids) + len(s.response_ids) for s in samples)
-    input_ids = torch.full((len(samples), width), pad_token_id)
-    targets = torch.full((len(samples), width), IGNORE)
-    for row, sample in enumerate(samples):
-        ids = torch.tensor(sample.prompt_ids + sample.response_ids)
-        input_ids[row, : len(ids)] = ids
-        targets[row, len(sample.prompt_ids) - 1 : len(ids) - 1] = ids[len(sample.prompt_ids) :]
-    return Batch(input_ids.to(device), targets.to(device), advantages.to(device).unsqueeze(1).expand(-1, width))
+class Rollout(Protocol):
+    sampling: Sampling
+
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, step: int) -> list[Sample]:
+        """``n`` responses to each prompt, those of one prompt together, in order.
+
+        A collective: every rank calls it, also with no prompts. The samples depend on weights, prompts, ``sampling``, ``step``
+        and rank alone, and the global random generators stay as they were. Raises RuntimeError when a response fails.
+        """
+        ...
+
+    def with_sampling(self, **changes: Any) -> Rollout:
+        """The same engine with another :class:`Sampling`, e.g. ``with_sampling(temperature=0.0, stream="evaluation")``."""
+        ...
+
+
+def make_rollout(
+    engine: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sampling: Sampling,
+    world: World,
+    *,
+    sequences: int,
+    longest: int | None = None,
+    precision: str = "bfloat16",
+    vllm_memory: float = 0.5,
+) -> Rollout:
+    """The engine called ``engine``: "continuous", "generate" or "vllm".
+
+    Args:
+        sequences: generated at a time per device.
+        longest: tokens of prompt and response together; vllm only, None = as many as the model has positions.
+        precision: of the weights; vllm only, the others use the model's.
+        vllm_memory: share of the GPU's memory that vLLM may take.
+
+    Raises:
+        ConfigError: vLLM is not installed.
+    """
+    if engine == "vllm":
+        llm = _start_vllm(model, world, sequences, longest, precision, vllm_memory)
+        return VLLM(model, tokenizer, sampling, world, sequences, llm)
+    if engine not in _ENGINES:
+        raise ValueError(f"engine: {engine!r} given, accepted are {', '.join(_ENGINES)}, vllm")
+    return _ENGINES[engine](model, tokenizer, sampling, world, sequences)
+
+
+@dataclass(frozen=True)
+class _Engine:
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    sampling: Sampling
+    world: World
+    sequences: int
+
+    def with_sampling(self, **changes: Any) -> Rollout:
+        return replace(self, sampling=replace(self.sampling, **changes))
+
+    def _seed(self, *indices: int) -> int:
+        return stream_seed(self.sampling.seed, self.sampling.stream, *indices)
+
+    def _ends(self) -> list[int]:
+        """The tokens that end a response: the checkpoint's and the tokenizer's."""
+        own = self.model.generation_config.eos_token_id
+        ids = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
+        return sorted(ids - {None})
+
+    def _settings(self) -> GenerationConfig:
+        ends, padding = self._ends(), self.tokenizer.pad_token_id
+        policy = {"do_sample": True, "temperature": self.sampling.temperature, "top_k": 0, "top_p": 1.0}
+        return GenerationConfig(
+            **(policy if self.sampling.temperature > 0 else {"do_sample": False}),
+            max_new_tokens=self.sampling.max_new_tokens,
+            eos_token_id=ends or None,
+            pad_token_id=padding if padding is not None else (ends or [0])[0],
+        )
+
+
+@dataclass(frozen=True)
+class _Transformers(_Engine):
+    """Generates with the training model itself, each rank by itself on the whole weights."""
+
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, step: int) -> list[Sample]:
+        settings = self._settings()
+        requests = [list(prompt) for prompt in prompts for _ in range(n)]
+        with self._ready():
+            responses = self._responses(requests, settings, step) if requests else []
+        ends = settings.eos_token_id or []
+        return [
+            Sample(prompt, tokens, logprobs, tokens[-1] in ends)
+            for prompt, (tokens, logprobs) in zip(requests, responses, strict=True)
+        ]
+
+    @abstractmethod
+    def _responses(
+        self, prompts: list[list[int]], settings: GenerationConfig, step: int
+    ) -> list[tuple[list[int], list[float] | None]]:
+        """Tokens and log-probs of one response to each prompt."""
+
+    @contextmanager
+    def _ready(self) -> Iterator[None]:
+        model, device = self.model, self.world.device
+        training, attention, own_settings = model.training, model.config._attn_implementation, model.generation_config
+        with unsharded(model), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+            try:
+                # Caches of keys and values are off while training, and the attention of packed batches knows none.
+                model.eval().set_attn_implementation(self._attention)
+                # What it is not told, transformers takes from the checkpoint (a repetition penalty, min_p): another policy.
+                model.generation_config = GenerationConfig()
+                yield
+            finally:
+                model.train(training).set_attn_implementation(attention)
+                model.generation_config = own_settings
+
+
+_FIELDS = {field.name for field in fields(ContinuousBatchingConfig)}
+_PAGE = 32  # tokens; the unit of the cache, and of prompts that requests share
+_PREFILL = 1024  # tokens a forward pass may hold; its attention mask is this × the cache
+
+
+class ContinuousBatching(_Transformers):
+    """transformers' continuous batching: a finished response makes room for the next prompt.
+
+    Every call has a manager and a cache of its own, so no keys and values outlive an update of the weights. The cache holds
+    ``sequences`` of the longest length that this call can produce; further requests wait. With scaled_dot_product_attention each
+    token attends, masked, to the whole cache: the cost of a step grows with the square of ``sequences``.
+    """
+
+    # Before 5.2x "sdpa" may become flash attention by itself.
+    _attention = "sdpa" if "auto_switch_to_flash" in _FIELDS else "paged|sdpa"
+
+    def _responses(
+        self, prompts: list[list[int]], settings: GenerationConfig, step: int
+    ) -> list[tuple[list[int], list[float] | None]]:
+        together = min(self.sequences, len(prompts))
+        pages = math.ceil((max(map(len, prompts)) + self.sampling.max_new_tokens) / _PAGE) + 1  # 5.17 takes one ahead
+        config = ContinuousBatchingConfig(
+            **{"page_size" if "page_size" in _FIELDS else "block_size": _PAGE},
+            **({"auto_switch_to_flash": False} if "auto_switch_to_flash" in _FIELDS else {}),
+            num_blocks=together * pages,
+            max_requests_per_batch=together,
+            max_batch_tokens=max(together, _PREFILL),
+            safety_margin=0.0,  # the cache holds the longest sequences as it is
+            return_logprobs=settings.do_sample,
+            seed=self._seed(step, self.world.rank),
+        )
+        manager = self.model.init_continuous_batching(settings, config)
+        # Queued before the thread starts: what it does then depends on nothing but its input, bit by bit.
+        names = manager.add_requests(prompts, max_new_tokens=settings.max_new_tokens)
+        gc.freeze()  # the manager collects garbage twice: 0.2 s each if it had to look at everything alive
+        try:
+            manager.warmup()  # makes the cache in this thread, so that its errors are raised here
+            manager.start()
+            manager.stop()  # when all is generated, or has failed
+        except MemoryError as error:
+            raise ConfigError(f"rollout.sequences: {self.sequences} given, accepted are fewer: {error}") from error
+        finally:
+            if manager.is_running():  # interrupted
+                manager.stop(hard_stop=True)
+            gc.unfreeze()
+        outputs = {output.request_id: output for output in iter(manager.get_result, None)}
+        for number, name in enumerate(names, 1):
+            error = outputs[name].error if name in outputs else "no result"
+            if error is not None:
+                cause = manager.background_thread_status.fatal_error
+                raise RuntimeError(f"rollout: response {number} of {len(names)} failed: {error}") from cause
+        return [(outputs[name].generated_tokens, outputs[name].logprobs if settings.do_sample else None) for name in names]
+
+
+class Generate(_Transformers):
+    """transformers' ``generate`` on left-padded batches of ``sequences``; each runs until its longest response ends."""
+
+    _attention = "sdpa"
+
+    def _responses(
+        self, prompts: list[list[int]], settings: GenerationConfig, step: int
+    ) -> list[tuple[list[int], list[float] | None]]:
+        responses = []
+        for start in range(0, len(prompts), self.sequences):
+            torch.manual_seed(self._seed(step, self.world.rank, start))
+            responses += self._together(prompts[start : start + self.sequences], settings)
+        return responses
+
+    def _together(
+        self, prompts: list[list[int]], settings: GenerationConfig
+    ) -> Iterator[tuple[list[int], list[float] | None]]:
+        width = max(map(len, prompts))
+        padding = [width - len(prompt) for prompt in prompts]
+        ids = [[settings.pad_token_id] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
+        mask = [[0] * pad + [1] * (width - pad) for pad in padding]
+        drawn = _DrawnLogprobs(settings.temperature) if settings.do_sample else None
+        sequences = self.model.generate(
+            torch.tensor(ids, device=self.model.device),
+            attention_mask=torch.tensor(mask, device=self.model.device),
+            generation_config=settings,
+            logits_processor=[drawn] if drawn else None,
+            synced_gpus=False,  # every rank has whole weights and generates by itself
+        )
+        logprobs = drawn.until(sequences).tolist() if drawn else [None] * len(prompts)
+        for tokens, row in zip(sequences[:, width:].tolist(), logprobs, strict=True):
+            length = next((i for i, token in enumerate(tokens, 1) if token in self._ends()), len(tokens))
+            yield tokens[:length], row and row[:length]
+
+
+class _DrawnLogprobs(LogitsProcessor):
+    """Changes nothing; takes down the log-prob of each token that was drawn, [B] a step, without keeping any [B, V]."""
+
+    def __init__(self, temperature: float) -> None:
+        self.temperature, self.columns, self.scores = temperature, [], None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # [B, S], [B, V]: before temperature
+        if self.scores is not None:
+            self._draw(input_ids)
+        self.scores = scores / self.temperature
+        return scores
+
+    def until(self, sequences: Tensor) -> Tensor:
+        """The log-probs [B, T] of the last T tokens of ``sequences[B, S + T]``, all that were drawn."""
+        self._draw(sequences)
+        return torch.stack(self.columns, 1)
+
+    def _draw(self, input_ids: Tensor) -> None:
+        self.columns.append(self.scores.gather(1, input_ids[:, -1:]).squeeze(1) - self.scores.logsumexp(1))
+
+
+_ENGINES = {"continuous": ContinuousBatching, "generate": Generate}
+
+
+@dataclass(frozen=True)
+class VLLM(_Engine):
+    """vLLM in this process, one engine per rank, on the GPU that also trains: it sleeps, and frees its memory, between calls.
+
+    Weights are pushed before every call, so the samples are always of the model as it is.
+
+    Written against the source of vLLM 0.33 and tested against an imitation of it: it has never run on a GPU here.
+    """
+
+    llm: Any
+
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, step: int) -> list[Sample]:
+        import vllm
+
+        ends, greedy = self._ends(), self.sampling.temperature == 0
+        settings = [
+            vllm.SamplingParams(
+                n=1 if greedy else n,  # vLLM refuses more
+                temperature=self.sampling.temperature,
+                max_tokens=self.sampling.max_new_tokens,
+                seed=self._seed(step, self.world.rank, number),  # the n responses count on from it
+                logprobs=None if greedy else 0,  # of the drawn token only
+                stop_token_ids=ends,
+                detokenize=False,
+            )
+            for number in range(len(prompts))
+        ]
+        torch.cuda.empty_cache()  # what torch has reserved, vLLM cannot wake up in
+        self.llm.wake_up(tags=["weights"])
+        self.llm.apply_model(self._push)
+        self.llm.wake_up(tags=["kv_cache"])
+        self.llm.reset_prefix_cache()
+        try:
+            requests = [vllm.TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
+            outputs = self.llm.generate(requests, settings, use_tqdm=False) if requests else []
+        finally:
+            self.llm.sleep(level=1)  # level 2 loses state of some models: vllm#29341, NeMo-RL#2631
+        if len(outputs) != len(prompts) or any(len(output.outputs) != params.n for output, params in zip(outputs, settings)):
+            raise RuntimeError(f"rollout: vLLM answered {len(outputs)} of {len(prompts)} prompts, or not all {n} times")
+        return [
+            _vllm_sample(prompt, response, ends)
+            for prompt, output in zip(prompts, outputs, strict=True)
+            for response in output.outputs * (n if greedy else 1)
+        ]
+
+    def _push(self, engine_model: torch.nn.Module) -> None:
+        """Loads the model's weights, each gathered from its shards in turn (a collective), into vLLM's model."""
+        parameters = self.model.named_parameters()
+        loaded = engine_model.load_weights((name, full(parameter.detach())) for name, parameter in parameters)
+        if loaded is not None and (missing := {name for name, _ in engine_model.named_parameters()} - loaded):
+            raise RuntimeError(f"rollout: vLLM's model has parameters that the trained one lacks: {', '.join(sorted(missing))}")
+
+
+def _vllm_sample(prompt: Sequence[int], response: Any, ends: list[int]) -> Sample:
+    tokens = list(response.token_ids)
+    logprobs = response.logprobs and [at[token].logprob for token, at in zip(tokens, response.logprobs, strict=True)]
+    return Sample(prompt, tokens, logprobs, tokens[-1] in ends)
+
+
+def _start_vllm(
+    model: PreTrainedModel, world: World, sequences: int, longest: int | None, precision: str, memory: float
+) -> Any:
+    # In this process, to reach the engine's model; and as torchrun would have set them, where it did not.
+    os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    for name, value in (("RANK", world.rank), ("LOCAL_RANK", 0), ("WORLD_SIZE", world.size)):
+        os.environ.setdefault(name, str(value))
+    try:
+        import vllm
+    except ImportError as error:
+        remedy = "accepted are continuous, generate, and vllm where it is installed: pip install vllm"
+        raise ConfigError(f"rollout.engine: 'vllm' given, {remedy} ({error})") from error
+    llm = vllm.LLM(
+        model=model.name_or_path,
+        load_format="dummy",  # the weights are pushed
+        dtype=precision,
+        skip_tokenizer_init=True,
+        generation_config="vllm",  # not the checkpoint's own
+        max_model_len=longest,
+        max_num_seqs=sequences,
+        gpu_memory_utilization=memory,
+        logprobs_mode="processed_logprobs",  # after temperature
+        distributed_executor_backend="external_launcher",  # each rank an engine of its own, within the trainer's process group
+        tensor_parallel_size=1,
+        enable_sleep_mode=True,
+    )
+    llm.sleep(level=1)
+    return llm

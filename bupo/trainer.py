@@ -2,190 +2,329 @@
 
 from __future__ import annotations
 
+import math
+import random
+import resource
 import time
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from bupo.advantages import group_advantages
-from bupo.checkpoint import save_checkpoint
-from bupo.config import ConfigError, TrainConfig
-from bupo.data import PromptOrder, load_examples, stream_seed
+from bupo.advantages import estimate_advantages
+from bupo.attention import packed_options, training_attention
+from bupo.batching import MicroBatch, fill, pack, pack_all, token_weights, tokens
+from bupo.checkpoint import Checkpoints, last_step, require_space, space_needed
+from bupo.config import TrainConfig
+from bupo.cost import check_fits, load_architecture, parameters, peak_flops, training_flops, work_of
+from bupo.data import Example, PromptOrder, load_examples, stream_seed
+from bupo.distributed import Termination, World, full, process_group
 from bupo.evaluation import Accuracy, evaluate
+from bupo.guard import PerplexityGuard
+from bupo.model import export, load_model, load_tokenizer, make_optimizer
 from bupo.monitor import RunFolder
-from bupo.rewards import load_reward, score
-from bupo.rollout import Batch, collate, generate
-from bupo.schedule import FINAL, OptimisedPolicy, policy_at
-from bupo_kernels import FusedLMHead, LinearLogprobs, PolicyObjective, policy_logprobs, policy_loss
-from bupo_kernels.internal_policy import MODEL_TYPES
-from bupo_kernels.policy_losses import batch_denominator
+from bupo.rewards import RewardPool
+from bupo.rollout import Rollout, Sample, Sampling, make_rollout
+from bupo.schedule import FINAL, OptimisedPolicy, Schedule, learning_rate
+from bupo_kernels import PolicyObjective
 
 
-def train(config: TrainConfig) -> tuple[Accuracy, Accuracy]:
-    """Trains as ``config`` says and leaves the run folder behind; returns held-out accuracy before and after.
+def train(config: TrainConfig) -> list[Accuracy]:
+    """Trains as ``config`` says, from the start or from the newest checkpoint in its run folder; returns the held-out accuracies.
 
-    Raises :class:`ConfigError`, before anything is written, when a value does not fit the model or the data.
+    Raises :class:`ConfigError`, before anything is written, when a value does not fit the model, the data or the machine. On
+    SIGTERM the step is finished and a checkpoint written; the same call later goes on from there.
     """
-    examples = load_examples(config.data.train, "data.train")
-    heldout = load_examples(config.data.heldout, "data.heldout")
-    reward = load_reward(config.reward)
-    model, tokenizer = load_model(config)
-    optimizer = torch.optim.AdamW(
-        model.parameters(),
-        lr=config.optimizer.learning_rate,
-        betas=config.optimizer.betas,
-        weight_decay=config.optimizer.weight_decay,
-        fused=True,
-    )
-    order = PromptOrder(examples, config.rollout.prompts, config.seed)
-    group, max_new_tokens = config.rollout.samples, config.rollout.max_new_tokens
+    with process_group(config.hardware) as world, Termination(world) as termination:
+        architecture, model, tokenizer, optimizer, schedule, rollout, order, heldout, checkpoints, last = prepare(config, world)
+        group, accuracies = config.rollout.samples, []
 
-    def accuracy() -> Accuracy:
-        how = config.evaluation.model_dump(exclude={"every"})
-        seed = stream_seed(config.seed, "evaluation")
-        return evaluate(model, tokenizer, heldout, reward, max_new_tokens=max_new_tokens, seed=seed, **how)
+        def decode(ids: Sequence[int]) -> str:
+            return tokenizer.decode(ids, skip_special_tokens=True)
 
-    with RunFolder(config) as run:
-        run.log_accuracy(0, before := accuracy())
-        for step in range(1, config.steps + 1):
-            started = time.perf_counter()
-            policy = policy_at(step, config)
+        with RewardPool(**config.reward.model_dump()) as pool, RunFolder(config, world, last) as run:
 
-            # Rollouts come from the final policy in both phases.
-            asked = [example for example in order.at(step) for _ in range(group)]
-            samples = generate(
-                model,
-                tokenizer,
-                [example.prompt for example in asked],
-                max_new_tokens=max_new_tokens,
-                temperature=config.rollout.temperature,
-                seed=stream_seed(config.seed, "rollout", step),
-            )
-            rewards = score(reward, samples, asked)  # [P·G]
-            advantages = group_advantages(rewards.view(-1, group), config.objective.advantage_std).flatten()
-            batch = collate(samples, advantages, tokenizer.pad_token_id, model.device)
+            def log_accuracy(step: int) -> None:
+                how, sampled = config.evaluation, rollout.with_sampling(temperature=config.evaluation.temperature)
+                if heldout:
+                    numbers = {"samples": how.samples, "ks": how.k, "step": 0, "seed": config.seed}
+                    progress = partial(run.show_progress, "evaluation")
+                    accuracies.append(evaluate(sampled, decode, heldout, pool, world, **numbers, progress=progress))
+                    run.log_accuracy(step, accuracies[-1])
 
-            # Everything in the loss is of the policy being optimised; the final policy's entropy is only looked at.
-            old_logprobs, entropy = statistics(model, batch, policy, config)
-            entropy_final = entropy if policy == FINAL else statistics(model, batch, FINAL, config)[1]
-            batch = replace(batch, old_logprobs=old_logprobs)
-            mini_batches = batch.split(config.optimizer.mini_batch * group)
-            updates = [update(model, optimizer, mini_batch, policy, config) for mini_batch in mini_batches]
+            guarded = schedule.needs_perplexity(last + 1)
+            guard = PerplexityGuard(model, rollout, heldout, config, world, last) if guarded else None
+            if last == 0:
+                log_accuracy(0)
+            for step in range(last + 1, config.steps + 1):
+                clock = Clock()
+                policy = schedule.policy(step)
+                rate = set_learning_rate(optimizer, learning_rate(step, config))
 
-            tokens = int(batch.mask.sum())
-            run.log_step(
-                {
-                    "step": step,
-                    "phase": policy.phase,
-                    "reward": rewards.mean().item(),
-                    "loss": sum(u.loss for u in updates) / len(updates),
-                    "entropy": (entropy.sum() / tokens).item(),
-                    "entropy_final": (entropy_final.sum() / tokens).item(),
-                    "clip_share": sum(u.clipped for u in updates) / tokens,
-                    "grad_norm": sum(u.grad_norm for u in updates) / len(updates),
-                    "response_tokens": tokens / len(samples),
-                    "finished": sum(s.finished for s in samples) / len(samples),
-                    "tokens_per_second": sum(len(s.prompt_ids) + len(s.response_ids) for s in samples)
-                    / (time.perf_counter() - started),
-                }
-            )
-            if step % config.episodes_every == 0 or step == 1:
-                run.log_episodes(step, policy.phase, samples[:group], asked[:group], rewards[:group], advantages[:group])
-            if config.evaluation.every and step % config.evaluation.every == 0 and step < config.steps:
-                run.log_accuracy(step, accuracy())
-        save_checkpoint(model, tokenizer, run.path / "checkpoint")
-        run.log_accuracy(config.steps, after := accuracy())
-    return before, after
+                # Rollouts come from the final policy in both phases: each rank's prompts, then everyone's samples.
+                asked = order.at(step)
+                mine = world.share(asked)
+                samples = rollout.generate([example.prompt_ids for example in mine], group, step)
+                clock.lap("rollout")
+                answers = [example.answer for example in mine for _ in range(group)]
+                responses = [decode(sample.response_ids) for sample in samples]
+                scores = world.gather(pool.score(list(zip(responses, answers, strict=True))))
+                samples, responses = world.gather(samples), world.gather(responses[:group])
+                rewards = torch.tensor(scores).view(len(asked), group)  # NaN where a reward failed
+                advantages = estimate_advantages(rewards, config.objective.advantage, config.objective.advantage_std)
+                clock.lap("reward")
 
+                # Everything in the loss is of the policy being optimised; the final policy is only looked at.
+                with training_attention(model, config.hardware.attention):
+                    seen = look(model, samples, policy, step, config, world)
+                    seen["perplexity"] = guard.measure(model) if guard and policy != FINAL else None
+                    clock.lap("look")
+                    mini_batches = make_mini_batches(samples, rewards, advantages, config, world)
+                    for batches in mini_batches:
+                        batches[:] = [with_old_logprobs(model, batch, policy, config) for batch in batches]
+                    clock.lap("old")
+                    updates = [update(model, optimizer, batches, policy, config, world) for batches in mini_batches if batches]
+                    clock.lap("update")
 
-def load_model(config: TrainConfig) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in fp32 with a :class:`FusedLMHead`, and its tokenizer. Raises :class:`ConfigError`."""
-    try:
-        # internal_policy would refuse these too, but only after the weights have been read.
-        architecture = AutoConfig.from_pretrained(config.model)
-        if architecture.model_type not in MODEL_TYPES:
-            raise ValueError(f"it is of type {architecture.model_type}, accepted are {', '.join(MODEL_TYPES)}")
-        depth = architecture.num_hidden_layers
-        if config.policy == "bupo" and config.bupo.layer > depth:
-            raise ConfigError(f"bupo.layer: {config.bupo.layer} given, accepted are 1 to {depth} (the layers of {config.model})")
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
-        if tokenizer.eos_token_id is None:
-            raise ValueError("its tokenizer has no end-of-sequence token")
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
-        FusedLMHead.adopt(model.get_output_embeddings())
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"model: {config.model} cannot be used: {' '.join(str(error).split())}") from None
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device: {config.device!r} given, accepted are auto, cpu, cuda, cuda:N ({reason})") from None
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    # The old and the new log-probs of a ratio must come from one and the same network: no dropout.
-    return model.eval(), tokenizer
+                metrics = {"step": step, "phase": policy.phase, "learning_rate": rate, **seen, **describe_updates(updates)}
+                metrics |= describe_samples(samples, rewards, advantages) | clock.seconds
+                metrics |= describe_speed(samples, advantages, policy, clock.seconds, architecture, config, world)
+                if policy != FINAL:
+                    metrics["switched"] = schedule.observe(step, metrics["reward"], seen["kl"], seen["perplexity"])
+                run.log_step(metrics)
+                if step == 1 or step % config.telemetry.episodes_every == 0:
+                    first = (samples[:group], rewards[0].tolist(), advantages[0].tolist())
+                    run.log_episodes(step, policy.phase, asked[0], responses[:group], *first)
+                if config.evaluation.every and step % config.evaluation.every == 0 and step < config.steps:
+                    log_accuracy(step)
+                stop = termination.requested()
+                if stop or step == config.steps or (config.checkpoints.every and step % config.checkpoints.every == 0):
+                    checkpoints.save(step, model, optimizer, {"schedule": schedule.state_dict()})
+                if stop and step < config.steps:
+                    run.say(f"SIGTERM: a checkpoint of step {step} is written; the same command goes on from there")
+                    return accuracies
+            export(model, tokenizer, config.output_dir / "model", world)
+            log_accuracy(config.steps)
+            run.say(f"picture, metrics, episodes, checkpoints and the model are in {config.output_dir}")
+    return accuracies
 
 
-def forward(model: PreTrainedModel, batch: Batch, policy: OptimisedPolicy, config: TrainConfig) -> LinearLogprobs:
-    return policy_logprobs(model, batch.input_ids, batch.targets, temperature=config.rollout.temperature, **policy.options)
+class Setup(NamedTuple):
+    architecture: PretrainedConfig
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    rollout: Rollout
+    order: PromptOrder
+    heldout: list[Example]
+    checkpoints: Checkpoints
+    last: int  # step of the checkpoint that it comes from, or 0
+
+
+def prepare(config: TrainConfig, world: World) -> Setup:
+    """All that a run needs, as the newest checkpoint left it. Nothing is written; raises :class:`ConfigError`."""
+    checkpoints = Checkpoints(config.output_dir / "checkpoints", config.checkpoints.keep, world)
+    last = last_step(config, checkpoints)
+    architecture = load_architecture(config)
+    check_fits(architecture, config)
+    require_space(config.output_dir, space_needed(parameters(architecture).total, config.checkpoints.keep))
+    tokenizer = load_tokenizer(config.model)
+    examples = load_examples(config.data.train, config.data, tokenizer, "data.train")
+    heldout = [e for where in config.heldout for e in load_examples(where, config.data, tokenizer, "data.heldout")]
+    model = load_model(config.model, config.hardware, world)
+    optimizer, schedule = make_optimizer(model, config.optimizer), Schedule(config)
+    if last:
+        schedule.load_state_dict(checkpoints.load(last, model, optimizer)["schedule"])
+    how = config.rollout
+    sampling = Sampling(how.max_new_tokens, how.temperature, config.seed)
+    engine = {"sequences": how.sequences, "longest": sum(config.lengths), "vllm_memory": how.vllm_memory}
+    rollout = make_rollout(how.engine, model, tokenizer, sampling, world, precision=config.hardware.precision, **engine)
+    order = PromptOrder(examples, how.prompts, config.seed)
+    return Setup(architecture, model, tokenizer, optimizer, schedule, rollout, order, heldout, checkpoints, last)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
+    for group in optimizer.param_groups:
+        group["lr"] = group["scale"] * rate
+    return rate
+
+
+def make_mini_batches(
+    samples: list[Sample], rewards: Tensor, advantages: Tensor, config: TrainConfig, world: World
+) -> list[list[MicroBatch]]:
+    """This rank's micro-batches of each optimizer step; as many on every rank, none where no sample has a gradient.
+
+    Samples whose reward failed are left out. Those of zero advantage (their whole group was right, or wrong) add exactly nothing to
+    loss and gradient: they count in the denominators, and cost nothing.
+    """
+    size = config.optimizer.mini_batch * config.rollout.samples
+    valid, advantages = rewards.flatten().isfinite().tolist(), advantages.flatten().tolist()
+    mini_batches = []
+    for first in range(0, len(samples), size):
+        counted = [i for i in range(first, first + size) if valid[i]]
+        weights = token_weights([len(samples[i].response_ids) for i in counted], config.objective.aggregation)
+        active = [(samples[i], advantages[i] * weight) for i, weight in zip(counted, weights, strict=True) if advantages[i] != 0]
+        parts, coefficients = [part for part, _ in active], [coefficient for _, coefficient in active]
+        mini_batches.append(pack_all(parts, coefficients, config.hardware.max_tokens_per_device, world))
+    return mini_batches
+
+
+def call_options(batch: MicroBatch, policy: OptimisedPolicy, config: TrainConfig) -> dict[str, Any]:
+    """What a policy's log-probs, loss and divergence are all asked with."""
+    temperature = {"temperature": config.rollout.temperature}
+    return packed_options(batch, config.hardware.attention) | temperature | policy.options
 
 
 @torch.no_grad()
-def statistics(model: PreTrainedModel, batch: Batch, policy: OptimisedPolicy, config: TrainConfig) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies, each ``[B, S]``, of the response tokens under ``policy`` as the weights stand."""
-    width = batch.targets.shape[1]
-    parts = [forward(model, micro, policy, config) for micro in batch.split(config.optimizer.micro_batch)]
-    logprobs, entropy = (
-        torch.cat([F.pad(getattr(part, name), (0, width - part.logprobs.shape[1])) for part in parts])
-        for name in ("logprobs", "entropy")
-    )
-    return logprobs, entropy
+def with_old_logprobs(model: PreTrainedModel, batch: MicroBatch, policy: OptimisedPolicy, config: TrainConfig) -> MicroBatch:
+    """The batch with the log-probs of its response tokens under ``policy`` as the weights stand."""
+    options = call_options(batch, policy, config)
+    found = model.policy_logprobs(batch.input_ids, batch.targets, return_entropy=False, **options)
+    return replace(batch, old_logprobs=found.logprobs)
 
 
 class Update(NamedTuple):
+    """Of one optimizer step, over all ranks."""
+
     loss: float
     clipped: float  # tokens on which a clip decided
+    kl_old: float  # summed over tokens
+    tokens: float  # of the samples with a gradient
+    ratio_max: float
     grad_norm: float  # before clipping
+    micro_batches: int  # on each rank
 
 
 def update(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batch: Batch, policy: OptimisedPolicy, config: TrainConfig
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    micro_batches: list[MicroBatch],
+    policy: OptimisedPolicy,
+    config: TrainConfig,
+    world: World,
 ) -> Update:
-    """One optimizer step on a mini-batch, its gradient summed over micro-batches.
+    """One optimizer step on a mini-batch, its gradient summed over micro-batches and ranks.
 
-    Sequences of zero advantage (their whole group was right, or wrong) add exactly nothing to loss and gradient; they count
-    in the denominator, and cost nothing. A mini-batch of nothing else makes no step.
+    The weights of the aggregation are in the coefficients: a positive factor of an advantage is one of its term, clipped or not.
     """
     how = config.objective
-    objective = PolicyObjective(
-        clip_low=how.clip_low, clip_high=how.clip_high, dual_clip=how.dual_clip, aggregation=how.aggregation
-    )
-    denominator = batch_denominator(batch.mask, how.aggregation)
-    active = batch.advantages[:, 0] != 0
-    if not active.any():
-        return Update(loss=0.0, clipped=0.0, grad_norm=0.0)
-    loss, clipped = 0.0, 0.0
-    for micro in batch[active].split(config.optimizer.micro_batch):
-        micro_loss, metrics = policy_loss(
-            model,
-            micro.input_ids,
-            micro.targets,
-            micro.advantages,
-            old_logprobs=micro.old_logprobs,
+    objective = PolicyObjective(clip_low=how.clip_low, clip_high=how.clip_high, dual_clip=how.dual_clip)
+    sums, ratio_max = torch.zeros(4, device=world.device), torch.ones((), device=world.device)
+    for batch in micro_batches:
+        loss, metrics = model.policy_loss(
+            batch.input_ids,
+            batch.targets,
+            batch.coefficients,
+            old_logprobs=batch.old_logprobs,
             objective=objective,
-            denominator=denominator,
-            temperature=config.rollout.temperature,
-            **policy.options,
+            denominator=1,
+            **call_options(batch, policy, config),
         )
-        micro_loss.backward()
-        loss += micro_loss.item()
-        clipped += ((metrics.clipped_low + metrics.clipped_high) * metrics.active_rows).item()
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm, error_if_nonfinite=True)
+        (loss * world.size).backward()  # FSDP averages over the ranks
+        rows, clipped = metrics.active_rows, metrics.clipped_low + metrics.clipped_high
+        sums += torch.stack([loss.detach(), clipped * rows, metrics.kl_old * rows, rows])
+        ratio_max = torch.maximum(ratio_max, metrics.ratio_max)
+    grad_norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)).item()
+    if not math.isfinite(grad_norm):
+        raise FloatingPointError(f"gradient norm {grad_norm}: the weights are as before this update, the last checkpoint is good")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return Update(loss, clipped, grad_norm.item())
+    return Update(*world.sum(sums).tolist(), world.max(ratio_max).item(), grad_norm, len(micro_batches))
+
+
+@torch.no_grad()
+def look(
+    model: PreTrainedModel, samples: list[Sample], policy: OptimisedPolicy, step: int, config: TrainConfig, world: World
+) -> dict[str, float | None]:
+    """Both policies on one micro-batch a rank of randomly chosen samples, before the updates: a bounded cost, an unbiased mean."""
+    chosen = random.Random(stream_seed(config.seed, "look", step)).sample(range(len(samples)), len(samples))
+    parts, _ = fill([tokens(sample) for sample in samples], chosen, world.size, config.hardware.max_tokens_per_device)
+    mine = sorted((samples[i] for i in parts[world.rank]), key=tokens)
+    batch = pack(mine, [0.0] * len(mine), world.device)
+
+    final = model.policy_logprobs(batch.input_ids, batch.targets, **call_options(batch, FINAL, config))
+    entropy, divergence = final.entropy, torch.zeros(())
+    if policy != FINAL:
+        options = call_options(batch, policy, config)
+        entropy = model.policy_logprobs(batch.input_ids, batch.targets, **options).entropy
+        divergence = model.policy_divergence(batch.input_ids, batch.mask, **options)
+    gap = torch.where(batch.mask, (final.logprobs - batch.sampler_logprobs).abs(), 0)
+    sums = [x.sum(dtype=torch.float64) for x in (entropy, final.entropy, divergence.to(entropy), gap, batch.mask)]
+    *sums, count = world.sum(torch.stack(sums)).tolist()
+    names = ("entropy", "entropy_final", "kl", "sampler_gap")
+    means = {name: value / count for name, value in zip(names, sums, strict=True)}
+    known = {"kl": policy != FINAL, "sampler_gap": math.isfinite(means["sampler_gap"])}
+    return {name: mean if known.get(name, True) else None for name, mean in means.items()}
+
+
+def describe_samples(samples: list[Sample], rewards: Tensor, advantages: Tensor) -> dict[str, float]:
+    return {
+        "reward": rewards.nanmean().item(),
+        "reward_failures": int(rewards.isnan().sum()),
+        "active": (advantages != 0).float().mean().item(),
+        "response_tokens": sum(len(sample.response_ids) for sample in samples) / len(samples),
+        "finished": sum(sample.finished for sample in samples) / len(samples),
+    }
+
+
+def describe_updates(updates: list[Update]) -> dict[str, float]:
+    count, tokens_ = len(updates) or 1, sum(u.tokens for u in updates) or 1
+    return {
+        "loss": sum(u.loss for u in updates) / count,
+        "clip_share": sum(u.clipped for u in updates) / tokens_,
+        "kl_old": sum(u.kl_old for u in updates) / tokens_,
+        "ratio_max": max((u.ratio_max for u in updates), default=1.0),
+        "grad_norm": sum(u.grad_norm for u in updates) / count,
+        "micro_batches": sum(u.micro_batches for u in updates),
+    }
+
+
+def describe_speed(
+    samples: list[Sample],
+    advantages: Tensor,
+    policy: OptimisedPolicy,
+    seconds: dict[str, float],
+    architecture: PretrainedConfig,
+    config: TrainConfig,
+    world: World,
+) -> dict[str, float | None]:
+    """Tokens per second of the whole step; model FLOP/s and MFU of one device in old log-probs and updates; peak memory."""
+    read = [(len(sample.prompt_ids), len(sample.response_ids)) for sample in samples]
+    trained = work_of(lengths for lengths, advantage in zip(read, advantages.flatten().tolist(), strict=True) if advantage)
+    rate = training_flops(architecture, config, trained, policy.layer, policy.module).model / world.size
+    rate /= seconds["seconds_old"] + seconds["seconds_update"]
+    if world.device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(world.device), config.hardware.precision)
+        memory = torch.cuda.max_memory_allocated(world.device)
+        torch.cuda.reset_peak_memory_stats(world.device)
+    else:
+        peak, memory = None, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process, since its start
+    if config.telemetry.peak_tflops is not None:
+        peak = 1e12 * config.telemetry.peak_tflops
+    return {
+        "layers": policy.layer or architecture.num_hidden_layers,
+        "tokens_per_second": sum(map(sum, read)) / seconds["seconds"],
+        "tflops": rate / 1e12,
+        "mfu": rate / peak if peak else None,
+        "memory_gib": memory / 2**30,
+    }
+
+
+class Clock:
+    """Seconds of the parts of a step, and of all of them."""
+
+    def __init__(self) -> None:
+        self.last, self.seconds = time.perf_counter(), {"seconds": 0.0}
+
+    def lap(self, name: str) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[f"seconds_{name}"] = now - self.last
+        self.seconds["seconds"] += now - self.last
+        self.last = now

@@ -2,8 +2,8 @@
 
 With ``A^l`` and ``F^l`` the outputs of attention and FFN in layer ``l`` and ``H^l`` the residual stream after it, the policies are
 ``softmax(H^l E_uᵀ)``, ``softmax(A^l E_uᵀ)`` and ``softmax(F^l E_uᵀ)``. Layers count from 1. The decoders of transformers ≥ 5 all
-loop over ``self.layers[: self.config.num_hidden_layers]`` and then call ``self.norm``; a truncated *copy* of the config and two
-hooks on that norm are therefore enough, and no modelling code is copied or edited.
+loop over ``self.layers[: self.config.num_hidden_layers]`` and then call ``self.norm``; a truncated *copy* of the config and hooks on
+the last block and on that norm are therefore enough, and no modelling code is copied or edited.
 """
 
 from __future__ import annotations
@@ -64,12 +64,19 @@ def internal_policy(model: nn.Module, layer: int, module: str = "layer", final_n
     truncated = copy.copy(config)
     truncated.num_hidden_layers = layer
     captured: list[Tensor] = []
+    differentiable = True
 
-    def instead_of_the_residual(_, inputs: tuple[Tensor]) -> Tensor:
-        output = captured.pop()
-        if inputs[0].requires_grad and not output.requires_grad:
+    def instead_of_the_residual(_, __, output: Tensor | tuple) -> Tensor | tuple:
+        nonlocal differentiable
+        inner = captured.pop()
+        differentiable = inner.requires_grad
+        check_gradient(None, (_tensor(output),))
+        return (inner, *output[1:]) if isinstance(output, tuple) else inner
+
+    def check_gradient(_, states: tuple[Tensor]) -> None:
+        # Releases of transformers differ in whether a block's hooks run within its checkpoint: it shows here, or at the norm.
+        if states[0].requires_grad and not differentiable:
             raise ValueError("model: checkpoints activations with use_reentrant=True, accepted is use_reentrant=False")
-        return output
 
     def save_whole(*arguments, **options) -> None:
         backbone.config = config
@@ -82,7 +89,9 @@ def internal_policy(model: nn.Module, layer: int, module: str = "layer", final_n
         if module != "layer":
             source = block.self_attn if module == "attention" else block.mlp
             undo.callback(source.register_forward_hook(lambda _, __, output: captured.append(_tensor(output))).remove)
-            undo.callback(backbone.norm.register_forward_pre_hook(instead_of_the_residual).remove)
+            # It becomes the block's own output, before FSDP2's hooks see it: they gather the block for the backward of its output.
+            undo.callback(block.register_forward_hook(instead_of_the_residual, prepend=True).remove)
+            undo.callback(backbone.norm.register_forward_pre_hook(check_gradient).remove)
         if not final_norm:
             # The norm is still called, and its output dropped: FSDP2 gathers a head that shares its unit around that call.
             undo.callback(backbone.norm.register_forward_hook(lambda _, inputs, __: inputs[0]).remove)
@@ -180,7 +189,7 @@ def policy_divergence(
     model_options: dict | None = None,
     **options,
 ) -> Tensor:
-    """``KL(π^l ‖ π)`` of the policy of ``layer`` from the model's own at the positions of ``mask``, ``[B, S]`` in nats, no gradient.
+    """``KL(π^l ‖ π)`` of the policy of ``layer`` from the model's own where ``mask`` is True, ``[B, S]`` in nats, no gradient.
 
     Arguments as in :func:`policy_logprobs`; ``options`` as in :func:`bupo_kernels.linear_divergence`.
     """

@@ -1,7 +1,7 @@
 """``KL(p ‖ q)`` of two policies that share an unembedding, streamed over slices of the vocabulary; a statistic, no gradient.
 
-With ``m = max z^p``, ``s = Σ e^(z^p−m)`` and ``u = Σ e^(z^p−m) (z^p − z^q)``: ``KL = u/s − (m + ln s) + lse(z^q)``. Both logits of a
-slice are at hand together, so W is read once.
+With ``m = max z^p``, ``s = Σ e^(z^p−m)`` and ``u = Σ e^(z^p−m) (z^p − z^q)``: ``KL = u/s − (m + ln s) + lse(z^q)``.
+Both logits of a slice are at hand together, so W is read once.
 """
 
 from __future__ import annotations

@@ -1,0 +1,64 @@
+"""How well the final policy still predicts what the first model said: the guard on phase 1 that the paper's Figure 5c suggests."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from bupo.attention import packed_options, training_attention
+from bupo.batching import pack_all
+from bupo.config import ConfigError, TrainConfig
+from bupo.data import Example
+from bupo.distributed import World
+from bupo.rollout import Rollout, Sample
+
+FILE = "guard.json"  # in the run folder: the first model is gone when a run is resumed
+
+
+class PerplexityGuard:
+    """Responses of the first model to held-out prompts, and its perplexity on them; what is measured later is relative to it."""
+
+    def __init__(
+        self, model: PreTrainedModel, rollout: Rollout, heldout: Sequence[Example], config: TrainConfig, world: World, last: int
+    ) -> None:
+        self.attention, self.max_tokens, self.world = config.hardware.attention, config.hardware.max_tokens_per_device, world
+        path = config.output_dir / FILE
+        if last == 0:
+            asked = heldout[: config.bupo.guards.responses]
+            prompts = [example.prompt_ids for example in world.share(asked)]
+            samples = world.gather(rollout.with_sampling(stream="guard").generate(prompts, 1, 0))
+            self._hold(samples)
+            self.first = 1.0
+            self.first = self.measure(model)
+            if world.main:
+                pairs = [[list(sample.prompt_ids), list(sample.response_ids)] for sample in samples]
+                partial = path.with_suffix(".partial")
+                partial.write_text(json.dumps({"perplexity": self.first, "responses": pairs}), encoding="utf-8")
+                os.replace(partial, path)
+            world.barrier()
+            return
+        if not path.is_file():
+            raise ConfigError(f"output_dir: {path} is missing, accepted is a run folder with it, or bupo.guards.perplexity: null")
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        self._hold([Sample(prompt, response, None, True) for prompt, response in saved["responses"]])
+        self.first = saved["perplexity"]
+
+    def _hold(self, samples: list[Sample]) -> None:
+        self.micro_batches = pack_all(samples, [0.0] * len(samples), self.max_tokens, self.world)
+
+    @torch.no_grad()
+    def measure(self, model: PreTrainedModel) -> float:
+        """Perplexity of ``model``'s own policy, over that of the first model. A collective."""
+        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        with training_attention(model, self.attention):
+            for batch in self.micro_batches:
+                options = packed_options(batch, self.attention)
+                found = model.policy_logprobs(batch.input_ids, batch.targets, return_entropy=False, **options)
+                total += torch.stack([found.logprobs.sum(dtype=torch.float64), batch.mask.sum()])
+        logprobs, count = self.world.sum(total).tolist()
+        return math.exp(-logprobs / count) / self.first
