@@ -50,20 +50,27 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
         self.world.barrier()
-        weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
-        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=partial)
-        torch.save(_random_state(), partial / f"random-{self.world.rank}.pt")
-        self.world.barrier()
+        try:
+            self._write(partial, {"step": step, "world_size": self.world.size, **state}, model, optimizer)
+        except BaseException:  # of a full disk dcp makes one that is no Exception
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         if self.world.main:
-            facts = {"step": step, "world_size": self.world.size, **state}
-            (partial / "state.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
-            for path in (*partial.iterdir(), partial):  # on disk before the name says that it is
-                _sync(path)
             os.replace(partial, self.path(step))
             _sync(self.folder)
             for old in self._steps()[: -self.keep]:
                 shutil.rmtree(self.path(old))
         self.world.barrier()
+
+    def _write(self, folder: Path, state: dict[str, Any], model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+        weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
+        dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=folder)
+        torch.save(_random_state(), folder / f"random-{self.world.rank}.pt")
+        self.world.barrier()
+        if self.world.main:
+            (folder / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+            for path in (*folder.iterdir(), folder):  # on disk before the name says that it is
+                _sync(path)
 
     def load(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Puts weights and optimizer state back, and, on as many ranks as saved it, random states; returns the ``state``."""

@@ -17,7 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 2 bad input (one line on stderr, nothing written), 130 interrupted."""
     options = _parser().parse_args(arguments)
     try:
-        return options.run(options)
+        return options.do(options)
     except ConfigError as error:
         if int(os.environ.get("RANK", 0)) == 0:  # under torchrun all say the same
             print(f"bupo {options.command}: {error}", file=sys.stderr)
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print memory per device and FLOPs per step from the model's config alone, and stop"
     )
     train.add_argument("--devices", type=int, default=1, metavar="N", help="how many the dry run is for (default 1)")
-    train.set_defaults(run=_train)
+    train.set_defaults(do=_train)
 
     evaluate = commands.add_parser(
         "evaluate",
@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="key.path=value",
         help="keys of `bupo train` that apply: data.template, reward.function, rollout.max_new_tokens, hardware.precision, ...",
     )
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(do=_evaluate)
 
     export = commands.add_parser(
         "export",
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, metavar="RUN", help="folder of a run (its output_dir)")
     export.add_argument("output", type=Path, metavar="DIR", help="new folder")
     export.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
-    export.set_defaults(run=_export)
+    export.set_defaults(do=_export)
 
     demo = commands.add_parser(
         "demo",
@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--policy", choices=("bupo", "grpo"), default="bupo", help="bupo, or the GRPO baseline with the same budget")
     demo.add_argument("--seed", type=int, default=0, help="of the data split, the weights and the sampling (default 0)")
     demo.add_argument("--output", type=Path, help="new folder (default runs/demo-POLICY-seedSEED, numbered if taken)")
-    demo.set_defaults(run=_demo)
+    demo.set_defaults(do=_demo)
 
     env = commands.add_parser(
         "env",
@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "on this machine and why not the others. Nothing is computed.",
     )
     env.add_argument("--json", action="store_true", help="the same for a program to read")
-    env.set_defaults(run=_env)
+    env.set_defaults(do=_env)
     return parser
 
 

@@ -246,8 +246,8 @@ TEMPLATES = {  # the paper's: what stands before and after the problem
 def _check_special_tokens(template: str, tokenizer: PreTrainedTokenizerBase) -> None:
     needed = re.findall(r"<\|\w+\|>", "".join(TEMPLATES.get(template, ())))
     if missing := sorted(set(needed) - tokenizer.get_vocab().keys()):
-        accepted = "another template, or a model whose tokenizer has them"
-        raise ConfigError(f"data.template: {template} given, but the tokenizer lacks {' and '.join(missing)}, accepted is {accepted}")
+        lacking = f"the tokenizer lacks {' and '.join(missing)}"
+        raise ConfigError(f"data.template: {template} given, but {lacking}, accepted is another template, or a model that has them")
 
 
 def _render(prompt: str | list[dict[str, str]], row: _Row, template: str, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from bupo.config import check_new_folder
@@ -83,7 +84,7 @@ class Accuracy:
             if row is self:
                 table.add_section()
             numbers = (f"{row.response_tokens:,.0f}", f"{row.finished:.1%}", str(row.reward_failures))
-            table.add_row(name, str(row.problems), *map(str, row.estimates.values()), *numbers)
+            table.add_row(escape(name), str(row.problems), *map(str, row.estimates.values()), *numbers)
         return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from types import MethodType
 
@@ -117,11 +118,12 @@ def _above(model: PreTrainedModel, layer: int | None) -> list[nn.Parameter]:
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, world: World) -> None:
-    """A Hugging Face checkpoint at ``path``, which appears whole or not at all; a collective."""
+    """A Hugging Face checkpoint at ``path``, in place of one that is there, which appears whole or not at all; a collective."""
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if world.main:
         partial = path.with_name(path.name + ".partial")
         model.save_pretrained(partial, state_dict=whole)
         tokenizer.save_pretrained(partial)
+        shutil.rmtree(path, ignore_errors=True)  # a folder cannot be put over another
         os.replace(partial, path)
     world.barrier()

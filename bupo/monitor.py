@@ -64,7 +64,7 @@ def progress_bar(shown: bool = True) -> Progress:
 def step_line(metrics: dict[str, Any], steps: int) -> str:
     """The console's line for a step; what is absent, None or not worth a word is left out.
 
-    In brackets behind the optimised policy's entropy is the final policy's; behind the seconds, those of rollout + old log-probs + update.
+    In brackets: behind the optimised policy's entropy the final policy's, behind the seconds those of rollout, old, update.
     """
     said = dict(metrics)
     if not said.get("reward_failures"):

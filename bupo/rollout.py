@@ -39,6 +39,9 @@ class Sampling:
     stream: str = "rollout"  # of data.STREAMS
 
 
+Response = tuple[list[int], list[float] | None]  # tokens, log-probs
+
+
 class Rollout(Protocol):
     sampling: Sampling
 
@@ -106,37 +109,31 @@ class _Engine:
         ids = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
         return sorted(ids - {None})
 
-    def _settings(self) -> GenerationConfig:
-        ends, padding = self._ends(), self.tokenizer.pad_token_id
-        policy = {"do_sample": True, "temperature": self.sampling.temperature, "top_k": 0, "top_p": 1.0}
-        return GenerationConfig(
-            **(policy if self.sampling.temperature > 0 else {"do_sample": False}),
-            max_new_tokens=self.sampling.max_new_tokens,
-            eos_token_id=ends or None,
-            pad_token_id=padding if padding is not None else (ends or [0])[0],
-        )
-
 
 @dataclass(frozen=True)
 class _Transformers(_Engine):
     """Generates with the training model itself, each rank by itself on the whole weights."""
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, step: int) -> list[Sample]:
-        settings = self._settings()
+        ends, padding = self._ends(), self.tokenizer.pad_token_id
+        policy = {"do_sample": True, "temperature": self.sampling.temperature, "top_k": 0, "top_p": 1.0}
+        settings = GenerationConfig(
+            **(policy if self.sampling.temperature > 0 else {"do_sample": False}),
+            max_new_tokens=self.sampling.max_new_tokens,
+            eos_token_id=ends or None,
+            pad_token_id=padding if padding is not None else (ends or [0])[0],
+        )
         requests = [list(prompt) for prompt in prompts for _ in range(n)]
         with self._ready():
             responses = self._responses(requests, settings, step) if requests else []
-        ends = settings.eos_token_id or []
         return [
             Sample(prompt, tokens, logprobs, tokens[-1] in ends)
             for prompt, (tokens, logprobs) in zip(requests, responses, strict=True)
         ]
 
     @abstractmethod
-    def _responses(
-        self, prompts: list[list[int]], settings: GenerationConfig, step: int
-    ) -> list[tuple[list[int], list[float] | None]]:
-        """Tokens and log-probs of one response to each prompt."""
+    def _responses(self, prompts: list[list[int]], settings: GenerationConfig, step: int) -> list[Response]:
+        """One response to each prompt."""
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
@@ -167,12 +164,10 @@ class ContinuousBatching(_Transformers):
     token attends, masked, to the whole cache: the cost of a step grows with the square of ``sequences``.
     """
 
-    # Before 5.2x "sdpa" may become flash attention by itself.
+    # Where it cannot be told not to, transformers may turn "sdpa" into flash attention.
     _attention = "sdpa" if "auto_switch_to_flash" in _FIELDS else "paged|sdpa"
 
-    def _responses(
-        self, prompts: list[list[int]], settings: GenerationConfig, step: int
-    ) -> list[tuple[list[int], list[float] | None]]:
+    def _responses(self, prompts: list[list[int]], settings: GenerationConfig, step: int) -> list[Response]:
         together = min(self.sequences, len(prompts))
         pages = math.ceil((max(map(len, prompts)) + self.sampling.max_new_tokens) / _PAGE) + 1  # 5.17 takes one ahead
         config = ContinuousBatchingConfig(
@@ -180,7 +175,7 @@ class ContinuousBatching(_Transformers):
             **({"auto_switch_to_flash": False} if "auto_switch_to_flash" in _FIELDS else {}),
             num_blocks=together * pages,
             max_requests_per_batch=together,
-            max_batch_tokens=max(together, _PREFILL),
+            max_batch_tokens=max(together, min(_PREFILL, sum(map(len, prompts)))),
             safety_margin=0.0,  # the cache holds the longest sequences as it is
             return_logprobs=settings.do_sample,
             seed=self._seed(step, self.world.rank),
@@ -189,17 +184,20 @@ class ContinuousBatching(_Transformers):
         # Queued before the thread starts: what it does then depends on nothing but its input, bit by bit.
         names = manager.add_requests(prompts, max_new_tokens=settings.max_new_tokens)
         gc.freeze()  # the manager collects garbage twice: 0.2 s each if it had to look at everything alive
+        outputs = {}
         try:
             manager.warmup()  # makes the cache in this thread, so that its errors are raised here
             manager.start()
-            manager.stop()  # when all is generated, or has failed
+            while len(outputs) < len(names) and manager.is_running():
+                if (output := manager.get_result(timeout=1)) is not None:
+                    outputs[output.request_id] = output
         except MemoryError as error:
             raise ConfigError(f"rollout.sequences: {self.sequences} given, accepted are fewer: {error}") from error
         finally:
-            if manager.is_running():  # interrupted
+            if manager.is_running():  # there is nothing left to do, or this was interrupted
                 manager.stop(hard_stop=True)
             gc.unfreeze()
-        outputs = {output.request_id: output for output in iter(manager.get_result, None)}
+        outputs |= {output.request_id: output for output in iter(manager.get_result, None)}  # put there while the thread died
         for number, name in enumerate(names, 1):
             error = outputs[name].error if name in outputs else "no result"
             if error is not None:
@@ -213,18 +211,14 @@ class Generate(_Transformers):
 
     _attention = "sdpa"
 
-    def _responses(
-        self, prompts: list[list[int]], settings: GenerationConfig, step: int
-    ) -> list[tuple[list[int], list[float] | None]]:
+    def _responses(self, prompts: list[list[int]], settings: GenerationConfig, step: int) -> list[Response]:
         responses = []
         for start in range(0, len(prompts), self.sequences):
             torch.manual_seed(self._seed(step, self.world.rank, start))
             responses += self._together(prompts[start : start + self.sequences], settings)
         return responses
 
-    def _together(
-        self, prompts: list[list[int]], settings: GenerationConfig
-    ) -> Iterator[tuple[list[int], list[float] | None]]:
+    def _together(self, prompts: list[list[int]], settings: GenerationConfig) -> Iterator[Response]:
         width = max(map(len, prompts))
         padding = [width - len(prompt) for prompt in prompts]
         ids = [[settings.pad_token_id] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
@@ -237,9 +231,10 @@ class Generate(_Transformers):
             logits_processor=[drawn] if drawn else None,
             synced_gpus=False,  # every rank has whole weights and generates by itself
         )
+        ends = settings.eos_token_id or []
         logprobs = drawn.until(sequences).tolist() if drawn else [None] * len(prompts)
         for tokens, row in zip(sequences[:, width:].tolist(), logprobs, strict=True):
-            length = next((i for i, token in enumerate(tokens, 1) if token in self._ends()), len(tokens))
+            length = next((i for i, token in enumerate(tokens, 1) if token in ends), len(tokens))
             yield tokens[:length], row and row[:length]
 
 
@@ -295,22 +290,23 @@ class VLLM(_Engine):
             for number in range(len(prompts))
         ]
         torch.cuda.empty_cache()  # what torch has reserved, vLLM cannot wake up in
-        self.llm.wake_up(tags=["weights"])
-        self.llm.apply_model(self._push)
-        self.llm.wake_up(tags=["kv_cache"])
-        self.llm.reset_prefix_cache()
         try:
+            self.llm.wake_up(tags=["weights"])
+            self.llm.apply_model(self._push)
+            self.llm.wake_up(tags=["kv_cache"])
+            self.llm.reset_prefix_cache()
             requests = [vllm.TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
             outputs = self.llm.generate(requests, settings, use_tqdm=False) if requests else []
         finally:
             self.llm.sleep(level=1)  # level 2 loses state of some models: vllm#29341, NeMo-RL#2631
-        if len(outputs) != len(prompts) or any(len(output.outputs) != params.n for output, params in zip(outputs, settings)):
-            raise RuntimeError(f"rollout: vLLM answered {len(outputs)} of {len(prompts)} prompts, or not all {n} times")
-        return [
+        samples = [
             _vllm_sample(prompt, response, ends)
             for prompt, output in zip(prompts, outputs, strict=True)
             for response in output.outputs * (n if greedy else 1)
         ]
+        if len(samples) != len(prompts) * n:
+            raise RuntimeError(f"rollout: vLLM gave {len(samples)} responses to {len(prompts)} prompts, {n} each were asked for")
+        return samples
 
     def _push(self, engine_model: torch.nn.Module) -> None:
         """Loads the model's weights, each gathered from its shards in turn (a collective), into vLLM's model."""
@@ -326,9 +322,7 @@ def _vllm_sample(prompt: Sequence[int], response: Any, ends: list[int]) -> Sampl
     return Sample(prompt, tokens, logprobs, tokens[-1] in ends)
 
 
-def _start_vllm(
-    model: PreTrainedModel, world: World, sequences: int, longest: int | None, precision: str, memory: float
-) -> Any:
+def _start_vllm(model: PreTrainedModel, world: World, sequences: int, longest: int | None, precision: str, memory: float) -> Any:
     # In this process, to reach the engine's model; and as torchrun would have set them, where it did not.
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0")
     for name, value in (("RANK", world.rank), ("LOCAL_RANK", 0), ("WORLD_SIZE", world.size)):

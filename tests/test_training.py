@@ -10,52 +10,63 @@ import pytest
 import torch
 import yaml
 from models import tiny_model
+from test_batching import random_samples
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bupo.attention import training_attention
+from bupo.batching import IGNORE, MicroBatch
 from bupo.cli import main
 from bupo.config import ConfigError, dump_config, load_config
 from bupo.demo import character_tokenizer
-from bupo.rollout import Sample, collate
+from bupo.distributed import World
+from bupo.model import load_model
 from bupo.schedule import FINAL, OptimisedPolicy
-from bupo.trainer import load_model, statistics, train, update
+from bupo.trainer import look, make_mini_batches, train, update, with_old_logprobs
+
+# What differs between two runs that are the same.
+TIMES = ("seconds", "tokens_per_second", "tflops", "mfu", "memory_gib")
 
 
-def parity(response: str, answer: str) -> float:
-    """A reward that random responses earn half of the time, so that groups have advantages."""
-    return float(len(response) % 2 == 0 or response > "5")
-
-
-@pytest.fixture
-def config_file(tmp_path):
-    """A run of three steps, the first on the policy of layer 2, ready to train."""
+def prepare_run(folder: Path) -> Path:
+    """A model, data, and the configuration of a run of three steps, the first on the policy of layer 2."""
     tokenizer = character_tokenizer("0123456789+=")
     model = tiny_model(vocab=len(tokenizer), tied=True)
-    model.save_pretrained(tmp_path / "start")
-    tokenizer.save_pretrained(tmp_path / "start")
+    model.save_pretrained(folder / "start")
+    tokenizer.save_pretrained(folder / "start")
     rows = "".join(json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) + "\n" for a in range(4) for b in range(4))
-    (tmp_path / "sums.jsonl").write_text(rows)
+    (folder / "sums.jsonl").write_text(rows)
     tree = {
-        "model": str(tmp_path / "start"),
-        "output_dir": str(tmp_path / "run"),
-        "data": {"train": str(tmp_path / "sums.jsonl"), "heldout": str(tmp_path / "sums.jsonl")},
+        "model": str(folder / "start"),
+        "output_dir": str(folder / "run"),
+        "data": {"train": str(folder / "sums.jsonl"), "heldout": str(folder / "sums.jsonl"), "max_prompt_tokens": 6},
         "bupo": {"layer": 2, "internal_steps": 1},
-        "reward": f"{__name__}:parity",
+        "reward": {"function": "toy_rewards:parity", "workers": 1},
         "steps": 3,
-        "episodes_every": 2,
-        "rollout": {"prompts": 4, "samples": 4, "max_new_tokens": 3},
-        "optimizer": {"learning_rate": 0.01, "mini_batch": 2, "micro_batch": 5},
-        "evaluation": {"samples": 2, "every": 2},
+        "rollout": {"engine": "generate", "prompts": 4, "samples": 4, "max_new_tokens": 3},
+        "optimizer": {"learning_rate": 0.01, "mini_batch": 2},
+        "evaluation": {"samples": 2, "k": [1, 2], "every": 2},
+        "hardware": {"max_tokens_per_device": 30},
+        "telemetry": {"episodes_every": 2, "tensorboard": False},
     }
-    path = tmp_path / "config.yaml"
+    path = folder / "config.yaml"
     path.write_text(yaml.safe_dump(tree))
     return path
 
 
-def metrics_of(run) -> list[dict]:
+@pytest.fixture
+def config_file(tmp_path):
+    return prepare_run(tmp_path)
+
+
+def metrics_of(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def moved(start, end) -> set[str]:
+def what_repeats(rows: list[dict]) -> list[dict]:
+    return [{k: v for k, v in row.items() if not k.startswith(TIMES)} for row in rows]
+
+
+def moved(start: Path, end: Path) -> set[str]:
     before, after = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in (start, end))
     return {name for name in before if not torch.equal(before[name], after[name])}
 
@@ -66,20 +77,17 @@ def moved(start, end) -> set[str]:
 def test_a_run_leaves_everything_a_reader_needs(config_file, tmp_path, capsys):
     assert main(["train", str(config_file)]) == 0
     run, printed = tmp_path / "run", capsys.readouterr().out
-    assert sorted(path.name for path in run.iterdir()) == [
-        "accuracy.jsonl",
-        "checkpoint",
-        "config.yaml",
-        "episodes.txt",
-        "metrics.jsonl",
-        "run.png",
-    ]
+    files = ("accuracy.jsonl", "checkpoints", "config.yaml", "episodes.txt", "metrics.jsonl", "model", "run.png")
+    assert sorted(path.name for path in run.iterdir()) == sorted(files)
     rows = metrics_of(run)
-    assert [(row["step"], row["phase"]) for row in rows] == [(1, "layer 2"), (2, "final"), (3, "final")]
+    assert [(row["step"], row["phase"], row["layers"]) for row in rows] == [(1, "layer 2", 2), (2, "final", 4), (3, "final", 4)]
     assert rows[0]["entropy"] != rows[0]["entropy_final"]
     assert rows[1]["entropy"] == rows[1]["entropy_final"]
+    assert rows[0]["kl"] > 0
+    assert rows[1]["kl"] is None
+    assert all(row["sampler_gap"] < 1e-5 and row["tflops"] > 0 and row["memory_gib"] > 0 for row in rows)
     for row, line in zip(rows, [line for line in printed.splitlines() if line.startswith("step ")], strict=True):
-        for word in (row["phase"], "reward", "loss", "entropy", "final", "clipped", "grad", "tok/s"):
+        for word in (row["phase"], "reward", "loss", "entropy", "clip", "grad", "tok/s"):
             assert word in line
     assert [json.loads(line)["step"] for line in (run / "accuracy.jsonl").read_text().splitlines()] == [0, 2, 3]
     assert (run / "run.png").read_bytes().startswith(b"\x89PNG")
@@ -88,7 +96,7 @@ def test_a_run_leaves_everything_a_reader_needs(config_file, tmp_path, capsys):
     assert "step 2 (final)" in episodes
     assert episodes.count("advantage") == 2 * 4
     assert load_config(run / "config.yaml", [f"output_dir={tmp_path / 'again'}"]).steps == 3
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(run / "checkpoint"), AutoTokenizer.from_pretrained(run / "checkpoint")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(run / "model"), AutoTokenizer.from_pretrained(run / "model")
     assert model.config.num_hidden_layers == 4
     assert tokenizer.decode(tokenizer("1+2=").input_ids) == "1+2="
 
@@ -97,23 +105,39 @@ def test_the_same_seed_gives_the_same_run(config_file, tmp_path):
     runs = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         train(load_config(config_file, [f"output_dir={tmp_path / name}", f"seed={seed}"]))
-        runs.append([{k: v for k, v in row.items() if k != "tokens_per_second"} for row in metrics_of(tmp_path / name)])
+        runs.append(what_repeats(metrics_of(tmp_path / name)))
     assert runs[0] == runs[1] != runs[2]
-    assert moved(tmp_path / "a" / "checkpoint", tmp_path / "b" / "checkpoint") == set()
+    assert moved(tmp_path / "a" / "model", tmp_path / "b" / "model") == set()
 
 
 def test_phase_one_moves_the_embedding_and_the_layers_up_to_the_policys_only(config_file, tmp_path):
     train(load_config(config_file, ["bupo.internal_steps=3"]))
-    names = moved(tmp_path / "start", tmp_path / "run" / "checkpoint")
+    names = moved(tmp_path / "start", tmp_path / "run" / "model")
     assert {name.split(".")[2] for name in names if ".layers." in name} == {"0", "1"}
     assert {name for name in names if ".layers." not in name} == {"model.embed_tokens.weight", "lm_head.weight"}  # tied
 
 
-def test_the_baseline_moves_every_layer(config_file, tmp_path):
-    train(load_config(config_file, ["policy=grpo"]))
-    names = moved(tmp_path / "start", tmp_path / "run" / "checkpoint")
+@pytest.mark.parametrize("advantage", ["grpo", "rloo", "reinforce++"])
+def test_the_baselines_move_every_layer(config_file, tmp_path, advantage):
+    train(load_config(config_file, ["policy=grpo", f"objective.advantage={advantage}"]))
+    names = moved(tmp_path / "start", tmp_path / "run" / "model")
     assert {name.split(".")[2] for name in names if ".layers." in name} == {"0", "1", "2", "3"}
     assert "model.norm.weight" in names
+
+
+def test_frozen_upper_layers_stay_and_a_lower_rate_moves_them_less(config_file, tmp_path):
+    def distance(name: str, part: str) -> float:
+        before, after = (AutoModelForCausalLM.from_pretrained(tmp_path / path).state_dict() for path in ("start", f"{name}/model"))
+        return sum((before[key] - after[key]).norm().item() for key in before if part in key)
+
+    for name, share in (("frozen", 0.0), ("slow", 0.1), ("plain", 1.0)):
+        overrides = ["policy=grpo", "steps=1", f"output_dir={tmp_path / name}", "optimizer.upper_from=2"]
+        train(load_config(config_file, [*overrides, f"optimizer.upper_layers={share}"]))
+    for part in ("layers.2.", "layers.3.", "model.norm"):
+        assert distance("frozen", part) == 0
+        assert 0 < distance("slow", part) < 0.5 * distance("plain", part)
+    for part in ("layers.0.", "layers.1.", "embed_tokens"):
+        assert all(distance(name, part) > 0 for name in ("frozen", "slow", "plain"))
 
 
 def test_an_interrupted_run_keeps_what_it_has(config_file, tmp_path, monkeypatch, capsys):
@@ -129,25 +153,34 @@ def test_an_interrupted_run_keeps_what_it_has(config_file, tmp_path, monkeypatch
     assert "interrupted" in capsys.readouterr().err
     assert len(metrics_of(tmp_path / "run")) == 1
     assert (tmp_path / "run" / "run.png").exists()
-    assert not (tmp_path / "run" / "checkpoint").exists()
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_rewards_that_fail_cost_their_samples_only_and_are_counted(config_file, tmp_path):
+    overrides = ["reward.function=toy_rewards:failing", "reward.timeout=0.2", "steps=1", "data.heldout=[]", "reward.workers=2"]
+    train(load_config(config_file, overrides))
+    row = metrics_of(tmp_path / "run")[0]
+    assert 0 < row["reward_failures"] < 16
+    assert 0 <= row["reward"] <= 1
+    assert row["active"] <= 1 - row["reward_failures"] / 16
+
+
+@pytest.mark.parametrize("guard", ["kl=1e-6", "perplexity=1.0000001"])
+def test_a_guard_ends_phase_one_early_for_good_and_says_so(config_file, tmp_path, guard, capsys):
+    overrides = ["bupo.internal_steps=5", "steps=5", f"bupo.guards.{guard}", "bupo.guards.window=1", "optimizer.learning_rate=0.05"]
+    assert main(["train", str(config_file), *overrides]) == 0
+    rows = metrics_of(tmp_path / "run")
+    phases = [row["phase"] for row in rows]
+    length = phases.count("layer 2")
+    assert 1 <= length < 5
+    assert phases == ["layer 2"] * length + ["final"] * (5 - length)
+    assert [row.get("switched") is not None for row in rows[:length]] == [False] * (length - 1) + [True]
+    assert f"phase 1 ends after step {length}" in capsys.readouterr().out
+    if guard.startswith("perplexity"):
+        assert rows[length - 1]["perplexity"] > 1
 
 
 # ---- one update
-
-
-@pytest.fixture
-def batch_and_model(config_file):
-    config = load_config(config_file)
-    model, _ = load_model(config)
-    generator = torch.Generator().manual_seed(0)
-
-    def ids(low, high):
-        return torch.randint(2, 14, (int(torch.randint(low, high, (), generator=generator)),), generator=generator).tolist()
-
-    samples = [Sample("", "", ids(2, 6), ids(1, 5), True) for _ in range(12)]
-    advantages = torch.randn(12, generator=generator)
-    advantages[3:6] = 0
-    return config, model, collate(samples, advantages, 0, model.device)
 
 
 class Recorder(torch.optim.SGD):
@@ -159,46 +192,51 @@ class Recorder(torch.optim.SGD):
 
 @pytest.mark.parametrize("policy", [FINAL, OptimisedPolicy(2), OptimisedPolicy(3, "ffn", True)], ids=lambda p: p.phase)
 @pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean-token-mean"])
-def test_an_update_has_loss_and_gradient_of_the_whole_batch_at_once(batch_and_model, policy, aggregation):
-    config, model, batch = batch_and_model
-    tree = config.model_dump()
+def test_an_update_has_loss_and_gradient_of_the_whole_batch_at_once(config_file, policy, aggregation):
     clips = {"clip_low": 0.1, "clip_high": 0.15, "dual_clip": 1.2}
-    tree["objective"] |= {"aggregation": aggregation, **clips}
-    tree["optimizer"]["max_grad_norm"] = 1e9
-    tree["rollout"]["temperature"] = 0.7
-    config = type(config).model_validate(tree)
-    old, entropy = statistics(model, batch, policy, config)
-    assert ((old != 0) == batch.mask).all()
-    assert (entropy[batch.mask] > 0).all()
-    noise = torch.randn(old.shape, generator=torch.Generator().manual_seed(1)) * 0.2
-    batch = replace(batch, old_logprobs=(old + noise) * batch.mask)
-    optimizer = Recorder(model.parameters(), lr=0.0)
-    result = update(model, optimizer, batch, policy, config)
+    overrides = [f"objective.{key}={value}" for key, value in clips.items()]
+    overrides += [f"objective.aggregation={aggregation}", "optimizer.max_grad_norm=1e9", "rollout.temperature=0.7"]
+    config, world = load_config(config_file, [*overrides, "optimizer.mini_batch=4"]), World(0, 1, torch.device("cpu"))
+    model = load_model(config.model, config.hardware, world)
+    samples = random_samples(16, vocab=14, longest=6)
+    rewards = torch.zeros(4, 4)
+    rewards[0, 2] = torch.nan
+    advantages = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    advantages[2] = 0
+    noise = torch.Generator().manual_seed(1)
+    with training_attention(model, "per-sequence"):
+        (micro_batches,) = make_mini_batches(samples, rewards, advantages, config, world)
+        assert len(micro_batches) > 1
+        micro_batches = [with_old_logprobs(model, batch, policy, config) for batch in micro_batches]
+        for batch in micro_batches:
+            assert ((batch.old_logprobs != 0) == batch.mask).all()
+        shift = [torch.randn(batch.old_logprobs.shape, generator=noise) * 0.2 * batch.mask for batch in micro_batches]
+        micro_batches = [replace(b, old_logprobs=b.old_logprobs + s) for b, s in zip(micro_batches, shift, strict=True)]
+        optimizer = Recorder(model.parameters(), lr=0.0)
+        result = update(model, optimizer, micro_batches, policy, config, world)
 
-    # The plain formula, all sequences and logits at once.
-    if policy == FINAL:
-        hidden = model.base_model(batch.input_ids, use_cache=False).last_hidden_state
-    elif policy.module == "layer":
-        hidden = model.base_model(batch.input_ids, output_hidden_states=True, use_cache=False).hidden_states[policy.layer]
-    else:
-        seen = []
-        hook = model.base_model.layers[policy.layer - 1].mlp.register_forward_hook(lambda _, __, out: seen.append(out))
-        model.base_model(batch.input_ids, use_cache=False)
-        hook.remove()
-        hidden = model.base_model.norm(seen[0])
-    logits = hidden @ model.lm_head.weight.T / 0.7
-    logprobs = logits.log_softmax(-1).gather(-1, batch.targets.clamp(min=0)[..., None])[..., 0]
-    ratio, advantages = (logprobs - batch.old_logprobs).exp(), batch.advantages
-    clipped = torch.minimum(ratio * advantages, ratio.clamp(1 - clips["clip_low"], 1 + clips["clip_high"]) * advantages)
-    clipped = torch.where(advantages < 0, torch.maximum(clipped, clips["dual_clip"] * advantages), clipped)
-    if aggregation == "token-mean":
-        loss = -clipped[batch.mask].mean()
-    else:
-        loss = -torch.stack([row[kept].mean() for row, kept in zip(clipped, batch.mask, strict=True)]).mean()
+    # The plain formula, sequence by sequence, with all logits.
+    old = {key: value for batch in micro_batches for key, value in old_by_sequence(batch).items()}
+    lengths = [len(sample.response_ids) for i, sample in enumerate(samples) if i != 2]
+    loss = clipped_tokens = 0
+    for i, sample in enumerate(samples):
+        if i == 2:
+            continue
+        ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
+        hidden = plain_hidden(model, ids[:, :-1], policy)[0, len(sample.prompt_ids) - 1 :]
+        logits = hidden @ model.lm_head.weight.T / 0.7
+        logprobs = logits.log_softmax(-1).gather(-1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+        advantage = advantages.flatten()[i]
+        before = old[tuple(ids[0].tolist())] if advantage != 0 else logprobs.detach()
+        ratio = (logprobs - before).exp()
+        term = torch.minimum(ratio * advantage, ratio.clamp(1 - clips["clip_low"], 1 + clips["clip_high"]) * advantage)
+        term = torch.maximum(term, clips["dual_clip"] * advantage) if advantage < 0 else term
+        clipped_tokens += (term != ratio * advantage).sum().item()
+        loss = loss - (term.sum() / sum(lengths) if aggregation == "token-mean" else term.mean() / len(lengths))
     model.zero_grad()
     loss.backward()
     assert result.loss == pytest.approx(loss.item(), abs=1e-6)
-    assert result.clipped == pytest.approx(((clipped != ratio * advantages) & batch.mask).sum().item())
+    assert result.clipped == pytest.approx(clipped_tokens)
     norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None))
     assert result.grad_norm == pytest.approx(norm.item(), rel=1e-4)
     for ours, parameter in zip(optimizer.gradients, model.parameters(), strict=True):
@@ -208,11 +246,60 @@ def test_an_update_has_loss_and_gradient_of_the_whole_batch_at_once(batch_and_mo
             assert (ours - parameter.grad).norm() <= 1e-5 * norm
 
 
-def test_a_mini_batch_without_advantages_makes_no_step(batch_and_model):
-    config, model, batch = batch_and_model
-    old, _ = statistics(model, batch, FINAL, config)
-    idle = replace(batch, old_logprobs=old, advantages=torch.zeros_like(batch.advantages))
-    assert update(model, None, idle, FINAL, config) == (0.0, 0.0, 0.0)
+def old_by_sequence(batch: MicroBatch) -> dict[tuple[int, ...], torch.Tensor]:
+    """Old log-probs of the response tokens of each sequence, by its tokens."""
+    parts = (x[0].split(batch.lengths) for x in (batch.input_ids, batch.old_logprobs, batch.targets))
+    return {(*ids.tolist(), int(targets[-1])): old[targets != IGNORE] for ids, old, targets in zip(*parts, strict=True)}
+
+
+def plain_hidden(model, ids: torch.Tensor, policy: OptimisedPolicy) -> torch.Tensor:
+    if policy == FINAL:
+        return model.base_model(ids, use_cache=False).last_hidden_state
+    if policy.module == "layer":
+        return model.base_model(ids, output_hidden_states=True, use_cache=False).hidden_states[policy.layer]
+    seen = []
+    hook = model.base_model.layers[policy.layer - 1].mlp.register_forward_hook(lambda _, __, out: seen.append(out))
+    model.base_model(ids, use_cache=False)
+    hook.remove()
+    return model.base_model.norm(seen[0])
+
+
+def test_mini_batches_without_a_gradient_are_empty_and_failed_samples_leave_the_denominator(config_file):
+    config, world = load_config(config_file), World(0, 1, torch.device("cpu"))
+    samples, rewards, advantages = random_samples(16), torch.zeros(4, 4), torch.zeros(4, 4)
+    assert make_mini_batches(samples, rewards, advantages, config, world) == [[], []]
+    rewards[0] = torch.tensor([torch.nan, 0, 0, 0])
+    advantages[0, 1] = 2.0
+    first, second = make_mini_batches(samples, rewards, advantages, config, world)
+    tokens = sum(len(sample.response_ids) for sample in samples[1:8])
+    assert first[0].coefficients[first[0].mask].tolist() == pytest.approx([2.0 / tokens] * len(samples[1].response_ids))
+    assert second == []
+
+
+@pytest.mark.parametrize("policy", [FINAL, OptimisedPolicy(2)], ids=lambda p: p.phase)
+def test_what_is_seen_of_both_policies_is_the_mean_over_response_tokens(config_file, policy):
+    config, world = load_config(config_file, ["hardware.max_tokens_per_device=1000"]), World(0, 1, torch.device("cpu"))
+    model, samples = load_model(config.model, config.hardware, world), random_samples(6, vocab=14)
+    with training_attention(model, "per-sequence"):
+        seen = look(model, samples, policy, 1, config, world)
+    entropies, finals, divergences, gaps = [], [], [], []
+    with torch.no_grad():
+        for sample in samples:
+            ids, start = torch.tensor([[*sample.prompt_ids, *sample.response_ids]]), len(sample.prompt_ids) - 1
+            log_p, log_q = (
+                (plain_hidden(model, ids[:, :-1], p)[0, start:].double() @ model.lm_head.weight.T.double()).log_softmax(-1)
+                for p in (policy, FINAL)
+            )
+            entropies.append(-(log_p.exp() * log_p).sum(-1))
+            finals.append(-(log_q.exp() * log_q).sum(-1))
+            divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
+            gaps.append((log_q.gather(-1, torch.tensor(sample.response_ids)[:, None])[:, 0] + 1.0).abs())  # the sampler said -1
+    for name, values in (("entropy", entropies), ("entropy_final", finals), ("kl", divergences), ("sampler_gap", gaps)):
+        expected = torch.cat(values).mean().item()
+        if name == "kl" and policy == FINAL:
+            assert seen[name] is None
+        else:
+            assert seen[name] == pytest.approx(expected, rel=1e-4, abs=1e-5), name
 
 
 # ---- configuration and command line
@@ -225,14 +312,14 @@ BAD_OVERRIDES = {
     "unknown section": ("optimiser.betas=1", "optimiser: unknown key, did you mean optimizer?"),
     "missing model": (
         "model=/no/such/place",
-        "model: /no/such/place has no config.json, accepted is the folder of a Hugging Face checkpoint",
+        "model: /no/such/place cannot be used",
     ),
-    "missing data": ("data.train=/no/such.jsonl", "data.train: /no/such.jsonl is not a file, accepted is a JSONL file"),
+    "missing data": ("data.train=/no/such.jsonl", "data.train: /no/such.jsonl"),
     "layer out of range": ("bupo.layer=5", "bupo.layer: 5 given, accepted are 1 to 4"),
     "layer 0": ("bupo.layer=0", "bupo.layer: 0 given, accepted is greater than 0"),
     "s_inter past the end": ("bupo.internal_steps=4", "bupo.internal_steps: 4 given, accepted are 0 to 3 (steps)"),
     "negative batch": ("rollout.prompts=-4", "rollout.prompts: -4 given, accepted is greater than 0"),
-    "group of one": ("rollout.samples=1", "rollout.samples: 1 given, accepted is greater than or equal to 2"),
+    "group of one": ("rollout.samples=1", "rollout.samples: 1 given, accepted are 2 or more"),
     "mini batch that does not divide": (
         "optimizer.mini_batch=3",
         "optimizer.mini_batch: 3 given, accepted are divisors of rollout.prompts (4)",
@@ -242,10 +329,10 @@ BAD_OVERRIDES = {
     "not a number": ("steps=many", "steps: 'many' given, accepted is a valid integer"),
     "infinite": ("optimizer.learning_rate=.inf", "optimizer.learning_rate: inf given, accepted is a finite number"),
     "no such reward": (
-        "reward=bupo.rewards:nothing",
-        "reward: 'bupo.rewards:nothing' given, accepted is an importable module:function",
+        "reward.function=bupo.rewards:nothing",
+        "reward",
     ),
-    "no such device": ("device=abacus", "device: 'abacus' given, accepted is"),
+    "no such device": ("hardware.device=abacus", "hardware.device: 'abacus' given, accepted is"),
     "output below a file": ("output_dir={tmp}/sums.jsonl/run", "output_dir: {tmp}/sums.jsonl is a file, accepted is a new"),
     "a decay of one": ("optimizer.betas=[1.0, 0.9]", "optimizer.betas.0: 1.0 given, accepted is less than 1"),
     "a flag for a number": ("steps=true", "steps: True given, accepted is not true or false"),
@@ -283,7 +370,7 @@ def test_a_model_of_another_kind_is_refused(config_file, tmp_path, capsys):
     path = tmp_path / "start" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "gpt2"}))
     assert main(["train", str(config_file)]) == 2
-    assert "it is of type gpt2, accepted are llama, mistral, qwen2, qwen3" in capsys.readouterr().err
+    assert "of type 'gpt2', accepted are llama, mistral, qwen2, qwen3" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -309,11 +396,13 @@ def test_the_installed_command_finds_a_reward_in_the_current_folder(config_file,
     (tmp_path / "my_rewards.py").write_text("def none(response, answer):\n    return 0.0\n")
     (tmp_path / "broken_rewards.py").write_text("def none(response, answer:\n")
     command = [Path(sys.executable).with_name("bupo"), "train", str(config_file), "steps=1"]
-    broken = subprocess.run([*command, "reward=broken_rewards:none"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    broken = subprocess.run(
+        [*command, "reward.function=broken_rewards:none"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
     assert (broken.returncode, broken.stderr.count("\n")) == (2, 1)
     assert "broken_rewards:none" in broken.stderr
     assert "SyntaxError" in broken.stderr
-    subprocess.run([*command, "reward=my_rewards:none"], cwd=tmp_path, check=True, capture_output=True)
+    subprocess.run([*command, "reward.function=my_rewards:none"], cwd=tmp_path, check=True, capture_output=True)
     assert metrics_of(tmp_path / "run")[0]["reward"] == 0
 
 
