@@ -130,7 +130,7 @@ def shard(model: nn.Module, world: World, hardware: Hardware, methods: Sequence[
         "mp_policy": MixedPrecisionPolicy(
             getattr(torch, hardware.precision), reduce_dtype=torch.float32, cast_forward_inputs=False
         ),
-        "offload_policy": CPUOffloadPolicy() if hardware.offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if hardware.offload else OffloadPolicy(),
     }
     for layer in model.base_model.layers:
         fully_shard(layer, **options)

@@ -59,7 +59,8 @@ def load_model(name: str, hardware: Hardware, world: World) -> PreTrainedModel:
     if hardware.liger:
         _apply_liger(model, world)
     if hardware.checkpoint_activations:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # the name since 5.23
+        enable({"use_reentrant": False})
     for method, function in METHODS.items():
         setattr(model, method, MethodType(function, model))
     whole = model.state_dict() if world.main else {}

@@ -178,6 +178,7 @@ class ContinuousBatching(_Transformers):
             max_batch_tokens=max(together, min(_PREFILL, sum(map(len, prompts)))),
             safety_margin=0.0,  # the cache holds the longest sequences as it is
             return_logprobs=settings.do_sample,
+            disable_nccl_graph_mixing=False,  # of tensor parallelism; True sets an environment variable
             seed=self._seed(step, self.world.rank),
         )
         manager = self.model.init_continuous_batching(settings, config)
