@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import logging
 import os
 import sys
 from importlib.metadata import version
@@ -64,8 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--samples", type=int, default=16, help="responses per problem, for avg@ and pass@ (default 16)")
     evaluate.add_argument("--k", type=int, nargs="+", default=[1, 4, 16], help="of pass@k (default 1 4 16)")
     evaluate.add_argument(
-        "overrides",
-        nargs="*",
+        "--set",
+        nargs="+",
+        default=[],
         metavar="key.path=value",
         help="keys of `bupo train` that apply: data.template, reward.function, rollout.max_new_tokens, hardware.precision, ...",
     )
@@ -128,7 +130,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         "data": {"train": options.data[0], "heldout": options.data},
     }
     evaluation = {"evaluation": {"samples": options.samples, "k": options.k}}
-    config = parse_config(override(tree | evaluation, options.overrides))
+    config = parse_config(override(tree | evaluation, options.set))
     _prepare_process()
     from bupo.commands import evaluate_command
 
@@ -170,8 +172,10 @@ def _free_folder(path: Path) -> Path:
 
 
 def _prepare_process() -> None:
-    """Rewards in the current folder are found, as under python -m, and no progress bars but this program's own."""
+    """Rewards in the current folder are found, as under python -m; no progress bars and no notices but this program's own."""
     sys.path.insert(0, "")
-    from transformers.utils import logging
+    from transformers.utils.logging import disable_progress_bar
 
-    logging.disable_progress_bar()
+    disable_progress_bar()
+    # On a CPU it reports an error at every start that is none; what does fail is raised.
+    logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)

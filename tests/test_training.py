@@ -455,3 +455,43 @@ def test_bad_commands_exit_with_two(arguments, tmp_path, monkeypatch):
         code = stop.code
     assert code == 2
     assert list(tmp_path.iterdir()) == []
+
+
+# ---- the other commands
+
+
+def test_evaluate_grades_a_model_and_writes_every_response(config_file, tmp_path, capsys):
+    how = ["reward.function=toy_rewards:parity", "rollout.engine=generate", "rollout.max_new_tokens=3", "data.max_prompt_tokens=6"]
+    command = ["evaluate", str(tmp_path / "start"), "--data", str(tmp_path / "sums.jsonl"), "--samples", "4", "--k", "1", "4"]
+    assert main([*command, "--out", str(tmp_path / "out"), "--set", *how]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("sums", "all", "greedy", "avg@4", "pass@1", "pass@4"))
+    accuracy = json.loads((tmp_path / "out" / "accuracy.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "out" / "responses.jsonl").read_text().splitlines()]
+    assert len(rows) == 16 * 5
+    assert accuracy["avg@4"] == pytest.approx(sum(row["reward"] > 0.5 for row in rows if not row["greedy"]) / 64)
+    assert main([*command, "--out", str(tmp_path / "out"), "--set", *how]) == 2
+    assert "--out: " in capsys.readouterr().err
+    assert main([*command, "--set", *how, "data.template=chat"]) == 2
+    assert "data.template: chat given, but the tokenizer has no chat template" in capsys.readouterr().err
+
+
+def test_a_dry_run_needs_the_models_config_alone_and_writes_nothing(config_file, tmp_path, capsys):
+    (tmp_path / "start" / "model.safetensors").unlink()
+    (tmp_path / "sums.jsonl").unlink()
+    assert main(["train", str(config_file), "--dry-run", "--devices", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("4 layers", "memory per device", "phase 1: layer 2", "TFLOP per step"))
+    assert not (tmp_path / "run").exists()
+    assert main(["train", str(config_file), "--dry-run", "--devices", "0"]) == 2
+    assert main(["train", str(config_file), "--dry-run", "bupo.layer=9"]) == 2
+    assert "bupo.layer: 9 given, accepted are 1 to 4" in capsys.readouterr().err
+
+
+def test_too_long_prompts_and_empty_data_are_refused_before_training(config_file, tmp_path, capsys):
+    assert main(["train", str(config_file), "data.max_prompt_tokens=3"]) == 2
+    assert "line 1 has a prompt of 4 tokens, accepted are up to 3" in capsys.readouterr().err
+    (tmp_path / "sums.jsonl").write_text("\n")
+    assert main(["train", str(config_file)]) == 2
+    assert "sums.jsonl is empty, accepted is at least one example" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
