@@ -16,7 +16,12 @@ from bupo.config import ConfigError, describe_config, load_config, override, par
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0 done, 2 bad input (one line on stderr, nothing written), 130 interrupted."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, left = parser.parse_known_args(arguments)
+    if left and (options.command != "train" or any(word.startswith("-") for word in left)):
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    if left:  # argparse takes no positional arguments behind an option
+        options.overrides += left
     try:
         return options.do(options)
     except ConfigError as error:
