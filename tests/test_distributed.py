@@ -29,6 +29,8 @@ CASES = [
 OTHERS = [
     {**CASES[2], "active": 1},
     {**CASES[10], "active": 1},
+    {**CASES[0], "upper": 0.0},
+    {**CASES[10], "upper": 0.1},
     {**CASES[0], "hardware": {"offload": True}},
     {**CASES[0], "hardware": {"precision": "bfloat16"}},
     {**CASES[11], "hardware": {"precision": "bfloat16", "offload": True}},
@@ -44,7 +46,13 @@ def config_of(case: dict):
             "policy": "grpo",
             "rollout": {"prompts": 4, "samples": 4, "max_new_tokens": 20},
             "objective": {"advantage": "rloo", "aggregation": "sequence-mean-token-mean"},
-            "optimizer": {"mini_batch": 2, "learning_rate": 0.001, "max_grad_norm": 1e9},
+            "optimizer": {
+                "mini_batch": 2,
+                "learning_rate": 0.001,
+                "max_grad_norm": 1e9,
+                "upper_layers": case.get("upper", 1.0),
+                "upper_from": 2,
+            },
             "hardware": {"max_tokens_per_device": 40, "checkpoint_activations": case["checkpointing"], **case.get("hardware", {})},
         }
     )
@@ -125,9 +133,7 @@ def test_two_ranks_do_what_one_process_does(number, folder, on_two_ranks):
     compare(alone, on_two_ranks[number], 1e-6)
 
 
-@pytest.mark.parametrize(
-    "number", range(len(OTHERS)), ids=lambda n: str({**OTHERS[n].get("hardware", {}), "active": OTHERS[n].get("active")})
-)
+@pytest.mark.parametrize("number", range(len(OTHERS)), ids=lambda n: str({k: v for k, v in OTHERS[n].items() if k not in CASES[0]}))
 def test_so_do_they_with_unequal_work_with_offload_and_in_bfloat16(number, folder, on_two_ranks):
     case = {key: value for key, value in OTHERS[number].items() if key != "hardware"}
     with process_group(Hardware(device="cpu")) as world:
@@ -135,6 +141,11 @@ def test_so_do_they_with_unequal_work_with_offload_and_in_bfloat16(number, folde
     together = on_two_ranks[len(CASES) + number]
     assert len(together["updates"]) == (1 if "active" in case else 2)
     low = OTHERS[number].get("hardware", {}).get("precision") == "bfloat16"
+    if case.get("upper") == 0:
+        trained = {name for name, gradient in together["gradients"].items() if gradient is not None}
+        assert not any(part in name for name in trained for part in ("layers.2.", "layers.3."))
+        assert "model.norm.weight" not in trained
+        assert any("layers.1." in name for name in trained)
     compare(alone, together, 0.1 if low else 1e-6)  # 2^-8 in each of some twenty roundings between input and gradient
     if low:
         (weights, old), same = (alone["weights"], together["weights"]), together["updates"][0]
