@@ -56,7 +56,7 @@ class Schedule:
         """What a step of phase 1 was like: its mean reward, KL(internal ‖ final), and the final policy's perplexity on held-out
         responses relative to the first model's. Returns why phase 1 ends here, if it does."""
         guards = self.config.bupo.guards
-        self.rewards.append(reward)
+        self.rewards += [] if math.isnan(reward) else [reward]  # of a step in which every reward failed there is none
         self.divergences.append(divergence)
         reason = None
         if guards.perplexity is not None and perplexity > guards.perplexity:

@@ -56,6 +56,9 @@ def train(config: TrainConfig) -> list[Accuracy]:
                     accuracies.append(evaluate(sampled, decode, heldout, pool, world, **numbers, progress=progress))
                     run.log_accuracy(step, accuracies[-1])
 
+            size = f"{architecture.num_hidden_layers} layers, {parameters(architecture).total / 1e6:,.1f} M parameters"
+            devices = f"{config.hardware.precision} on {world.size} x {world.device.type}"
+            run.say(f"{architecture.model_type}, {size}; {devices}; {len(order.examples):,} prompts")
             guarded = schedule.needs_perplexity(last + 1)
             guard = PerplexityGuard(model, rollout, heldout, config, world, last) if guarded else None
             if last == 0:
@@ -72,9 +75,11 @@ def train(config: TrainConfig) -> list[Accuracy]:
                 clock.lap("rollout")
                 answers = [example.answer for example in mine for _ in range(group)]
                 responses = [decode(sample.response_ids) for sample in samples]
-                scores = world.gather(pool.score(list(zip(responses, answers, strict=True))))
+                scores = pool.score(list(zip(responses, answers, strict=True)))
+                if any(map(math.isnan, scores)):
+                    run.say(f"step {step}: a reward failed: {pool.last_failure}")
                 samples, responses = world.gather(samples), world.gather(responses[:group])
-                rewards = torch.tensor(scores).view(len(asked), group)  # NaN where a reward failed
+                rewards = torch.tensor(world.gather(scores)).view(len(asked), group)  # NaN where one failed
                 advantages = estimate_advantages(rewards, config.objective.advantage, config.objective.advantage_std)
                 clock.lap("reward")
 

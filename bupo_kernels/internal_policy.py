@@ -2,8 +2,8 @@
 
 With ``A^l`` and ``F^l`` the outputs of attention and FFN in layer ``l`` and ``H^l`` the residual stream after it, the policies are
 ``softmax(H^l E_uᵀ)``, ``softmax(A^l E_uᵀ)`` and ``softmax(F^l E_uᵀ)``. Layers count from 1. The decoders of transformers ≥ 5 all
-loop over ``self.layers[: self.config.num_hidden_layers]`` and then call ``self.norm``; a truncated *copy* of the config and hooks on
-the last block and on that norm are therefore enough, and no modelling code is copied or edited.
+loop over ``self.layers[: self.config.num_hidden_layers]`` and then call ``self.norm``; a truncated *copy* of the config and hooks
+on the last block and on that norm are therefore enough, and no modelling code is copied or edited.
 """
 
 from __future__ import annotations
