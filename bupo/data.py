@@ -215,7 +215,7 @@ def _table_rows(values: list[dict[str, Any]], columns: list[str], where: str, ke
 
 
 def _needed(columns: list[str], data: Data) -> list[str]:
-    """Those of a table's columns that are looked into: the others can be gigabytes. At least one, as rows are counted by it."""
+    """Those of a table's columns that are looked into: others can be gigabytes. At least one: `datasets` has no rows without."""
     wanted = (data.prompt, *_answer_columns(data), data.source or "data_source")
     return [name for name in columns if any(column == name or column.startswith(f"{name}.") for column in wanted)] or columns[:1]
 
@@ -287,14 +287,9 @@ def _encode(texts: list[str], whole: list[bool], tokenizer: PreTrainedTokenizerB
         encoded = tokenizer([texts[i] for i in chosen], add_special_tokens=not is_whole, return_attention_mask=False, verbose=False)
         for i, tokens in zip(chosen, encoded.input_ids, strict=True):
             ids[i] = tokens
-    if not all(whole) and _appends_eos(tokenizer):  # a prompt does not end there
+    if not all(whole) and tokenizer("1").input_ids[-1:] == [tokenizer.eos_token_id]:  # it appends one, but no prompt ends there
         ids = [tokens if is_whole else tokens[:-1] for tokens, is_whole in zip(ids, whole, strict=True)]
     return ids
-
-
-def _appends_eos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    plain, special = (tokenizer("1", add_special_tokens=add).input_ids for add in (False, True))
-    return special[-1:] == [tokenizer.eos_token_id] != plain[-1:]
 
 
 # ---- order

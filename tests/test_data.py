@@ -103,6 +103,9 @@ def test_a_folder_saved_by_datasets_is_read(tmp_path):
     assert len(load(tmp_path / "both" / "test")) == 2
     with pytest.raises(ConfigError, match="cannot be loaded"):
         load(tmp_path)
+    datasets.Dataset.from_list([{"text": "a"}]).save_to_disk(tmp_path / "other")
+    with pytest.raises(ConfigError, match=r"row 1 has no 'prompt', .*its columns are text"):
+        load(tmp_path / "other")
 
 
 @pytest.mark.parametrize(
