@@ -27,7 +27,7 @@ from bupo_kernels import FusedLMHead
 from tests.problems import peak_bytes
 
 VOCAB, LAYER, ROUNDS = 32000, 4, 5
-# Sequences, tokens of each, half of them prompt; whether activations are recomputed, as the released scripts have it; whether the
+# Sequences, tokens of each, half of them prompt; whether activations are recomputed (the default of verl); whether the
 # targets must be met. 1,024 tokens are few beside the gradients (351 MiB in phase 2) that both sides hold, as are logits beside
 # activations that are kept.
 CASES = [((4, 256), False, False), ((4, 256), True, False), ((8, 512), True, True)]

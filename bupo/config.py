@@ -237,6 +237,11 @@ class TrainConfig(Section):
         """Tokens at most of a prompt, and of a response."""
         return self.data.max_prompt_tokens, self.rollout.max_new_tokens
 
+    @property
+    def look_tokens(self) -> int:
+        """On how many tokens per device both policies are looked at in each step: some thousands, or the longest sequence."""
+        return min(self.hardware.max_tokens_per_device, max(4096, sum(self.lengths)))
+
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The checked configuration in ``path`` with ``key.path=value`` overrides; values are YAML.

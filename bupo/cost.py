@@ -282,7 +282,7 @@ class Step:
 
     prefill: Flops
     decode: Flops
-    look: Flops  # both policies on one micro-batch a device, for the metrics
+    look: Flops  # both policies on some of the samples, for the metrics
     old_logprobs: Flops
     update: Flops
 
@@ -323,7 +323,7 @@ def step_flops(
     forward, own = pass_flops(architecture, each, **policy), pass_flops(architecture, each)
     update = pass_flops(architecture, each, **policy, **_backward(config))
     # Internal: both once for the entropies, and once more for their divergence.
-    looked_at = min(sequences, world_size * config.hardware.max_tokens_per_device / each.tokens)
+    looked_at = min(sequences, world_size * config.look_tokens / each.tokens)
     look = (own + forward) * 2 if internal else own
     return Step(
         pass_flops(architecture, prefill) * sequences,

@@ -19,7 +19,7 @@ from bupo.batching import pack, tokens
 from bupo.config import check_new_folder, load_config
 from bupo.distributed import World
 from bupo.evaluation import Accuracy
-from bupo.monitor import progress_bar
+from bupo.output import progress_bar
 from bupo.rewards import exact_match
 from bupo.rollout import Sample, Sampling, make_rollout
 from bupo.trainer import train

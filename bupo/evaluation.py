@@ -19,7 +19,7 @@ from rich.table import Table
 from bupo.config import check_new_folder
 from bupo.data import Example, stream_seed
 from bupo.distributed import World
-from bupo.monitor import progress_bar, replace_file
+from bupo.output import progress_bar, replace_file
 
 if TYPE_CHECKING:
     from bupo.rewards import RewardPool

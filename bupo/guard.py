@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 
 import torch
@@ -15,6 +14,7 @@ from bupo.batching import pack_all
 from bupo.config import ConfigError, TrainConfig
 from bupo.data import Example
 from bupo.distributed import World
+from bupo.output import replace_file
 from bupo.rollout import Rollout, Sample
 
 FILE = "guard.json"  # in the run folder: the first model is gone when a run is resumed
@@ -37,9 +37,7 @@ class PerplexityGuard:
             self.first = self.measure(model)
             if world.main:
                 pairs = [[list(sample.prompt_ids), list(sample.response_ids)] for sample in samples]
-                partial = path.with_suffix(".partial")
-                partial.write_text(json.dumps({"perplexity": self.first, "responses": pairs}), encoding="utf-8")
-                os.replace(partial, path)
+                replace_file(path, json.dumps({"perplexity": self.first, "responses": pairs}))
             world.barrier()
             return
         if not path.is_file():

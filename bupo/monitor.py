@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import time
 import uuid
@@ -13,19 +12,17 @@ from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from bupo.config import ConfigError, TrainConfig, dump_config
 from bupo.data import Example
 from bupo.distributed import World
+from bupo.evaluation import Accuracy
+from bupo.output import progress_bar, replace_file
 from bupo.plots import draw_run
-
-if TYPE_CHECKING:
-    from bupo.evaluation import Accuracy
-    from bupo.rollout import Sample
+from bupo.rollout import Sample
 
 # What the line of a step shows, each part where all of its metrics are there.
 PARTS = (
@@ -48,19 +45,6 @@ PARTS = (
 )
 
 
-def progress_bar(shown: bool = True) -> Progress:
-    """A bar with the time left, on a terminal; nothing where output is a file or not ``shown``."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        transient=True,
-        disable=not shown,
-        speed_estimate_period=3600,  # steps may take minutes, and two must lie within the period
-    )
-
-
 def step_line(metrics: dict[str, Any], steps: int) -> str:
     """The console's line for a step; what is absent, None or not worth a word is left out.
 
@@ -75,13 +59,6 @@ def step_line(metrics: dict[str, Any], steps: int) -> str:
     parts = [text.format(*values) for text, values in shown if None not in values]
     joined = "  ".join(parts).replace("  (", " (")
     return f"step {said['step']:>{len(str(steps))}}/{steps}  {said['phase']:<7}  {joined}"
-
-
-def replace_file(path: Path, text: str) -> None:
-    """``path`` with the content ``text``; at any moment it is whole, the old or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
 
 
 class RunFolder:

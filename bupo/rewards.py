@@ -217,10 +217,8 @@ class RewardPool:
 
     def _hear(self, worker: _Worker, rewards: list[float]) -> None:
         try:
-            if (message := worker.hear()) is None:
-                return
-            kind, value = message
-        except (OSError, EOFError, ValueError, TypeError):
+            kind, value = worker.hear()
+        except (OSError, ValueError, TypeError):
             self._lose(worker, "died", "the process ended")
             return
         if kind == "error":
@@ -269,7 +267,6 @@ class _Worker:
         self.index: int | None = None
         self.pair: tuple[str, str] | None = None
         self.deadline = time.monotonic() + timeout
-        self._received = b""
 
     def fileno(self) -> int:
         return self.socket.fileno()
@@ -280,16 +277,9 @@ class _Worker:
         self.socket.settimeout(timeout)
         self.socket.sendall(json.dumps(pair).encode() + b"\n")
 
-    def hear(self) -> list[Any] | None:
-        """A message, or None when only part of it is there. Raises ``EOFError``, ``OSError`` or ``ValueError`` when none comes."""
-        data = self.socket.recv(1 << 16)
-        if not data:
-            raise EOFError
-        self._received += data
-        if not self._received.endswith(b"\n"):
-            return None
-        line, self._received = self._received, b""
-        return json.loads(line)
+    def hear(self) -> list[Any]:
+        """A message; so short that it comes in one piece. Raises ``ValueError`` or ``OSError`` when the process ended instead."""
+        return json.loads(self.socket.recv(1 << 16))
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -314,7 +304,7 @@ def _work(function: str, descriptor: int) -> None:
         try:
             reward = load_reward(function)
         except ConfigError as error:
-            return send("error", str(error))
+            return send("error", str(error)[:1000])
         send("ready", None)
         for question in connection.makefile("rb"):
             send(*_outcome(reward, *json.loads(question)))

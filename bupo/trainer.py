@@ -246,9 +246,9 @@ def update(
 def look(
     model: PreTrainedModel, samples: list[Sample], policy: OptimisedPolicy, step: int, config: TrainConfig, world: World
 ) -> dict[str, float | None]:
-    """Both policies on one micro-batch a rank of randomly chosen samples, before the updates: a bounded cost, an unbiased mean."""
+    """Both policies on some randomly chosen samples (``config.look_tokens`` on each rank), before the updates."""
     chosen = random.Random(stream_seed(config.seed, "look", step)).sample(range(len(samples)), len(samples))
-    parts, _ = fill([tokens(sample) for sample in samples], chosen, world.size, config.hardware.max_tokens_per_device)
+    parts, _ = fill([tokens(sample) for sample in samples], chosen, world.size, config.look_tokens)
     mine = sorted((samples[i] for i in parts[world.rank]), key=tokens)
     batch = pack(mine, [0.0] * len(mine), world.device)
 

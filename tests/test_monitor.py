@@ -20,7 +20,8 @@ from bupo import monitor
 from bupo.config import Bupo, ConfigError, Data, Telemetry, TrainConfig, load_config
 from bupo.data import Example
 from bupo.distributed import World
-from bupo.monitor import RunFolder, progress_bar, replace_file, step_line
+from bupo.monitor import RunFolder, step_line
+from bupo.output import progress_bar, replace_file
 from bupo.plots import draw_run
 
 MAIN, OTHER = World(0, 2, torch.device("cpu")), World(1, 2, torch.device("cpu"))

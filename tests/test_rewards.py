@@ -231,6 +231,12 @@ def test_rewards_are_light_to_import():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
 
 
+def test_the_package_of_a_reward_is_missed_at_once(monkeypatch):
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    with pytest.raises(ConfigError, match=r"^reward.function: 'bupo.rewards:math_verify' .*\(ModuleNotFoundError: "):
+        load_reward("bupo.rewards:math_verify")
+
+
 def test_rewards_are_found_by_import_path():
     assert load_reward("bupo.rewards:exact_match") is exact_match
 
@@ -263,7 +269,7 @@ def misbehave(response, answer):
     if response == "loop":
         while True: pass
     if response == "stubborn":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        for number in (signal.SIGTERM, signal.SIGIO, signal.SIGHUP): signal.signal(number, signal.SIG_IGN)
         while True:
             try: time.sleep(100)
             except BaseException: pass
@@ -281,7 +287,7 @@ def misbehave(response, answer):
         return 0.5
     if response == "read": return float(sys.stdin.read() == "")
     if response == "child":
-        sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(100)"])
+        sleeper = subprocess.Popen(["sh", "-c", "trap '' TERM; sleep 100"])
         with open(answer, "w") as file: file.write(str(sleeper.pid))
         while True: pass
     values = {"nan": float("nan"), "inf": float("-inf"), "none": None, "text": "1.0", "huge": 10**400, "complex": 1j}
@@ -372,8 +378,9 @@ def test_many_failures_at_once_cost_only_themselves(misbehaving):
     assert misbehaving.failures == {"died": 3, "not finite": 1, "exception": 1, "timeout": 1}
 
 
-def test_what_a_reward_prints_and_reads_does_not_matter(misbehaving, capfd):
-    assert misbehaving.score([("print", ""), ("good", ""), ("print", ""), ("read", "")]) == [0.5, 1.0, 0.5, 1.0]
+def test_what_a_reward_prints_and_reads_does_not_matter(folder, capfd):
+    with RewardPool("user_rewards:misbehave", timeout=5, workers=1) as pool:
+        assert pool.score([("print", ""), ("good", ""), ("print", ""), ("read", "")]) == [0.5, 1.0, 0.5, 1.0]
     assert capfd.readouterr().out == ""
 
 
@@ -457,6 +464,14 @@ def test_a_process_that_died_between_calls_is_replaced_at_no_cost(folder):
         assert second not in (first, math.nan)
         assert not math.isnan(second)
         assert not pool.failures
+
+
+def test_a_process_may_rest_longer_than_it_may_work(folder):
+    with RewardPool("user_rewards:pid", timeout=0.5, workers=2) as pool:
+        before = set(pool.score([("", "")] * 50))
+        assert len(before) == 2
+        time.sleep(0.6)
+        assert set(pool.score([("", "")] * 50)) == before
 
 
 def test_signals_to_the_whole_job_leave_the_processes_to_the_parent(folder):

@@ -89,6 +89,20 @@ def test_greedy_decoding_takes_the_most_likely_token(model, name):
         assert sample.logprobs is None
 
 
+def test_greedy_decoding_sees_the_smallest_difference(model, name):
+    """Logits that differ although their probabilities, rounded, do not."""
+    logits = torch.zeros(61)
+    logits[10], logits[40] = 0.3, torch.tensor(0.3).nextafter(torch.tensor(1.0))
+    assert logits.softmax(-1).argmax() == 10
+
+    def replace_logits(module, arguments, output):
+        output.logits[:] = logits
+
+    model.register_forward_hook(replace_logits)
+    [sample] = engine(name, model, temperature=0.0).generate([[5, 6]], 1, 1)
+    assert sample.response_ids == [40] * 12
+
+
 def test_no_more_sequences_run_at_a_time_than_asked_for(model, name):
     rows = []
     model.register_forward_hook(lambda module, arguments, output: rows.append(output.logits.shape[:2].numel()))
