@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from math import comb
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -20,10 +20,8 @@ from bupo.config import check_new_folder
 from bupo.data import Example, stream_seed
 from bupo.distributed import World
 from bupo.output import progress_bar, replace_file
-
-if TYPE_CHECKING:
-    from bupo.rewards import RewardPool
-    from bupo.rollout import Rollout
+from bupo.rewards import RewardPool
+from bupo.rollout import Rollout
 
 SOLVED = 0.5  # a response is right when its reward is above this
 RESPONSES = 2048  # sampled at a time per device: what token ids and log-probs may take of the memory
