@@ -183,20 +183,21 @@ class RewardPool:
         rewards = [math.nan] * len(pairs)
         pending = deque(enumerate(pairs))
         try:
+            for worker in wait(self._pool, 0):
+                self._hear(worker, rewards)  # of its end: it was idle
             self._fill()
             while pending or any(worker.busy for worker in self._pool):
-                waiting = pending and not all(worker.busy for worker in self._pool)
-                deadline = min((worker.deadline for worker in self._pool if worker.busy), default=math.inf)
-                heard = wait(self._pool, 0 if waiting else max(0.0, deadline - time.monotonic()))
+                if pending:
+                    self._fill()
+                for worker in [worker for worker in self._pool if not worker.busy][: len(pending)]:
+                    self._ask(worker, *pending.popleft())
+                deadline = min((worker.deadline for worker in self._pool if worker.busy), default=0.0)
+                heard = wait(self._pool, max(0.0, deadline - time.monotonic()))
                 for worker in heard:
                     self._hear(worker, rewards)
                 for worker in [worker for worker in self._pool if worker.busy and worker not in heard]:
                     if time.monotonic() > worker.deadline:
                         self._lose(worker, "timeout", f"no answer within {self._limit(worker):g} s")
-                if pending:
-                    self._fill()
-                for worker in [worker for worker in self._pool if not worker.busy][: len(pending)]:
-                    self._ask(worker, *pending.popleft())
         except BaseException:  # KeyboardInterrupt too: whoever asks next must not hear answers to these questions
             self.close()
             raise

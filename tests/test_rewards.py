@@ -474,6 +474,16 @@ def test_a_process_may_rest_longer_than_it_may_work(folder):
         assert set(pool.score([("", "")] * 50)) == before
 
 
+def test_a_process_that_does_not_listen_is_replaced(folder):
+    with RewardPool("user_rewards:length", timeout=0.6, workers=1) as pool:
+        os.kill(pool._pool[0].process.pid, signal.SIGSTOP)
+        rewards = pool.score([("x" * 3_000_000, ""), ("ab", "")])  # the first is more than the socket holds
+        assert math.isnan(rewards[0])
+        assert rewards[1] == 2
+        assert pool.failures == {"died": 1}
+        assert "takes no question (TimeoutError)" in pool.last_failure
+
+
 def test_signals_to_the_whole_job_leave_the_processes_to_the_parent(folder):
     with RewardPool("user_rewards:pid", timeout=5, workers=1) as pool:
         (pid,) = pool.score([("", "")])
