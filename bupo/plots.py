@@ -13,8 +13,8 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 BLUE, SKY, GREEN, VERMILION, PURPLE, YELLOW = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#F0E442"
 
-LEAST = 1e-4  # nats; entropies have a logarithmic axis, on which 0 has no place
-GUARDS = (("kl", "KL(internal ‖ final), nats per token", BLUE), ("perplexity", "perplexity of the final policy", PURPLE))
+LEAST = 1e-4  # nats; entropies may have a logarithmic axis, on which 0 has no place
+GUARDS = (("kl", "KL(internal ‖ final), nats", BLUE), ("perplexity", "perplexity of the final policy", PURPLE))
 
 
 def draw_run(metrics: list[dict], accuracies: list[dict], path: Path) -> None:
@@ -52,9 +52,12 @@ def draw_run(metrics: list[dict], accuracies: list[dict], path: Path) -> None:
     draw(entropy, internal, "entropy", "internal policy", GREEN, LEAST)
     final = [row if row["phase"] != "final" else {**row, "entropy_final": row.get("entropy")} for row in metrics]
     draw(entropy, final, "entropy_final", "final policy", "black", LEAST)
-    entropy.set(ylabel="entropy (nats per token)", yscale="log")  # an inner layer's may be ten times the final policy's
-    entropy.yaxis.set_major_formatter("{x:g}")
-    entropy.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
+    entropy.set_ylabel("entropy (nats per token)")
+    low, high = entropy.dataLim.intervaly
+    if high > 5 * low:  # an inner layer's may be many times the final policy's
+        entropy.set_yscale("log")
+        entropy.yaxis.set_major_formatter("{x:g}")
+        entropy.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
     for axes in (reward, entropy):
         if handles := axes.get_legend_handles_labels()[0]:
             axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1, 1), ncols=len(handles), frameon=False)
