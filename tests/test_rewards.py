@@ -471,7 +471,8 @@ def test_a_process_may_rest_longer_than_it_may_work(folder):
         before = set(pool.score([("", "")] * 50))
         assert len(before) == 2
         time.sleep(0.6)
-        assert set(pool.score([("", "")] * 50)) == before
+        assert before >= set(pool.score([("", "")]))
+        assert before == set(pool.score([("", "")] * 50))
 
 
 def test_a_process_that_does_not_listen_is_replaced(folder):
