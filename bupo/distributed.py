@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,6 +96,10 @@ def process_group(hardware: Hardware) -> Iterator[World]:
         yield World(rank, size, device)
     finally:
         dist.destroy_process_group()
+        if size > 1:
+            # FSDP's caches keep gloo's threads alive. One that still lets go of a collective's tensors needs the interpreter for it,
+            # and would end the process (SIGABRT) if that were finalizing. Nothing tells when they are done; it takes milliseconds.
+            time.sleep(0.1)
 
 
 _LAUNCH = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # as torchrun sets them
