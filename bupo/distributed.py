@@ -97,7 +97,7 @@ def process_group(hardware: Hardware) -> Iterator[World]:
     finally:
         dist.destroy_process_group()
         if size > 1:
-            # FSDP's caches keep gloo's threads alive. One that still lets go of a collective's tensors needs the interpreter for it,
+            # FSDP keeps gloo's threads alive. One that still lets go of a collective's tensors needs the interpreter for it,
             # and would end the process (SIGABRT) if that were finalizing. Nothing tells when they are done; it takes milliseconds.
             time.sleep(0.1)
 
