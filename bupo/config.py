@@ -12,6 +12,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -161,6 +162,8 @@ class Checkpoints(Section):
 
 class Telemetry(Section):
     episodes_every: PositiveInt = Field(20, description="steps between groups of episodes written as text")
+    lens_every: NonNegativeInt = Field(10, description="steps between looks at the policies of all layers; 0 = never")
+    lens_tokens: PositiveInt = Field(256, description="of each such look, per device")
     tensorboard: bool | None = Field(None, description="null = if it is installed")
     wandb: str | None = Field(None, description="project on Weights & Biases; null = off")
     peak_tflops: PositiveFloat | None = Field(None, description="of one device, for MFU; null = known GPUs only")

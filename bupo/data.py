@@ -314,7 +314,7 @@ class PromptOrder:
         return torch.randperm(len(self.examples), generator=generator).tolist()
 
 
-STREAMS = ("order", "rollout", "evaluation", "warm-up", "guard", "look")
+STREAMS = ("order", "rollout", "evaluation", "warm-up", "guard", "look", "lens")
 
 
 def stream_seed(seed: int, stream: str, *indices: int) -> int:

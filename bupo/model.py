@@ -15,10 +15,10 @@ from transformers.initialization import no_init_weights
 
 from bupo.config import ConfigError, Hardware, Optimizer
 from bupo.distributed import World, shard, sharded_units
-from bupo_kernels import FusedLMHead, policy_divergence, policy_logprobs, policy_loss
+from bupo_kernels import FusedLMHead, policy_divergence, policy_lens, policy_logprobs, policy_loss
 from bupo_kernels.internal_policy import MODEL_TYPES
 
-METHODS = {"policy_logprobs": policy_logprobs, "policy_loss": policy_loss, "policy_divergence": policy_divergence}
+METHODS = {f.__name__: f for f in (policy_logprobs, policy_loss, policy_divergence, policy_lens)}
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -295,8 +295,12 @@ def _flat(prefix: str, tree: Any) -> dict[str, Any]:
 
 
 def _scalars(prefix: str, row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row as ``prefix/name``; those of a data source as ``prefix/source/name``."""
+    """The numbers of a row as ``prefix/name``, of a list as ``prefix/name/00`` …; those of a data source as
+    ``prefix/source/name``."""
     scalars = {f"{prefix}/{name}": value for name, value in row.items() if isinstance(value, (int, float)) and name != "step"}
+    for name, values in row.items():
+        if isinstance(values, list):
+            scalars |= {f"{prefix}/{name}/{i:02}": value for i, value in enumerate(values)}
     for source, numbers in row.get("sources", {}).items():
         scalars |= _scalars(f"{prefix}/{source}", numbers)
     return scalars

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from bupo.advantages import estimate_advantages
 from bupo.attention import packed_options, training_attention
-from bupo.batching import MicroBatch, fill, pack, pack_all, token_weights, tokens
+from bupo.batching import IGNORE, MicroBatch, fill, pack, pack_all, token_weights, tokens
 from bupo.checkpoint import Checkpoints, last_step, require_space, space_needed
 from bupo.config import TrainConfig
 from bupo.cost import check_fits, load_architecture, parameters, peak_flops, training_flops, work_of
@@ -88,6 +88,9 @@ def train(config: TrainConfig) -> list[Accuracy]:
                     seen = look(model, samples, policy, step, config, world)
                     seen["perplexity"] = guard.measure(model) if guard and policy != FINAL else None
                     clock.lap("look")
+                    if config.telemetry.lens_every and (step == 1 or step % config.telemetry.lens_every == 0):
+                        seen |= look_at_layers(model, samples, step, config, world)
+                        clock.lap("lens")
                     mini_batches = make_mini_batches(samples, rewards, advantages, config, world)
                     for batches in mini_batches:
                         batches[:] = [with_old_logprobs(model, batch, policy, config) for batch in batches]
@@ -179,10 +182,14 @@ def make_mini_batches(
     return mini_batches
 
 
+def batch_options(batch: MicroBatch, config: TrainConfig) -> dict[str, Any]:
+    """What any policy is asked with."""
+    return packed_options(batch, config.hardware.attention) | {"temperature": config.rollout.temperature}
+
+
 def call_options(batch: MicroBatch, policy: OptimisedPolicy, config: TrainConfig) -> dict[str, Any]:
     """What a policy's log-probs, loss and divergence are all asked with."""
-    temperature = {"temperature": config.rollout.temperature}
-    return packed_options(batch, config.hardware.attention) | temperature | policy.options
+    return batch_options(batch, config) | policy.options
 
 
 @torch.no_grad()
@@ -247,11 +254,7 @@ def look(
     model: PreTrainedModel, samples: list[Sample], policy: OptimisedPolicy, step: int, config: TrainConfig, world: World
 ) -> dict[str, float | None]:
     """Both policies on some randomly chosen samples (``config.look_tokens`` on each rank), before the updates."""
-    chosen = random.Random(stream_seed(config.seed, "look", step)).sample(range(len(samples)), len(samples))
-    parts, _ = fill([tokens(sample) for sample in samples], chosen, world.size, config.look_tokens)
-    mine = sorted((samples[i] for i in parts[world.rank]), key=tokens)
-    batch = pack(mine, [0.0] * len(mine), world.device)
-
+    batch = some_of(samples, stream_seed(config.seed, "look", step), config.look_tokens, world)
     final = model.policy_logprobs(batch.input_ids, batch.targets, **call_options(batch, FINAL, config))
     entropy, divergence = final.entropy, torch.zeros(())
     if policy != FINAL:
@@ -265,6 +268,37 @@ def look(
     means = {name: value / count for name, value in zip(names, sums, strict=True)}
     known = {"kl": policy != FINAL, "sampler_gap": math.isfinite(means["sampler_gap"])}
     return {name: mean if known.get(name, True) else None for name, mean in means.items()}
+
+
+@torch.no_grad()
+def look_at_layers(
+    model: PreTrainedModel, samples: list[Sample], step: int, config: TrainConfig, world: World
+) -> dict[str, list[float] | float]:
+    """Entropy of the policies of H^0 to H^L and their KL to the final one, and that one's perplexity, over some randomly chosen
+    response tokens (``telemetry.lens_tokens`` on each rank), before the updates."""
+    seed, limit = stream_seed(config.seed, "lens", step), config.telemetry.lens_tokens
+    batch = some_of(samples, seed, max(limit, *map(tokens, samples)), world)
+    responses = batch.mask.flatten().nonzero().squeeze(1).tolist()
+    chosen = random.Random(seed).sample(responses, min(limit, len(responses)))
+    targets = torch.full_like(batch.targets, IGNORE)
+    targets[0, chosen] = batch.targets[0, chosen]
+
+    outputs = ("entropy", "kl_to_final", "logprobs")
+    seen = model.policy_lens(batch.input_ids, targets, outputs=outputs, **batch_options(batch, config))
+    count = torch.full((1,), len(chosen), dtype=torch.float64, device=world.device)
+    sums = [x.sum((1, 2), dtype=torch.float64) for x in (seen.entropy[:-1], seen.kl_to_final[:-1], seen.logprobs[-1:])]
+    means = world.sum(torch.cat([*sums, count])).tolist()
+    *means, logprob = (value / means[-1] for value in means[:-1])
+    half = len(means) // 2
+    return {"lens_entropy": means[:half], "lens_kl": means[half:], "lens_perplexity": math.exp(-logprob)}
+
+
+def some_of(samples: list[Sample], seed: int, limit: int, world: World) -> MicroBatch:
+    """Randomly chosen samples, up to ``limit`` tokens on each rank."""
+    chosen = random.Random(seed).sample(range(len(samples)), len(samples))
+    parts, _ = fill([tokens(sample) for sample in samples], chosen, world.size, limit)
+    mine = sorted((samples[i] for i in parts[world.rank]), key=tokens)
+    return pack(mine, [0.0] * len(mine), world.device)
 
 
 def describe_samples(samples: list[Sample], rewards: Tensor, advantages: Tensor) -> dict[str, float]:

@@ -2,19 +2,22 @@
 
 from bupo_kernels.dispatch import Plan
 from bupo_kernels.functional import (
+    LensStatistics,
     LinearLogprobs,
     explain,
     linear_cross_entropy,
     linear_divergence,
     linear_logprobs,
     linear_policy_loss,
+    logit_lens,
 )
-from bupo_kernels.internal_policy import internal_policy, policy_divergence, policy_logprobs, policy_loss
+from bupo_kernels.internal_policy import internal_policy, policy_divergence, policy_lens, policy_logprobs, policy_loss
 from bupo_kernels.modules import FusedLMHead
 from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective
 
 __all__ = [
     "FusedLMHead",
+    "LensStatistics",
     "LinearLogprobs",
     "Plan",
     "PolicyMetrics",
@@ -25,7 +28,9 @@ __all__ = [
     "linear_divergence",
     "linear_logprobs",
     "linear_policy_loss",
+    "logit_lens",
     "policy_divergence",
+    "policy_lens",
     "policy_logprobs",
     "policy_loss",
 ]

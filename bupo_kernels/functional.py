@@ -24,6 +24,7 @@ Logits must be finite (a ``bias`` of −inf is not supported).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ import torch
 from torch import Tensor
 
 from bupo_kernels import ops, policy_op
-from bupo_kernels.backends.divergence import divergence
+from bupo_kernels.backends import lens
 from bupo_kernels.backends.problem import Operands, Readout
 from bupo_kernels.dispatch import Plan, default_memory_budget, make_plan
 from bupo_kernels.flops import tell_flop_counter
@@ -217,43 +218,164 @@ def linear_policy_loss(
     return loss, metrics
 
 
+LENS_OUTPUTS = (
+    *("logsumexp", "logprobs", "entropy", "max_probability", "argmax", "rank"),
+    *("kl_to_final", "kl_from_final", "jsd", "pairwise_kl"),
+)
+COMPILED_OUTPUTS = {"logsumexp", "logprobs", "entropy", "max_probability"}  # of every backend; the others stream in torch
+
+
+class LensStatistics(NamedTuple):
+    """Statistics of the L policies of a logit lens, None where not asked for: fp32 (float64 for float64 inputs), ids int64, and 0
+    on masked rows. ``[...]`` is the shape of one layer's rows."""
+
+    logsumexp: Tensor | None = None  # [L, ...]
+    logprobs: Tensor | None = None  # [L, ...] of the targets, never above 0
+    entropy: Tensor | None = None  # [L, ...] nats, in [0, ln V]
+    max_probability: Tensor | None = None  # [L, ...]
+    argmax: Tensor | None = None  # [L, ...] the lowest id where several logits are equal
+    rank: Tensor | None = None  # [L, ...] of the target, from 0: how many logits are strictly greater; equal ones do not count
+    top_ids: Tensor | None = None  # [L, ..., k] most probable first; among equal logits any order, and any of them at the end
+    top_logprobs: Tensor | None = None  # [L, ..., k]
+    kl_to_final: Tensor | None = None  # [L, ...] KL(π^l ‖ π), at least 0
+    kl_from_final: Tensor | None = None  # [L, ...] KL(π ‖ π^l), at least 0
+    jsd: Tensor | None = None  # [L, ...] ½ KL(π^l ‖ μ) + ½ KL(π ‖ μ) with μ = ½ (π^l + π), in [0, ln 2]
+    pairwise_kl: Tensor | None = None  # [L, L, ...] [l, k] = KL(π^l ‖ π^k), at least 0
+
+
 @torch.no_grad()
+def logit_lens(
+    hidden_states: Tensor | Sequence[Tensor],  # [L, ..., D], or L x [..., D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor | None = None,  # [...] int64
+    *,
+    norm: Callable[[Tensor], Tensor] | None = None,  # [n, D] -> [n, D]
+    final: Tensor | None = None,  # [..., D]
+    top_k: int = 0,
+    outputs: Sequence[str] = ("entropy",),
+    **options,
+) -> LensStatistics:
+    """What the hidden states of L layers say through one unembedding, ``softmax(h Wᵀ)``, without ``[L, ..., V]`` logits.
+
+    Args:
+        hidden_states: of L layers, attention or FFN outputs of a model: a tensor, or a sequence of tensors, which may be any views.
+        weight: the unembedding; as in :func:`linear_logprobs`.
+        targets: ids in ``[0, V)``, needed for ``logprobs`` and ``rank``. One equal to ``ignore_index`` masks its row.
+        norm: applied to every hidden state before the unembedding, e.g. the model's final norm. None reads them raw, as BuPO does.
+        final: the final policy's hidden state as the head reads it (``norm`` is *not* applied to it), needed for ``kl_to_final``,
+            ``kl_from_final`` and ``jsd``.
+        top_k: how many of the most probable ids, with their log-probs; up to V.
+        outputs: names of the fields of :class:`LensStatistics` wanted, except ``top_…``; others stay None and cost nothing.
+        options: ``bias``, ``temperature``, ``logit_scale``, ``softcap``, ``mask``, ``ignore_index``, ``backend`` and
+            ``memory_budget`` of :func:`linear_logprobs`. All policies share them.
+
+    Returns:
+        :class:`LensStatistics`; no gradient.
+
+    Cost: 2·L·N·V·D FLOP (L+1 with ``final``). ``logsumexp``, ``logprobs``, ``entropy`` and ``max_probability`` alone run on any
+    backend, in one pass over W for as many layers as the budget holds once more. Everything else streams in torch, on every
+    device, in one pass over W for all layers, with fp32 products (16-bit operands on a CPU are upcast); ``rank`` and ``jsd`` take
+    a second pass, which doubles the work. ``pairwise_kl`` adds L/D of it.
+
+    Numerics: as :func:`linear_logprobs`; a KL or ``jsd`` is within ``4e-6 · (1 + max|z|)`` of float64 on the same inputs.
+    ``rank`` compares fp32 logits exactly: those within rounding of the target's may fall on either side.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is accepted.
+    """
+    outputs = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    if unknown := [name for name in outputs if name not in LENS_OUTPUTS]:
+        raise ValueError(f"outputs: {unknown[0]!r} given, accepted are {', '.join(map(repr, LENS_OUTPUTS))}")
+    if "return_entropy" in options:
+        raise TypeError("return_entropy: given, accepted are names in outputs")
+    for name, given, needed_by in (("targets", targets, ("logprobs", "rank")), ("final", final, lens.COMPARED)):
+        if given is None and (asking := [output for output in outputs if output in needed_by]):
+            raise ValueError(f"{name}: None given, which outputs={asking[0]!r} needs")
+    states = list(hidden_states)
+    if not states:
+        raise ValueError("hidden_states: none given, accepted are those of at least one layer")
+    _check_alike({f"hidden_states[{i}]": x for i, x in enumerate(states)} | ({} if final is None else {"final": final}))
+    if targets is None:
+        targets = torch.zeros(states[0].shape[:-1], dtype=torch.int64, device=states[0].device)
+    call = _prepare(states[0], weight, targets, return_entropy="entropy" in outputs, **options)
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k <= len(call.weight):
+        raise ValueError(f"top_k: {top_k!r} given, accepted are 0 to {len(call.weight)}, the size of the vocabulary")
+
+    if not top_k and set(outputs) <= COMPILED_OUTPUTS:
+        return _compiled_lens(states, call, norm, outputs)
+    if call.backend not in ("auto", "torch"):
+        beyond = "top_k" if top_k else next(name for name in outputs if name not in COMPILED_OUTPUTS)
+        raise ValueError(f"backend: {call.backend!r} given, accepted for {beyond} are 'auto' and 'torch'")
+    ops.check_rows(targets, counts := call.counts(), len(call.weight), call.ignore_index, call.row_temperature)
+    readout = Readout(call.temperature, call.logit_scale, call.softcap)
+    operands = Operands(call.hidden, call.weight, call.bias, targets, readout)
+    rows = counts.flatten().nonzero().squeeze(1)
+    with ops.on(weight.device):
+        found = lens.Lens(states, final, norm, operands, rows, outputs, top_k, call.memory_budget).run()
+    return LensStatistics(**{name: _on_all_rows(name, values, rows, counts) for name, values in found.items()})
+
+
+def _on_all_rows(name: str, values: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
+    """From the ``rows`` [n] of ``counts`` [...] to all: [L, n] -> [L, ...]; ``top_…`` [L, n, k], ``pairwise_kl`` [L, L, n]."""
+    leading = 2 if name == "pairwise_kl" else 1
+    whole = values.new_zeros(*values.shape[:leading], counts.numel(), *values.shape[leading + 1 :])
+    whole.index_copy_(leading, rows, values.contiguous())
+    return whole.view(*values.shape[:leading], *counts.shape, *values.shape[leading + 1 :])
+
+
+def _compiled_lens(states: list[Tensor], call: _Call, norm: Callable | None, outputs: tuple[str, ...]) -> LensStatistics:
+    """As many layers as the budget holds once more are one problem: their rows lie below one another."""
+    together = max(call.memory_budget // max(states[0].numel() * states[0].element_size(), 1), 1)
+    counts, parts = call.counts(), []
+    for first in range(0, len(states), together):
+        some = [state if norm is None else norm(state) for state in states[first : first + together]]
+        layers = len(some)
+        stacked = replace(
+            call,
+            hidden=(torch.stack(some) if layers > 1 else some[0].unsqueeze(0)).to(call.weight.dtype),
+            targets=call.targets.expand(layers, *call.targets.shape),
+            mask=counts.expand(layers, *counts.shape),
+            temperature=call.temperature if call.row_temperature is None else call.temperature.expand(layers, *counts.shape),
+        )
+        logprobs, entropy, logsumexp, _, log_s, *_ = stacked.statistics()
+        largest = torch.where(counts, (-log_s).exp().view_as(logprobs), 0)  # p of the maximum is e^(m−m) / s
+        parts.append({"logprobs": logprobs, "entropy": entropy, "logsumexp": logsumexp, "max_probability": largest})
+    return LensStatistics(**{name: torch.cat([part[name] for part in parts]) for name in outputs})
+
+
+def _check_alike(named: dict[str, Tensor]) -> None:
+    """All are floating-point tensors of the shape and on the device of the first."""
+    (first_name, first), *_ = named.items()
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {type(tensor).__name__} given, accepted is a Tensor")
+        if tensor.shape != first.shape or tensor.device != first.device or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device} given, accepted is floating point of "
+                f"{tuple(first.shape)} on {first.device}, as {first_name}"
+            )
+
+
 def linear_divergence(
     hidden: Tensor,  # [..., D]
     reference: Tensor,  # [..., D]
     weight: Tensor,  # [V, D]
-    *,
-    mask: Tensor | None = None,  # [...] bool
     **options,
 ) -> Tensor:
     """``KL(softmax(h Wᵀ) ‖ softmax(r Wᵀ))`` of each row, in nats, without logits; a statistic, it has no gradient.
 
     Args:
         hidden, reference: ``[..., D]``, of the two policies, e.g. an internal layer's and the final one's.
-        mask: ``[...]``, True = counts; other rows cost nothing.
-        options: ``bias``, ``temperature``, ``logit_scale`` and ``softcap`` as in :func:`linear_logprobs`, of both policies.
+        options: those of :func:`logit_lens`: ``mask``, ``bias``, ``temperature``, ``logit_scale``, ``softcap``, ``memory_budget``.
 
     Returns:
-        ``[...]`` fp32 (float64 for float64 inputs), at least 0; 0 on masked rows. Both logits are taken from fp32 accumulators;
-        ``|ΔKL| ≤ 4e-6 · (1 + max|z|)`` against float64 on the same inputs. 4·N·V·D FLOP, in plain torch on every device, with two
-        tiles of logits in memory. Errors as in :func:`linear_logprobs`.
+        ``[...]`` fp32 (float64 for float64 inputs), at least 0; 0 on masked rows. Numerics, cost, errors as in :func:`logit_lens`.
     """
-    accepted = ("bias", "temperature", "logit_scale", "softcap")
+    accepted = ("mask", "bias", "temperature", "logit_scale", "softcap", "memory_budget")
     if unknown := sorted(set(options) - set(accepted)):
-        raise TypeError(f"{unknown[0]}: given, accepted are {', '.join(accepted)} and mask")
-    targets = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-    call = _prepare(hidden, weight, targets, mask=mask, **options)
-    if reference.shape != hidden.shape or reference.device != hidden.device:
-        raise ValueError(
-            f"reference: shape {tuple(reference.shape)} on {reference.device} given, accepted is {tuple(hidden.shape)} on "
-            f"{hidden.device}, as hidden"
-        )
-    operands = Operands(call.hidden, call.weight, call.bias, targets, Readout(call.temperature, call.logit_scale, call.softcap))
-    index = operands.coordinates(call.counts().flatten().nonzero().squeeze(1))
-    result = hidden.new_zeros(targets.shape, dtype=torch.promote_types(call.hidden.dtype, torch.float32))
-    rows = (call.hidden[index], reference.to(call.hidden.dtype)[index])
-    result[index] = divergence(*rows, call.weight, call.bias, operands.readout.rows(index, result.dtype))
-    return result
+        raise TypeError(f"{unknown[0]}: given, accepted are {', '.join(accepted)}")
+    _check_alike({"hidden": hidden, "reference": reference})
+    return logit_lens([hidden], weight, final=reference, outputs=("kl_to_final",), **options).kl_to_final[0]
 
 
 def explain(
@@ -325,7 +447,11 @@ class _Call:
         return make_plan(problem, self.backend, one_pass)
 
     def run(self) -> LinearLogprobs:
-        logprobs, entropy, logsumexp, *_ = ops.linear_statistics(
+        logprobs, entropy, logsumexp, *_ = self.statistics()
+        return LinearLogprobs(logprobs, entropy if self.return_entropy else None, logsumexp)
+
+    def statistics(self) -> tuple[Tensor, ...]:
+        return ops.linear_statistics(
             *(self.hidden, self.weight, self.bias, self.targets, self.mask, self.row_temperature),
             *self.numbers,
             self.return_entropy,
@@ -333,7 +459,6 @@ class _Call:
             self.memory_budget,
             *self.grads,
         )
-        return LinearLogprobs(logprobs, entropy if self.return_entropy else None, logsumexp)
 
 
 def _prepare(

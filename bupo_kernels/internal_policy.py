@@ -15,7 +15,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from bupo_kernels.functional import LinearLogprobs
+from bupo_kernels.functional import LensStatistics, LinearLogprobs
 from bupo_kernels.modules import FusedLMHead
 from bupo_kernels.policy_losses import PolicyMetrics
 
@@ -198,6 +198,35 @@ def policy_divergence(
     return _head(model, hidden, reference=final, mask=mask, **options)
 
 
+@torch.no_grad()
+def policy_lens(
+    model: nn.Module,
+    input_ids: Tensor,  # [B, S] int64
+    targets: Tensor,  # [B, S] int64
+    *,
+    attention_mask: Tensor | None = None,  # [B, S]
+    position_ids: Tensor | None = None,  # [B, S]
+    model_options: dict | None = None,
+    **options,
+) -> LensStatistics:
+    """The logit lens of a whole model in one forward: the policies of ``H^0`` (the embedding), ``H^1`` … ``H^L`` (raw, before the
+    final norm), and last the model's own; L + 2 in all.
+
+    Arguments as in :func:`policy_logprobs`; ``options`` and what is returned, with ``[B, S]`` for each policy, as in
+    :func:`bupo_kernels.logit_lens`. What is compared ``final`` is the model's own policy. No gradient.
+    """
+    backbone, states = _backbone(model), []
+
+    def capture(_, arguments: tuple, named: dict) -> None:
+        states.append(arguments[0] if arguments else named["hidden_states"])
+
+    with ExitStack() as undo:
+        for module in (*backbone.layers, backbone.norm):
+            undo.callback(module.register_forward_pre_hook(capture, with_kwargs=True).remove)
+        final = backbone(**_inputs(input_ids, attention_mask, position_ids, model_options)).last_hidden_state
+    return _head(model, [*states, final], targets, **{"outputs": ("entropy",), "final": final, **options})
+
+
 def _inputs(input_ids, attention_mask, position_ids, model_options: dict | None) -> dict:
     if attention_mask is not None and position_ids is not None:
         raise ValueError("position_ids: given with attention_mask, accepted is one of the two (packed or padded, not both)")
@@ -217,7 +246,7 @@ def _hidden_states(model: nn.Module, inputs: dict, layer: int | None, module: st
         return _backbone(model)(**inputs).last_hidden_state
 
 
-def _head(model: nn.Module, hidden: Tensor, *arguments, **options):
+def _head(model: nn.Module, hidden: Tensor | list[Tensor], *arguments, **options):
     """What the model's head says to ``arguments`` about hidden states. It is called as a module: FSDP gathers its weight there."""
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
-from bupo_kernels.functional import LinearLogprobs, linear_divergence, linear_logprobs, linear_policy_loss
+from bupo_kernels.functional import (
+    LensStatistics,
+    LinearLogprobs,
+    linear_divergence,
+    linear_logprobs,
+    linear_policy_loss,
+    logit_lens,
+)
 from bupo_kernels.policy_losses import PolicyMetrics
 
 
@@ -32,17 +41,22 @@ class FusedLMHead(nn.Linear):
 
     def forward(
         self,
-        hidden: Tensor,
+        hidden: Tensor | Sequence[Tensor],
         targets: Tensor | None = None,
         advantages: Tensor | None = None,
         *,
         reference: Tensor | None = None,
+        outputs: Sequence[str] | None = None,
         **options,
-    ) -> Tensor | LinearLogprobs | tuple[Tensor, PolicyMetrics]:
+    ) -> Tensor | LinearLogprobs | LensStatistics | tuple[Tensor, PolicyMetrics]:
         """Logits ``[..., V]`` of ``hidden[..., D]``; given ``targets[...]``, :class:`LinearLogprobs`, with the options of
         :func:`bupo_kernels.linear_logprobs`; given ``advantages`` too, what :func:`bupo_kernels.linear_policy_loss` returns, with
-        its options; given ``reference[..., D]`` alone, :func:`bupo_kernels.linear_divergence` from it (``bias`` is always the
-        module's own)."""
+        its options; given ``reference[..., D]`` alone, :func:`bupo_kernels.linear_divergence` from it; given ``outputs``,
+        :func:`bupo_kernels.logit_lens` of ``hidden``, those of several layers (``bias`` is always the module's own)."""
+        if outputs is not None:
+            if reference is not None or advantages is not None:
+                raise TypeError("outputs: given with reference or advantages, accepted only without them")
+            return logit_lens(hidden, self.weight, targets, outputs=outputs, bias=self.bias, **options)
         if reference is not None and (targets is not None or advantages is not None):
             raise TypeError("reference: given with targets or advantages, accepted only without them")
         if reference is not None:

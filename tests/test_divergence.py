@@ -50,7 +50,7 @@ def test_a_policy_diverges_from_itself_by_nothing_and_masked_rows_are_zero():
 
 def test_what_cannot_be_compared_raises():
     hidden, weight = torch.randn(3, 8), torch.randn(50, 8)
-    with pytest.raises(ValueError, match="reference: shape"):
+    with pytest.raises(ValueError, match=r"reference: torch.float32 of shape \(2, 8\)"):
         linear_divergence(hidden, hidden[:2], weight)
     with pytest.raises(TypeError, match="backend: given"):
         linear_divergence(hidden, hidden, weight, backend="torch")

@@ -185,7 +185,7 @@ def _blocks(
             yield Block(columns, block, w, h, b, products, scratch, readout.rows(index, problem.statistics_dtype), maxima)
 
 
-def _target_column(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:  # [r] -> [r, 1], [r, 1]
+def target_column(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:  # [r] -> [r, 1], [r, 1]
     """Where each row's target lies within the slice (clamped), and whether it does."""
     column = (targets - columns.start).unsqueeze(1)
     width = columns.stop - columns.start
@@ -210,7 +210,7 @@ class TorchRows:
     def fold(block: Block, y: Tensor, running: Statistics, with_entropy: bool) -> Tensor:  # [r], [r] each -> [r]
         """The tile into the statistics of its rows; leaves logits less the maximum of their row in the tile, which is returned."""
         z, e, m, s = to_logits_(block.tile, block.bias, block.readout), block.scratch, running.m, running.s
-        column, inside = _target_column(y, block.columns)
+        column, inside = target_column(y, block.columns)
         running.z_y.copy_(torch.where(inside, z.gather(1, column), running.z_y.unsqueeze(1)).squeeze(1))
         tile_m = z.amax(1)
         torch.exp(z.sub_(tile_m.unsqueeze(1)), out=e)
@@ -237,7 +237,7 @@ class TorchRows:
             dz.mul_(of.constant.unsqueeze(1))
         else:
             dz.mul_(torch.addcmul(of.constant.unsqueeze(1), z, of.slope.unsqueeze(1), value=-1, out=z))
-        column, inside = _target_column(of.targets, block.columns)
+        column, inside = target_column(of.targets, block.columns)
         dz.scatter_(1, column, torch.where(inside, of.on_target.unsqueeze(1), dz.gather(1, column)))
         return dz if at.softcap is None else dz.mul_(softcap_slope)
 
