@@ -15,7 +15,7 @@ from bupo.config import Hardware, Optimizer, parse_config
 from bupo.distributed import full, process_group, sharded_units, unsharded
 from bupo.model import load_model, make_optimizer
 from bupo.schedule import FINAL, OptimisedPolicy
-from bupo.trainer import look, make_mini_batches, update, with_old_logprobs
+from bupo.trainer import look, look_at_layers, make_mini_batches, update, with_old_logprobs
 
 CASES = [
     {"tied": tied, "layer": layer, "module": module, "checkpointing": checkpointing}
@@ -79,8 +79,10 @@ def two_updates(folder: str, case: dict, world) -> dict:
 
     optimizer.register_step_pre_hook(keep_gradients)
     with training_attention(model, "per-sequence"):
-        all_of_them = config.model_copy(update={"hardware": config.hardware.model_copy(update={"max_tokens_per_device": 1000})})
-        seen = look(model, samples, policy, 1, all_of_them, world)
+        hardware = config.hardware.model_copy(update={"max_tokens_per_device": 1000})
+        telemetry = config.telemetry.model_copy(update={"lens_tokens": 1000})
+        all_of_them = config.model_copy(update={"hardware": hardware, "telemetry": telemetry})
+        seen = look(model, samples, policy, 1, all_of_them, world) | look_at_layers(model, samples, 1, all_of_them, world)
         mini_batches = make_mini_batches(samples, rewards, advantages, config, world)
         mini_batches = [[with_old_logprobs(model, batch, policy, config) for batch in batches] for batches in mini_batches]
         updates = [update(model, optimizer, batches, policy, config, world) for batches in mini_batches if batches]

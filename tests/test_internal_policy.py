@@ -6,7 +6,7 @@ from models import FAMILIES, tiny_model, token_batch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from bupo_kernels import FusedLMHead, internal_policy, policy_logprobs, reference
+from bupo_kernels import FusedLMHead, internal_policy, policy_lens, policy_logprobs, reference
 
 DEPTH = 4
 families = pytest.mark.parametrize("family", FAMILIES)
@@ -50,6 +50,31 @@ def test_layer_policies_read_the_hidden_states_of_the_full_model_bit_for_bit(fam
         assert torch.equal(hidden_under(model, ids, layer), states[layer])
         assert torch.equal(hidden_under(model, ids, layer, final_norm=True), model.base_model.norm(states[layer]))
     assert torch.equal(hidden_under(model, ids, DEPTH), states[DEPTH])  # normed: the model's own policy
+
+
+@families
+@tying
+def test_the_lens_of_a_model_holds_every_layer_s_raw_policy_and_last_its_own(family, tied):
+    model, (ids, targets) = tiny_model(family, tied=tied), token_batch()
+    raw_last = []
+    model.base_model.norm.register_forward_pre_hook(lambda _, inputs: raw_last.append(inputs[0]))
+    states = model.base_model(ids, output_hidden_states=True, use_cache=False).hidden_states
+    states = torch.stack([*states[:DEPTH], raw_last[0], states[DEPTH]])
+    log_p = reference.logits(states.double(), model.lm_head.weight.double()).log_softmax(-1)
+    counts = targets != -100
+
+    seen = policy_lens(model, ids, targets, outputs=("entropy", "logprobs", "kl_to_final"), top_k=2)
+    assert seen.entropy.shape == (DEPTH + 2, *ids.shape)
+    close = {"atol": 1e-5, "rtol": 1e-5}
+    torch.testing.assert_close(seen.entropy.double(), -(log_p.exp() * log_p).sum(-1) * counts, **close)
+    torch.testing.assert_close(seen.kl_to_final.double(), (log_p.exp() * (log_p - log_p[-1])).sum(-1) * counts, **close)
+    chosen = log_p.gather(-1, targets.where(counts, 0).expand(DEPTH + 2, -1, -1).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(seen.logprobs.double(), chosen * counts, **close)
+    own = model(ids, use_cache=False).logits.double().log_softmax(-1).gather(-1, targets.where(counts, 0).unsqueeze(-1))
+    torch.testing.assert_close(seen.logprobs[-1].double(), own.squeeze(-1) * counts, **close)
+    assert (seen.top_logprobs[:, counts, 0] >= seen.top_logprobs[:, counts, 1]).all()
+    hooks = [module._forward_pre_hooks for module in (model.base_model.norm, *model.base_model.layers)]
+    assert list(map(len, hooks)) == [1, 0, 0, 0, 0]  # this test's own
 
 
 @families

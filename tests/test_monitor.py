@@ -49,6 +49,7 @@ def metrics(step, **changes):
     row |= {"reward_failures": 0, "response_tokens": 812.4, "finished": 0.9, "loss": -0.0123, "entropy": 3.2, "entropy_final": 0.71}
     row |= {"kl": 1.25 if step <= 3 else None, "clip_share": 0.003, "grad_norm": 0.52, "sampler_gap": 0.0012, "mfu": None}
     row |= {"tokens_per_second": 12345.6, "memory_gib": 71.4, "seconds_rollout": 8.1, "seconds_old": 1.2, "seconds_update": 3.0}
+    row |= {"lens_entropy": [4.0, 3.5]} if step == 1 else {}
     return row | {"seconds": 12.5, "perplexity": None, "switched": None} | changes
 
 
@@ -323,9 +324,9 @@ def test_tensorboard_gets_the_numbers_and_a_resumed_run_hides_what_it_does_again
     assert (first.folder, first.options, second.options) == (str(tmp_path / "tensorboard"), {}, {"purge_step": 2})
     assert first.closed
     assert second.closed
-    assert {("train/reward", 0.1, 1), ("train/kl", 1.25, 2), ("heldout/greedy", 0.05, 1), ("heldout/aime/greedy", 0.25, 2)} <= set(
-        first.scalars
-    )
+    expected = {("train/reward", 0.1, 1), ("train/kl", 1.25, 2), ("heldout/greedy", 0.05, 1), ("heldout/aime/greedy", 0.25, 2)}
+    expected |= {("train/lens_entropy/00", 4.0, 1), ("train/lens_entropy/01", 3.5, 1)}
+    assert expected <= set(first.scalars)
     names = {name for name, _, _ in first.scalars}
     assert not names & {"train/step", "train/phase", "train/mfu", "train/switched", "heldout/step", "heldout/sources"}
 

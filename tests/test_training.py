@@ -21,7 +21,7 @@ from bupo.demo import character_tokenizer
 from bupo.distributed import World
 from bupo.model import load_model
 from bupo.schedule import FINAL, OptimisedPolicy
-from bupo.trainer import look, make_mini_batches, train, update, with_old_logprobs
+from bupo.trainer import look, look_at_layers, make_mini_batches, train, update, with_old_logprobs
 
 # What differs between two runs that are the same.
 TIMES = ("seconds", "tokens_per_second", "tflops", "mfu", "memory_gib")
@@ -300,6 +300,40 @@ def test_what_is_seen_of_both_policies_is_the_mean_over_response_tokens(config_f
             assert seen[name] is None
         else:
             assert seen[name] == pytest.approx(expected, rel=1e-4, abs=1e-5), name
+
+
+def test_the_layers_seen_are_those_of_a_plain_logit_lens(config_file):
+    config, of_two = (load_config(config_file, [f"telemetry.lens_tokens={n}"]) for n in (1000, 2))
+    world = World(0, 1, torch.device("cpu"))
+    model, samples = load_model(config.model, config.hardware, world), random_samples(6, vocab=14)
+    with training_attention(model, "per-sequence"):
+        seen = look_at_layers(model, samples, 1, config, world)
+        few = [look_at_layers(model, samples, step, of_two, world) for step in (1, 1, 2)]
+    entropies, divergences, logprobs = [], [], []
+    raw_last = []
+    model.base_model.norm.register_forward_pre_hook(lambda _, inputs: raw_last.append(inputs[0]))
+    with torch.no_grad():
+        for sample in samples:
+            ids, start = torch.tensor([[*sample.prompt_ids, *sample.response_ids]]), len(sample.prompt_ids) - 1
+            states = model.base_model(ids[:, :-1], output_hidden_states=True, use_cache=False).hidden_states
+            states = torch.stack([*states[:-1], raw_last[-1], states[-1]])[:, 0, start:].double()
+            log_p = (states @ model.lm_head.weight.T.double()).log_softmax(-1)
+            entropies.append(-(log_p.exp() * log_p).sum(-1)[:-1])
+            divergences.append((log_p.exp() * (log_p - log_p[-1])).sum(-1)[:-1])
+            logprobs.append(log_p[-1].gather(-1, torch.tensor(sample.response_ids)[:, None])[:, 0])
+    assert seen["lens_entropy"] == pytest.approx(torch.cat(entropies, 1).mean(1).tolist(), rel=1e-4, abs=1e-5)
+    assert seen["lens_kl"] == pytest.approx(torch.cat(divergences, 1).mean(1).tolist(), rel=1e-4, abs=1e-5)
+    assert seen["lens_perplexity"] == pytest.approx(torch.cat(logprobs).mean().neg().exp().item(), rel=1e-4)
+    assert few[0] == few[1] != few[2]  # which tokens are looked at depends on the step
+
+
+def test_layers_are_looked_at_every_few_steps_or_never(config_file, tmp_path):
+    for every, steps in ((2, [1, 2]), (0, [])):
+        folder = tmp_path / str(every)
+        train(load_config(config_file, [f"output_dir={folder}", f"telemetry.lens_every={every}", "steps=3"]))
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert [row["step"] for row in rows if "lens_entropy" in row] == steps
+        assert all(("seconds_lens" in row) == ("lens_kl" in row) for row in rows)
 
 
 # ---- configuration and command line
