@@ -17,7 +17,8 @@ inputs are computed in float64 throughout. fp32 products follow torch's own prec
 (``torch.set_float32_matmul_precision``); the bound is for its default, ``"highest"``.
 
 Under ``torch.compile`` a call is one node, whatever the number of rows, and gives bit for bit what it gives without. Off the CPU
-the forward never waits for the device; a target or a temperature out of range is then a device-side assert.
+the forward never waits for the device; a target or a temperature out of range is then a device-side assert. (:func:`logit_lens`
+and :func:`linear_divergence`, which have no gradient, run outside a graph and do wait.)
 Logits must be finite (a ``bias`` of −inf is not supported).
 """
 
@@ -243,6 +244,7 @@ class LensStatistics(NamedTuple):
     pairwise_kl: Tensor | None = None  # [L, L, ...] [l, k] = KL(π^l ‖ π^k), at least 0
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def logit_lens(
     hidden_states: Tensor | Sequence[Tensor],  # [L, ..., D], or L x [..., D]
@@ -295,63 +297,80 @@ def logit_lens(
     if not states:
         raise ValueError("hidden_states: none given, accepted are those of at least one layer")
     _check_alike({f"hidden_states[{i}]": x for i, x in enumerate(states)} | ({} if final is None else {"final": final}))
+    if states[0].dim() < 2:
+        raise ValueError(f"hidden_states: layers of shape {tuple(states[0].shape)} given, accepted are [L, ..., D] or L x [..., D]")
+    if norm is not None and not callable(norm):
+        raise TypeError(f"norm: {type(norm).__name__} given, accepted are None and functions [n, D] -> [n, D]")
     if targets is None:
         targets = torch.zeros(states[0].shape[:-1], dtype=torch.int64, device=states[0].device)
     call = _prepare(states[0], weight, targets, return_entropy="entropy" in outputs, **options)
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k <= len(call.weight):
         raise ValueError(f"top_k: {top_k!r} given, accepted are 0 to {len(call.weight)}, the size of the vocabulary")
-
-    if not top_k and set(outputs) <= COMPILED_OUTPUTS:
-        return _compiled_lens(states, call, norm, outputs)
-    if call.backend not in ("auto", "torch"):
+    compiled = not top_k and set(outputs) <= COMPILED_OUTPUTS
+    if not compiled and call.backend not in ("auto", "torch"):
         beyond = "top_k" if top_k else next(name for name in outputs if name not in COMPILED_OUTPUTS)
         raise ValueError(f"backend: {call.backend!r} given, accepted for {beyond} are 'auto' and 'torch'")
     ops.check_rows(targets, counts := call.counts(), len(call.weight), call.ignore_index, call.row_temperature)
     readout = Readout(call.temperature, call.logit_scale, call.softcap)
     operands = Operands(call.hidden, call.weight, call.bias, targets, readout)
     rows = counts.flatten().nonzero().squeeze(1)
-    with ops.on(weight.device):
-        found = lens.Lens(states, final, norm, operands, rows, outputs, top_k, call.memory_budget).run()
-    return LensStatistics(**{name: _on_all_rows(name, values, rows, counts) for name, values in found.items()})
+    if compiled:
+        parts = _compiled_lens(states, call, lens.checked_norm(norm), operands, rows, outputs)
+    else:
+        with ops.on(weight.device):
+            streamed = lens.Lens(states, final, norm, operands, len(rows), outputs, top_k, call.memory_budget)
+            parts = [streamed.run(some) for some in rows.split(streamed.rows)]
+    found = {}
+    for name in parts[0]:
+        place = 2 if name == "pairwise_kl" else 1
+        found[name] = _on_all_rows(torch.cat([part[name] for part in parts], place), rows, counts, place)
+    return LensStatistics(**found)
 
 
-def _on_all_rows(name: str, values: Tensor, rows: Tensor, counts: Tensor) -> Tensor:
-    """From the ``rows`` [n] of ``counts`` [...] to all: [L, n] -> [L, ...]; ``top_…`` [L, n, k], ``pairwise_kl`` [L, L, n]."""
-    leading = 2 if name == "pairwise_kl" else 1
-    whole = values.new_zeros(*values.shape[:leading], counts.numel(), *values.shape[leading + 1 :])
-    whole.index_copy_(leading, rows, values.contiguous())
-    return whole.view(*values.shape[:leading], *counts.shape, *values.shape[leading + 1 :])
+def _on_all_rows(values: Tensor, rows: Tensor, counts: Tensor, place: int) -> Tensor:
+    """From the ``rows`` [n] of ``counts`` [...], at ``place`` in the shape of ``values``, to all of them, 0 on the others."""
+    before, after = values.shape[:place], values.shape[place + 1 :]
+    whole = values.new_zeros(*before, counts.numel(), *after).index_copy_(place, rows, values)
+    return whole.view(*before, *counts.shape, *after)
 
 
-def _compiled_lens(states: list[Tensor], call: _Call, norm: Callable | None, outputs: tuple[str, ...]) -> LensStatistics:
-    """As many layers as the budget holds once more are one problem: their rows lie below one another."""
-    together = max(call.memory_budget // max(states[0].numel() * states[0].element_size(), 1), 1)
-    counts, parts = call.counts(), []
-    for first in range(0, len(states), together):
-        some = [state if norm is None else norm(state) for state in states[first : first + together]]
-        layers = len(some)
+def _compiled_lens(
+    states: list[Tensor], call: _Call, norm: Callable[[Tensor], Tensor], operands: Operands, rows: Tensor, outputs: tuple[str, ...]
+) -> list[dict[str, Tensor]]:
+    """[L, n] of each of the outputs for some of the rows after the other: those of all layers, below one another, are one call."""
+    layers, weight = len(states), call.weight
+    per_row = layers * (4 * weight.shape[1] * states[0].element_size() + 64)  # gathered, normed, stacked, cast; statistics
+    at_once = max(call.memory_budget // 2 // per_row, 1)
+    parts = []
+    for some in rows.split(at_once):
+        index = operands.coordinates(some)
+        temperature = call.row_temperature
         stacked = replace(
             call,
-            hidden=(torch.stack(some) if layers > 1 else some[0].unsqueeze(0)).to(call.weight.dtype),
-            targets=call.targets.expand(layers, *call.targets.shape),
-            mask=counts.expand(layers, *counts.shape),
-            temperature=call.temperature if call.row_temperature is None else call.temperature.expand(layers, *counts.shape),
+            hidden=torch.stack([norm(state[index]) for state in states]).to(weight.dtype),
+            targets=call.targets[index].expand(layers, -1),
+            mask=None,
+            temperature=call.temperature if temperature is None else temperature[index].expand(layers, -1),
+            memory_budget=max(call.memory_budget - len(some) * per_row, 1),
         )
         logprobs, entropy, logsumexp, _, log_s, *_ = stacked.statistics()
-        largest = torch.where(counts, (-log_s).exp().view_as(logprobs), 0)  # p of the maximum is e^(m−m) / s
-        parts.append({"logprobs": logprobs, "entropy": entropy, "logsumexp": logsumexp, "max_probability": largest})
-    return LensStatistics(**{name: torch.cat([part[name] for part in parts]) for name in outputs})
+        # p of the maximum is e^(m−m) / s
+        found = {"logprobs": logprobs, "entropy": entropy, "logsumexp": logsumexp, "max_probability": (-log_s).exp()}
+        parts.append({name: found[name].view(layers, -1) for name in outputs})
+    return parts
 
 
 def _check_alike(named: dict[str, Tensor]) -> None:
-    """All are floating-point tensors of the shape and on the device of the first."""
+    """All are floating-point tensors of the shape, device and, but for autocast, which casts them, dtype of the first."""
     (first_name, first), *_ = named.items()
     for name, tensor in named.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name}: {type(tensor).__name__} given, accepted is a Tensor")
-        if tensor.shape != first.shape or tensor.device != first.device or not tensor.is_floating_point():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name}: {given} given, accepted is a Tensor of floating point")
+        same_dtype = tensor.dtype == first.dtype or torch.is_autocast_enabled(first.device.type)
+        if tensor.shape != first.shape or tensor.device != first.device or not same_dtype:
             raise ValueError(
-                f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device} given, accepted is floating point of "
+                f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device} given, accepted is {first.dtype} of "
                 f"{tuple(first.shape)} on {first.device}, as {first_name}"
             )
 

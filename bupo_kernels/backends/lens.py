@@ -22,16 +22,30 @@ from torch import Tensor
 from bupo_kernels.backends import algebra
 from bupo_kernels.backends.gradients import accumulate_
 from bupo_kernels.backends.problem import Operands, Tile
-from bupo_kernels.backends.torch_chunked import CPU_TILE, DEVICE_TILE, target_column, to_logits_
+from bupo_kernels.backends.torch_chunked import CPU_TILE, DEVICE_TILE, SMALL_TILE, target_column, to_logits_
 
 COMPARED = ("kl_to_final", "kl_from_final", "jsd")  # with the final policy
 SECOND_PASS = ("rank", "jsd")
 
 
-class Lens:
-    """One call: the L policies of ``states``, and that of ``final`` where it is not None, on the rows [n] of ``operands``.
+def checked_norm(norm: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
+    """``norm``, or the identity; what it gives has the shape of what it is given."""
 
-    ``operands.hidden`` lends its shape alone; ``norm`` is applied to rows of ``states`` as they are used.
+    def normed(rows: Tensor) -> Tensor:  # [n, D]
+        found = norm(rows)
+        if not isinstance(found, Tensor) or found.shape != rows.shape:
+            given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise ValueError(f"norm: gives {given} for {tuple(rows.shape)}, accepted are functions that keep the shape")
+        return found
+
+    return normed if norm is not None else lambda rows: rows
+
+
+class Lens:
+    """The L policies of ``states``, and that of ``final`` where it is not None, on rows of ``operands``.
+
+    ``operands.hidden`` lends its shape alone; ``norm`` is applied to rows of ``states`` as they are used. At most ``rows`` may be
+    asked for at a time: fewer than ``count`` where the budget does not hold the statistics of all.
     """
 
     def __init__(
@@ -40,47 +54,49 @@ class Lens:
         final: Tensor | None,  # [..., D]
         norm: Callable[[Tensor], Tensor] | None,
         operands: Operands,
-        rows: Tensor,  # [n]
+        count: int,
         outputs: Sequence[str],
         top_k: int,
         memory_budget: int,
     ) -> None:
-        self.states, self.norm, self.operands, self.outputs, self.top_k = states, norm, operands, outputs, top_k
+        self.states, self.norm, self.operands, self.outputs, self.top_k = states, checked_norm(norm), operands, outputs, top_k
         self.final = final if set(outputs) & set(COMPARED) else None
-        self.rows, self.coordinates = rows, operands.coordinates(rows)
-        self.targets = operands.targets.flatten()[rows]
         self.policies = len(states) + (self.final is not None)
         self.compares = bool(set(outputs) & {"kl_to_final", "kl_from_final", "pairwise_kl"})
-        weight = operands.weight
-        self.dtype = torch.promote_types(weight.dtype, torch.float32)
-        self.tile = self._tile(memory_budget)
+        self.dtype = torch.promote_types(operands.weight.dtype, torch.float32)
+        self.rows, self.tile = self._plan(count, memory_budget)
 
-    def _tile(self, memory_budget: int) -> Tile:
-        """Tokens and columns of the largest tile within the budget. Raises ``ValueError`` where it holds not even the smallest."""
-        policies, n, (vocab, width) = self.policies, len(self.rows), self.operands.weight.shape
+    def _plan(self, count: int, memory_budget: int) -> tuple[int, Tile]:
+        """How many rows at a time, and tokens and columns of the largest tile, within the budget. Raises ``ValueError`` where it
+        holds not even the smallest."""
+        policies, k, (vocab, width) = self.policies, self.top_k, self.operands.weight.shape
         size, item = self.dtype.itemsize, self.operands.weight.dtype.itemsize
-        per_token = size * (8 * policies + policies**2 * self.compares) + (size + 8) * policies * self.top_k + 64
+        # Statistics and results of a row, in float and int64, the top k twice, the products of all pairs; indices and coordinates.
+        per_row = policies * (10 * size + 2 * 8 + 2 * k * (size + 8)) + policies**2 * size * self.compares + 64
 
-        def needed(tokens: int, columns: int) -> int:
-            logits = (2 * policies + 4 * ("jsd" in self.outputs)) * tokens * columns * size
-            rows = policies * tokens * (width * (size + 2 * item) + 3 * (size + 8) * self.top_k) + 2 * tokens * per_token
-            return n * per_token + logits + rows + 2 * columns * width * size * (item < size)
+        def needed(rows: int, tokens: int, columns: int) -> int:
+            logits = (2 * policies + 3 * ("jsd" in self.outputs)) * tokens * columns * size
+            hidden = policies * tokens * width * (size * (item < size) + 3 * item)
+            merged = tokens * policies * (4 * k * (size + 8) + 10 * size + policies * size * self.compares)
+            return rows * per_row + logits + hidden + merged + 2 * columns * width * size * (item < size)
 
-        most_rows, most_columns = CPU_TILE if self.rows.device.type == "cpu" else DEVICE_TILE
-        tokens, columns = max(min(most_rows // policies, n), 1), min(most_columns, vocab)
-        while tokens > 1 and needed(tokens, columns) > memory_budget:
-            tokens = (tokens + 1) // 2
-        while columns > 1 and needed(tokens, columns) > memory_budget:
-            columns = (columns + 1) // 2
-        if (least := needed(tokens, columns)) > memory_budget:
-            rows = f"{n} rows of {policies} policies"
-            raise ValueError(f"memory_budget: {memory_budget} bytes given, accepted are at least {least} for {rows}")
-        return Tile(tokens, columns)
+        most_rows, most_columns = CPU_TILE if self.operands.weight.device.type == "cpu" else DEVICE_TILE
+        rows = max(min(count, memory_budget // 2 // per_row), 1)
+        tokens, columns = max(min(most_rows // policies, rows), 1), min(most_columns, vocab)
+        while needed(rows, tokens, columns) > memory_budget and max(tokens, columns) > 1:
+            # Products of fewer than SMALL_TILE rows or columns are slow.
+            if columns == 1 or (tokens > 1 and (tokens * policies > SMALL_TILE or columns <= SMALL_TILE)):
+                tokens = (tokens + 1) // 2
+            else:
+                columns = (columns + 1) // 2
+        if (least := needed(rows, tokens, columns)) > memory_budget:
+            raise ValueError(f"memory_budget: {memory_budget} bytes given, accepted are at least {least} for {policies} policies")
+        return rows, Tile(tokens, columns)
 
-    def _tiles(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    def _tiles(self, rows: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """Columns, tokens, their logits [P, r, c], which the next overwrites, and room for as many numbers."""
         _, weight, bias, _, readout = self.operands
-        count, vocab, device = len(self.rows), len(weight), weight.device
+        count, vocab, device, coordinates = len(rows), len(weight), weight.device, self.operands.coordinates(rows)
         buffers = [
             torch.empty(self.policies * self.tile.rows * self.tile.columns, dtype=self.dtype, device=device) for _ in range(2)
         ]
@@ -90,7 +106,7 @@ class Lens:
             b = None if bias is None else bias[columns].to(self.dtype)
             for first in range(0, count, self.tile.rows):
                 tokens = slice(first, min(first + self.tile.rows, count))
-                index = tuple(i[tokens] for i in self.coordinates)
+                index = tuple(i[tokens] for i in coordinates)
                 hidden = self._hidden(index, w.dtype)
                 shape = (*hidden.shape[:2], len(w))
                 z, scratch = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
@@ -98,45 +114,49 @@ class Lens:
                 yield columns, tokens, to_logits_(z, b, readout.rows(index, self.dtype)), scratch
 
     def _hidden(self, index: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:  # -> [P, r, D]
-        rows = [state[index] for state in self.states]
-        if self.norm is not None:
-            rows = [self.norm(x) for x in rows]
+        rows = [self.norm(state[index]) for state in self.states]
         if self.final is not None:
             rows.append(self.final[index])
         return torch.stack([x.to(self.operands.weight.dtype) for x in rows]).to(dtype)
 
-    def run(self) -> dict[str, Tensor]:
+    def run(self, rows: Tensor) -> dict[str, Tensor]:  # [n]
         """[L, n] of each of the outputs, [L, n, k] of ``top_ids`` and ``top_logprobs``, [L, L, n] of ``pairwise_kl``."""
-        layers, vocab = len(self.states), len(self.operands.weight)
-        statistics, cross, found = self._first_pass()
+        layers, vocab, outputs = len(self.states), len(self.operands.weight), set(self.outputs)
+        statistics, cross, found = self._first_pass(rows)
         results = algebra.finish(statistics, vocab, with_entropy=True)
+        log_s = results.log_s
         found |= {"logprobs": results.logprob, "entropy": results.entropy, "logsumexp": results.logsumexp}
-        found["max_probability"] = (-results.log_s).exp()
+        found["max_probability"] = (-log_s).exp()
         if self.top_k:
-            found["top_logprobs"] = (found["top_logprobs"] - results.logsumexp.unsqueeze(-1)).clamp_(max=0)
-        if cross is not None:
-            s, log_s = statistics.s.T, results.log_s.T  # [n, P]
-            own = cross.diagonal(dim1=1, dim2=2)
-            kl = (own.unsqueeze(2) - cross) / s.unsqueeze(2) - (log_s.unsqueeze(2) - log_s.unsqueeze(1))
-            kl = kl.clamp_(min=0).permute(1, 2, 0)  # [P, P, n]
-            found |= {"pairwise_kl": kl[:layers, :layers], "kl_to_final": kl[:, -1], "kl_from_final": kl[-1]}
-        if set(self.outputs) & set(SECOND_PASS):
-            found |= self._second_pass(statistics.z_y, results.logsumexp)
-        wanted = {name: found[name][:layers] for name in self.outputs}
-        return wanted | ({name: found[name][:layers] for name in ("top_ids", "top_logprobs")} if self.top_k else {})
+            found["top_logprobs"] = (found["top_logprobs"] - statistics.m.unsqueeze(-1)).sub_(log_s.unsqueeze(-1)).clamp_(max=0)
 
-    def _first_pass(self) -> tuple[algebra.Statistics, Tensor | None, dict[str, Tensor]]:
+        def divergence(own: Tensor, other: Tensor, s: Tensor, log_s: Tensor, other_log_s: Tensor) -> Tensor:
+            return (own - other).div_(s).sub_(log_s - other_log_s).clamp_(min=0)
+
+        if self.final is not None and self.compares:
+            s, t = statistics.s, statistics.t
+            found["kl_to_final"] = divergence(t, cross[:, :, -1].T, s, log_s, log_s[-1])
+            found["kl_from_final"] = divergence(t[-1], cross[:, -1].T, s[-1], log_s[-1], log_s)
+        if "pairwise_kl" in outputs:
+            kl = cross.neg_().add_(statistics.t.T.unsqueeze(2)).div_(statistics.s.T.unsqueeze(2))
+            kl.sub_(log_s.T.unsqueeze(2)).add_(log_s.T.unsqueeze(1)).clamp_(min=0)
+            found["pairwise_kl"] = kl.permute(1, 2, 0)[:layers, :layers]
+        if outputs & set(SECOND_PASS):
+            found |= self._second_pass(rows, statistics, log_s)
+        return {name: found[name][:layers] for name in (*self.outputs, *(("top_ids", "top_logprobs") if self.top_k else ()))}
+
+    def _first_pass(self, rows: Tensor) -> tuple[algebra.Statistics, Tensor | None, dict[str, Tensor]]:
         """:class:`Statistics` [P, n], the c of all pairs [n, P, P] if policies are compared, argmax and top k (their logits)."""
-        shape, device, k = (self.policies, len(self.rows)), self.rows.device, self.top_k
+        shape, device, k, y = (self.policies, len(rows)), rows.device, self.top_k, self.operands.targets.flatten()[rows]
         statistics = algebra.Statistics(*(torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(4)))
         statistics.m.fill_(-math.inf)
         cross = torch.zeros(shape[1], shape[0], shape[0], dtype=self.dtype, device=device) if self.compares else None
         argmax = torch.zeros(shape, dtype=torch.int64, device=device)
         top_z = torch.full((*shape, k), -math.inf, dtype=self.dtype, device=device)
         top_ids = torch.zeros(*shape, k, dtype=torch.int64, device=device)
-        for columns, tokens, z, e in self._tiles():
+        for columns, tokens, z, e in self._tiles(rows):
             m, s, t, z_y = (x[:, tokens] for x in statistics)
-            column, inside = target_column(self.targets[tokens], columns)
+            column, inside = target_column(y[tokens], columns)
             column = column.expand(self.policies, -1, 1)
             z_y.copy_(torch.where(inside.squeeze(1), z.gather(2, column).squeeze(2), z_y))
             if k:
@@ -165,20 +185,20 @@ class Lens:
             statistics.t.copy_(cross.diagonal(dim1=1, dim2=2).T)
         return statistics, cross, {"argmax": argmax, "top_logprobs": top_z, "top_ids": top_ids}
 
-    def _second_pass(self, z_y: Tensor, logsumexp: Tensor) -> dict[str, Tensor]:  # [P, n] each
-        layers = len(self.states)
-        rank = torch.zeros_like(z_y, dtype=torch.int64)
-        jsd = torch.zeros_like(z_y[:layers])
-        for columns, tokens, z, p in self._tiles():
+    def _second_pass(self, rows: Tensor, of: algebra.Statistics, log_s: Tensor) -> dict[str, Tensor]:  # [P, n] each
+        layers, y = len(self.states), self.operands.targets.flatten()[rows]
+        rank = torch.zeros_like(log_s, dtype=torch.int64)
+        jsd = torch.zeros_like(log_s[:layers])
+        for columns, tokens, z, scratch in self._tiles(rows):
             if "rank" in self.outputs:
-                above = z > z_y[:, tokens].unsqueeze(2)
-                column, inside = target_column(self.targets[tokens], columns)
+                above = torch.gt(z, of.z_y[:, tokens].unsqueeze(2), out=scratch)  # as numbers: a sum of bools would be one of int64
+                column, inside = target_column(y[tokens], columns)
                 column = column.expand(self.policies, -1, 1)
-                above.scatter_(2, column, above.gather(2, column) & ~inside)
-                rank[:, tokens] += above.sum(2)
+                above.scatter_(2, column, torch.where(inside, 0, above.gather(2, column)))
+                rank[:, tokens] += above.sum(2).long()
             if "jsd" in self.outputs:
-                log_p = z.sub_(logsumexp[:, tokens].unsqueeze(2))
-                torch.exp(log_p, out=p)
+                log_p = z.sub_(of.m[:, tokens].unsqueeze(2)).sub_(log_s[:, tokens].unsqueeze(2))
+                p = torch.exp(log_p, out=scratch)
                 for layer in range(layers):
                     mixture = torch.logaddexp(log_p[layer], log_p[-1]).sub_(math.log(2))
                     of_layer = p[layer].mul_(log_p[layer].sub_(mixture)).sum(1)
