@@ -12,14 +12,16 @@ import os
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
 import torch
 from problems import CONTRACT, Case, assert_stored_gradients, assert_values, case_with, leaves
+from test_logit_lens import OF_ANY_BACKEND, OUTPUTS, assert_agrees, random_lens
 from torch import Tensor
 
-from bupo_kernels import PolicyObjective, explain, linear_logprobs, linear_policy_loss
+from bupo_kernels import LensStatistics, PolicyObjective, explain, linear_logprobs, linear_policy_loss
 from bupo_kernels.backends import compiled
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -528,6 +530,20 @@ def test_T14_autocast_computes_what_the_cast_operands_give(backend):
     outside = run(cast, upstream, backend=backend)
     assert all(x.dtype == FP32 for x in inside)
     assert all(torch.equal(a, b.float()) for a, b in zip(inside, outside, strict=True))
+
+
+def check_lens(vocab: int, width: int, dtype, device) -> None:
+    lens = random_lens((0.2, 1.0, 8.0), (257,), vocab, width, dtype=dtype)
+    on_device = replace(lens, **{name: getattr(lens, name).to(device) for name in ("states", "weight", "targets", "final")})
+    for outputs in (OUTPUTS, OF_ANY_BACKEND):
+        top_k = 5 * (outputs is OUTPUTS)
+        found = on_device.run(outputs, top_k)
+        assert_agrees(LensStatistics(*(x if x is None else x.cpu() for x in found)), lens, outputs, top_k)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=name_of)
+def test_the_lens_is_that_of_float64(dtype):
+    check_lens(32001, 512, dtype, "cuda")
 
 
 BAD_TARGET = """
