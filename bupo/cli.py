@@ -1,4 +1,4 @@
-"""``bupo train | evaluate | export | demo | env``."""
+"""``bupo train | evaluate | analyze | export | demo | env``."""
 
 from __future__ import annotations
 
@@ -78,6 +78,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.set_defaults(do=_evaluate)
 
+    analyze = commands.add_parser(
+        "analyze",
+        help="entropy flow, ΔH and the boundary layer of a model: which layer to train",
+        description="Looks into every block of a model while it reads its own responses: entropy, ΔH, norms, similarities and "
+        "divergences of the internal policies, layer by layer, with 95 % intervals over responses. Writes statistics.parquet, "
+        "summary.json, figures and report.html. One process; the same command goes on after an interruption.",
+    )
+    analyze.add_argument("model", metavar="MODEL", help="folder of a Hugging Face checkpoint, or a model's name on the hub")
+    analyze.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, or that of an unfinished analysis")
+    what = analyze.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", nargs="+", metavar="FILE", help="problems to respond to, as data.train of `bupo train`")
+    what.add_argument(
+        "--responses",
+        nargs="+",
+        metavar="FILE",
+        help="JSONL with prompt and response, as `bupo evaluate --out` writes it; greedy ones are left out",
+    )
+    analyze.add_argument("--prompts", type=int, default=64, metavar="N", help="of --data, chosen by the seed (default 64)")
+    analyze.add_argument("--samples", type=int, default=1, metavar="N", help="responses per prompt of --data (default 1)")
+    analyze.add_argument(
+        "--final-norm", action="store_true", help="put internal policies through the model's final norm first (the paper does not)"
+    )
+    analyze.add_argument("--suggest", action="store_true", help="print the YAML lines of the layer to train, and how sure that is")
+    analyze.add_argument("--examples", type=int, default=4, metavar="N", help="responses shown in report.html (default 4)")
+    analyze.add_argument("--max-tokens", type=int, default=2048, metavar="N", help="in a batch; bounds memory (default 2048)")
+    analyze.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="key.path=value",
+        help="keys of `bupo train` that apply: data.template, rollout.max_new_tokens, hardware.precision, seed, ...",
+    )
+    analyze.set_defaults(do=_analyze)
+
     export = commands.add_parser(
         "export",
         help="a checkpoint of a run as a model for from_pretrained",
@@ -140,6 +174,33 @@ def _evaluate(options: argparse.Namespace) -> int:
     from bupo.commands import evaluate_command
 
     evaluate_command(config, options.out)
+    return 0
+
+
+def _analyze(options: argparse.Namespace) -> int:
+    files = options.data or options.responses
+    tree = {
+        "model": options.model,
+        "output_dir": str(options.out),
+        "policy": "grpo",
+        "data": {"train": files[0], "heldout": files},
+        "objective": {"advantage": "reinforce++"},  # the one that takes one sample per prompt; nothing is trained here
+        "rollout": {"samples": options.samples},
+    }
+    config = parse_config(override(tree, options.set))
+    _prepare_process()
+    from bupo.analysis.command import analyze_command
+
+    analyze_command(
+        config,
+        options.out,
+        responses=options.responses or (),
+        prompts=options.prompts,
+        final_norm=options.final_norm,
+        suggest_layer=options.suggest,
+        examples=options.examples,
+        max_tokens=options.max_tokens,
+    )
     return 0
 
 

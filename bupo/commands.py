@@ -13,7 +13,7 @@ from bupo.distributed import process_group
 from bupo.evaluation import Accuracy, evaluate_model
 from bupo.model import export, load_model, load_tokenizer
 from bupo.rewards import RewardPool
-from bupo.rollout import Sampling, make_rollout
+from bupo.rollout import configured_rollout
 
 
 def evaluate_command(config: TrainConfig, out: Path | None) -> Accuracy:
@@ -24,10 +24,8 @@ def evaluate_command(config: TrainConfig, out: Path | None) -> Accuracy:
         check_fits(load_architecture(config), config)
         tokenizer = load_tokenizer(config.model)
         examples = [e for where in config.heldout for e in load_examples(where, config.data, tokenizer, "--data")]
-        model, how = load_model(config.model, config.hardware, world), config.rollout
-        sampling = Sampling(how.max_new_tokens, config.evaluation.temperature, config.seed)
-        engine = {"sequences": how.sequences, "longest": sum(config.lengths), "vllm_memory": how.vllm_memory}
-        rollout = make_rollout(how.engine, model, tokenizer, sampling, world, precision=config.hardware.precision, **engine)
+        model = load_model(config.model, config.hardware, world)
+        rollout = configured_rollout(config, model, tokenizer, world, config.evaluation.temperature)
         numbers = {"samples": config.evaluation.samples, "ks": config.evaluation.k, "seed": config.seed}
 
         def decode(ids: Sequence[int]) -> str:

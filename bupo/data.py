@@ -45,7 +45,7 @@ def load_examples(where: str, data: Data, tokenizer: PreTrainedTokenizerBase, ke
         for row in rows
     ]
     texts = [_render(prompt, row, data.template, tokenizer) for prompt, row in zip(prompts, rows, strict=True)]
-    ids = _encode(texts, [_is_whole(prompt, data.template) for prompt in prompts], tokenizer)
+    ids = encode(texts, [_is_whole(prompt, data.template) for prompt in prompts], tokenizer)
 
     for row, text, prompt_ids in zip(rows, texts, ids, strict=True):
         if not prompt_ids:
@@ -141,7 +141,7 @@ def _read(where: str, data: Data, key: str) -> tuple[str, list[_Row]]:
         return path.resolve().name, _datasets_rows(where, data, key)
     if path.is_file() and suffix in (".jsonl", ".parquet"):
         try:
-            return path.stem, (_jsonl_rows if suffix == ".jsonl" else _parquet_rows)(where, data, key)
+            return path.stem, jsonl_rows(where, key) if suffix == ".jsonl" else _parquet_rows(where, data, key)
         except OSError as error:
             raise ConfigError(f"{key}: {where} cannot be read ({error.strerror or error}), accepted is {_PLACES}") from None
     if path.exists():
@@ -151,7 +151,7 @@ def _read(where: str, data: Data, key: str) -> tuple[str, list[_Row]]:
     return where.partition(":")[0].split("/")[:2][-1], _datasets_rows(where, data, key)
 
 
-def _jsonl_rows(where: str, data: Data, key: str) -> list[_Row]:
+def jsonl_rows(where: str, key: str) -> list[_Row]:
     try:
         lines = Path(where).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also split at U+2028 within a text
     except UnicodeDecodeError as error:
@@ -279,7 +279,7 @@ def _is_whole(prompt: str | list[dict[str, str]], template: str) -> bool:
     return template == "chat" or not isinstance(prompt, str)
 
 
-def _encode(texts: list[str], whole: list[bool], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+def encode(texts: list[str], whole: list[bool], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """The tokens of each text, with the special tokens that the tokenizer puts before it unless it is ``whole``."""
     ids: list[list[int]] = [[]] * len(texts)
     for is_whole in set(whole):

@@ -1,6 +1,7 @@
 """The demo: a model of about a million parameters learns two-digit sums, first from examples, then from reward.
 
-It writes what a run needs (prompts, a warm checkpoint, a configuration) and then runs the very code of ``bupo train``.
+It writes what a run needs (prompts, a warm checkpoint, a configuration) and then runs the very code of ``bupo train``, and of
+``bupo analyze`` on what came of it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import yaml
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from bupo.analysis.command import analyze_command
 from bupo.attention import packed_options, training_attention
 from bupo.batching import pack, tokens
 from bupo.config import check_new_folder, load_config
@@ -41,13 +43,18 @@ CONFIG = {
 
 
 def demo(folder: Path, policy: str = "bupo", seed: int = 0) -> tuple[Accuracy, Accuracy]:
-    """Prepares ``folder`` and trains in ``folder/run``; returns held-out accuracy before and after.
+    """Prepares ``folder``, trains in ``folder/run`` and looks into the model in ``folder/analysis``; returns held-out accuracy
+    before and after.
 
     Raises :class:`ConfigError` when ``folder`` is not new or empty.
     """
     config = prepare(folder, policy, seed)
     print(f"\nbupo train {config}", flush=True)
     accuracies = train(load_config(config))
+    model, analysis = folder / "run" / "model", folder / "analysis"
+    same = f"--samples {CONFIG['rollout']['samples']} --set rollout.engine=generate rollout.max_new_tokens={ANSWER_TOKENS}"
+    print(f"\nbupo analyze {model} --data {folder / 'heldout.jsonl'} --out {analysis} --suggest {same}", flush=True)
+    analyze_command(load_config(config, [f"model={model}"]), analysis, suggest_layer=True)
     return accuracies[0], accuracies[-1]
 
 

@@ -26,9 +26,9 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise _unusable(name, error) from None
+        raise unusable(name, error) from None
     if tokenizer.eos_token_id is None:
-        raise _unusable(name, "its tokenizer has no end-of-sequence token")
+        raise unusable(name, "its tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -55,7 +55,7 @@ def load_model(name: str, hardware: Hardware, world: World) -> PreTrainedModel:
             model.tie_weights()
         FusedLMHead.adopt(model.get_output_embeddings())
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise _unusable(name, error) from None
+        raise unusable(name, error) from None
     if hardware.liger:
         _apply_liger(model, world)
     if hardware.checkpoint_activations:
@@ -71,7 +71,7 @@ def load_model(name: str, hardware: Hardware, world: World) -> PreTrainedModel:
     return model.train()
 
 
-def _unusable(name: str, reason: object) -> ConfigError:
+def unusable(name: str, reason: object) -> ConfigError:
     return ConfigError(f"model: {name} cannot be used: {' '.join(str(reason).split())}")
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from bupo.analysis.figures import draw_training
 from bupo.config import ConfigError, TrainConfig, dump_config
 from bupo.data import Example
 from bupo.distributed import World
@@ -70,6 +71,7 @@ class RunFolder:
     ``accuracy.jsonl``        held-out accuracy, one line per evaluation
     ``episodes.txt``          groups of sampled responses with reward and advantage, to read
     ``run.png``               reward, entropies and the phase boundary, drawn at every evaluation and at the end
+    ``layers.png``, ``.svg``  entropy of every layer's policy and its KL to the final one, over the steps
     ``tensorboard/``          the same numbers for TensorBoard
     ``wandb/``, ``wandb.id``  what Weights & Biases keeps here, and the name by which a resumed run finds its own
     ========================  ==================================================================
@@ -132,7 +134,7 @@ class RunFolder:
         """Numbers and words of a step, ``step`` and ``phase`` among them; numbers that are not finite are written as null."""
         if not self.main:
             return
-        row = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in metrics.items()}
+        row = {name: _finite(value) for name, value in metrics.items()}
         self.metrics.append(row)
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -237,6 +239,14 @@ class RunFolder:
     def _draw(self) -> None:
         if self.metrics:
             draw_run(self.metrics, self.accuracies, self.path / "run.png")
+            draw_training(self.metrics, self.path / "layers.png")
+
+
+def _finite(value: Any) -> Any:
+    """The value, None instead of numbers that JSON does not know; of a list each."""
+    if isinstance(value, list):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _summary_writer(wanted: bool | None) -> type | None:
@@ -300,7 +310,7 @@ def _scalars(prefix: str, row: dict[str, Any]) -> dict[str, float]:
     scalars = {f"{prefix}/{name}": value for name, value in row.items() if isinstance(value, (int, float)) and name != "step"}
     for name, values in row.items():
         if isinstance(values, list):
-            scalars |= {f"{prefix}/{name}/{i:02}": value for i, value in enumerate(values)}
+            scalars |= {f"{prefix}/{name}/{i:02}": value for i, value in enumerate(values) if value is not None}
     for source, numbers in row.get("sources", {}).items():
         scalars |= _scalars(f"{prefix}/{source}", numbers)
     return scalars

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from bupo.config import ConfigError
+from bupo.config import ConfigError, TrainConfig
 from bupo.data import stream_seed
 from bupo.distributed import World, full, unsharded
 
@@ -56,6 +56,24 @@ class Rollout(Protocol):
     def with_sampling(self, **changes: Any) -> Rollout:
         """The same engine with another :class:`Sampling`, e.g. ``with_sampling(temperature=0.0, stream="evaluation")``."""
         ...
+
+
+def configured_rollout(
+    config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, temperature: float | None = None
+) -> Rollout:
+    """The engine that ``config.rollout`` describes, at its temperature or at another."""
+    how = config.rollout
+    return make_rollout(
+        how.engine,
+        model,
+        tokenizer,
+        Sampling(how.max_new_tokens, how.temperature if temperature is None else temperature, config.seed),
+        world,
+        sequences=how.sequences,
+        longest=sum(config.lengths),
+        precision=config.hardware.precision,
+        vllm_memory=how.vllm_memory,
+    )
 
 
 def make_rollout(

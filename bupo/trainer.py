@@ -28,7 +28,7 @@ from bupo.guard import PerplexityGuard
 from bupo.model import export, load_model, load_tokenizer, make_optimizer
 from bupo.monitor import RunFolder
 from bupo.rewards import RewardPool
-from bupo.rollout import Rollout, Sample, Sampling, make_rollout
+from bupo.rollout import Rollout, Sample, configured_rollout
 from bupo.schedule import FINAL, OptimisedPolicy, Schedule, learning_rate
 from bupo_kernels import PolicyObjective
 
@@ -148,11 +148,8 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     optimizer, schedule = make_optimizer(model, config.optimizer), Schedule(config)
     if last:
         schedule.load_state_dict(checkpoints.load(last, model, optimizer)["schedule"])
-    how = config.rollout
-    sampling = Sampling(how.max_new_tokens, how.temperature, config.seed)
-    engine = {"sequences": how.sequences, "longest": sum(config.lengths), "vllm_memory": how.vllm_memory}
-    rollout = make_rollout(how.engine, model, tokenizer, sampling, world, precision=config.hardware.precision, **engine)
-    order = PromptOrder(examples, how.prompts, config.seed)
+    rollout = configured_rollout(config, model, tokenizer, world)
+    order = PromptOrder(examples, config.rollout.prompts, config.seed)
     return Setup(architecture, model, tokenizer, optimizer, schedule, rollout, order, heldout, checkpoints, last)
 
 

@@ -49,7 +49,6 @@ def metrics(step, **changes):
     row |= {"reward_failures": 0, "response_tokens": 812.4, "finished": 0.9, "loss": -0.0123, "entropy": 3.2, "entropy_final": 0.71}
     row |= {"kl": 1.25 if step <= 3 else None, "clip_share": 0.003, "grad_norm": 0.52, "sampler_gap": 0.0012, "mfu": None}
     row |= {"tokens_per_second": 12345.6, "memory_gib": 71.4, "seconds_rollout": 8.1, "seconds_old": 1.2, "seconds_update": 3.0}
-    row |= {"lens_entropy": [4.0, 3.5]} if step == 1 else {}
     return row | {"seconds": 12.5, "perplexity": None, "switched": None} | changes
 
 
@@ -164,6 +163,18 @@ def test_on_other_ranks_every_method_does_nothing(tmp_path, capsys):
 def test_an_interrupted_run_leaves_its_picture(tmp_path):
     interrupted(RunFolder(configured(tmp_path), MAIN), 1)
     assert (tmp_path / "run.png").exists()
+
+
+def test_what_is_seen_of_the_layers_is_logged_and_has_a_picture(tmp_path, tensorboard):
+    with RunFolder(configured(tmp_path, Telemetry(tensorboard=True)), MAIN) as run:
+        run.log_step(metrics(1, lens_entropy=[4.0, 3.5], lens_kl=[math.nan, 0.5]))
+        run.log_step(metrics(2))
+    first, second = rows(tmp_path / "metrics.jsonl")
+    assert (first["lens_entropy"], first["lens_kl"]) == ([4.0, 3.5], [None, 0.5])
+    assert "lens_kl" not in second
+    scalars = {(name, value) for name, value, _ in tensorboard[0].scalars if "lens" in name}
+    assert scalars == {("train/lens_entropy/00", 4.0), ("train/lens_entropy/01", 3.5), ("train/lens_kl/01", 0.5)}
+    assert {"layers.png", "layers.svg", "run.png"} <= set(os.listdir(tmp_path))
 
 
 # ---- resuming
@@ -325,7 +336,6 @@ def test_tensorboard_gets_the_numbers_and_a_resumed_run_hides_what_it_does_again
     assert first.closed
     assert second.closed
     expected = {("train/reward", 0.1, 1), ("train/kl", 1.25, 2), ("heldout/greedy", 0.05, 1), ("heldout/aime/greedy", 0.25, 2)}
-    expected |= {("train/lens_entropy/00", 4.0, 1), ("train/lens_entropy/01", 3.5, 1)}
     assert expected <= set(first.scalars)
     names = {name for name, _, _ in first.scalars}
     assert not names & {"train/step", "train/phase", "train/mfu", "train/switched", "heldout/step", "heldout/sources"}

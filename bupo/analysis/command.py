@@ -1,0 +1,187 @@
+"""What ``bupo analyze`` does: responses, the pass over them, and what is written of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from bupo.analysis.blocks import UnsupportedModel, decoder_of
+from bupo.analysis.boundary import describe, suggest
+from bupo.analysis.collect import analyze, claim, ids_fingerprint, model_fingerprint
+from bupo.analysis.figures import draw_statistics
+from bupo.analysis.heatmap import heat_maps
+from bupo.analysis.report import write_report
+from bupo.analysis.statistics import Statistics, layer_table, require_pyarrow, write_statistics
+from bupo.config import ConfigError, TrainConfig, check_new_folder
+from bupo.cost import load_architecture
+from bupo.data import encode, jsonl_rows, load_examples
+from bupo.distributed import World, process_group
+from bupo.model import load_tokenizer, unusable
+from bupo.output import progress_bar, replace_file
+from bupo.rollout import Sample, configured_rollout
+from bupo_kernels import FusedLMHead
+
+
+def analyze_command(
+    config: TrainConfig,
+    out: Path,
+    *,
+    responses: Sequence[str] = (),
+    prompts: int = 64,
+    final_norm: bool = False,
+    suggest_layer: bool = False,
+    examples: int = 4,
+    max_tokens: int = 2048,
+) -> Statistics:
+    """Entropy flow, ΔH and the boundary layer of ``config.model`` on its own responses, printed and written into ``out``.
+
+    The responses are those in the files ``responses``, or else ``rollout.samples`` to each of ``prompts`` problems of
+    ``data.heldout``, chosen by the seed; ``rollout.temperature`` is that of the samples and of all policies. What was begun in
+    ``out`` and not ended goes on. Raises :class:`ConfigError`.
+    """
+    for key, number, least in (("--prompts", prompts, 1), ("--examples", examples, 0), ("--max-tokens", max_tokens, 1)):
+        if number < least:
+            raise ConfigError(f"{key}: {number} given, accepted are {least} and more")
+    partial = out / "partial"
+    if not partial.is_dir():
+        check_new_folder(out, "--out")
+    require_pyarrow()
+    with process_group(config.hardware) as world:
+        if world.size > 1:
+            raise ConfigError(f"analyze: started on {world.size} devices, accepted is one process")
+        architecture = load_architecture(config)
+        _check_blocks(config.model, architecture)
+        tokenizer, greedy = load_tokenizer(config.model), 0
+        if responses:
+            loaded = [load_responses(where, tokenizer, "--responses") for where in responses]
+            samples, greedy = [sample for some, _ in loaded for sample in some], sum(left_out for _, left_out in loaded)
+            lengths = [len(sample.prompt_ids) + len(sample.response_ids) for sample in samples]
+        else:
+            found = [e.prompt_ids for where in config.heldout for e in load_examples(where, config.data, tokenizer, "--data")]
+            chosen = np.sort(np.random.default_rng(config.seed).permutation(len(found))[:prompts])
+            asked = [found[i] for i in chosen]
+            lengths = [len(prompt) + config.rollout.max_new_tokens for prompt in asked]
+        if max(lengths) > (positions := getattr(architecture.get_text_config(), "max_position_embeddings", max(lengths))):
+            raise ConfigError(
+                f"{'--responses' if responses else 'rollout.max_new_tokens'}: prompt and response of {max(lengths)} tokens, "
+                f"accepted are at most {positions} (the positions of {config.model})"
+            )
+        model = _load_for_reading(config, world)
+        if not responses:
+            samples = _respond(model, tokenizer, asked, config, world, partial)
+        try:
+            how = {"final_norm": final_norm, "temperature": config.rollout.temperature}
+            statistics = analyze(model, samples, **how, max_tokens=max_tokens, partial=partial, seed=config.seed)
+        except UnsupportedModel as error:
+            raise ConfigError(str(error)) from None
+        write_statistics(statistics, out)
+        if not responses:
+            _write_responses(samples, tokenizer, out / "responses.jsonl")
+        draw_statistics(statistics, out)
+        of_prompts = list({tuple(sample.prompt_ids): sample for sample in reversed(samples)}.values())[::-1]
+        write_report(statistics, heat_maps(model, tokenizer, of_prompts[:examples], **how), out / "report.html")
+    shutil.rmtree(partial)
+
+    # The width of a file is not known to rich, which would fold the table into 80 columns.
+    Console(width=None if sys.stdout.isatty() else 200).print(layer_table(statistics))
+    print(describe(statistics.summary["boundary"]))
+    if greedy:
+        print(f"{greedy} greedy responses left out: they are no samples of the policy")
+    if suggest_layer:
+        print(suggest(statistics.summary))
+    print(f"statistics.parquet, summary.json, figures and report.html are in {out}")
+    return statistics
+
+
+def load_responses(where: str, tokenizer: PreTrainedTokenizerBase, key: str) -> tuple[list[Sample], int]:
+    """The prompts and responses of a JSONL file as ``bupo evaluate --out`` writes it, and how many greedy ones were left out.
+
+    A row needs ``prompt``, the text the model saw, and ``response``. With ``finished: true`` the end-of-sequence token follows;
+    with ``greedy: true`` the row is left out: it is no sample of the policy. Texts become tokens again, which need not be the very
+    ones that were sampled. Raises :class:`ConfigError` with ``key`` and the line that is not as it must be.
+    """
+    if not Path(where).is_file():
+        raise ConfigError(f"{key}: {where} is not a file, accepted is a JSONL file with prompt and response in each line")
+    rows = jsonl_rows(where, key)
+    sampled = [row for row in rows if row.values.get("greedy") is not True]
+    if not sampled:
+        raise ConfigError(f"{key}: {where} has {len(rows)} lines, {len(rows)} of them greedy; accepted is at least one sample")
+    prompts = [row.get(("prompt",), lambda x: x if isinstance(x, str) and x else None, "text that is not empty") for row in sampled]
+    responses = [row.get(("response",), lambda x: x if isinstance(x, str) else None, "text") for row in sampled]
+    begin = tokenizer.bos_token
+    prompt_ids = encode(prompts, [begin is not None and prompt.startswith(begin) for prompt in prompts], tokenizer)
+    response_ids = encode(responses, [True] * len(responses), tokenizer)
+    samples = []
+    for row, prompt, response in zip(sampled, prompt_ids, response_ids, strict=True):
+        finished = row.values.get("finished") is True
+        ids = [*response, tokenizer.eos_token_id] if finished else response
+        if not ids or not prompt:
+            raise ConfigError(f"{row.place}: its {'prompt' if ids else 'response'} has no tokens, accepted is at least one")
+        samples.append(Sample(prompt, ids, None, finished))
+    return samples, len(rows) - len(sampled)
+
+
+def _check_blocks(name: str, architecture: PretrainedConfig) -> None:
+    """Raises :class:`ConfigError` where the model, of which no weight has been read yet, is not one to look into."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(architecture)
+        FusedLMHead.adopt(model.get_output_embeddings())
+        decoder_of(model)
+    except (UnsupportedModel, ValueError, TypeError) as error:
+        raise unusable(name, error) from None
+
+
+def _load_for_reading(config: TrainConfig, world: World) -> PreTrainedModel:
+    try:
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=getattr(torch, config.hardware.precision))
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        raise unusable(config.model, error) from None
+    FusedLMHead.adopt(model.get_output_embeddings())
+    return model.to(world.device).eval()
+
+
+def _respond(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[tuple[int, ...]],
+    config: TrainConfig,
+    world: World,
+    partial: Path,
+) -> list[Sample]:
+    """Responses to the prompts, ``rollout.samples`` each: those that an unfinished analysis in ``partial`` has, or new ones."""
+    how = config.rollout
+    plan = {"model": model_fingerprint(model), "prompts": ids_fingerprint(prompts), "seed": config.seed}
+    plan |= how.model_dump(include={"engine", "samples", "max_new_tokens", "temperature"}) | {
+        "precision": config.hardware.precision
+    }
+    claim(partial, "sampling.json", plan)
+    path, samples = partial / "samples.json", []
+    if path.exists():
+        return [Sample(prompt, ids, None, finished) for prompt, ids, finished in json.loads(path.read_text(encoding="utf-8"))]
+    rollout = configured_rollout(config, model, tokenizer, world)
+    width = max(how.sequences // how.samples, 1)
+    with progress_bar() as bar:
+        for step, first in enumerate(bar.track(range(0, len(prompts), width), description="responses, parts")):
+            samples += rollout.generate(prompts[first : first + width], how.samples, step)
+    ids = [([int(x) for x in s.prompt_ids], [int(x) for x in s.response_ids], s.finished) for s in samples]
+    replace_file(path, json.dumps(ids))
+    return samples
+
+
+def _write_responses(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """As ``--responses`` reads them."""
+    rows = []
+    for sample in samples:
+        finished = sample.response_ids[-1] == tokenizer.eos_token_id
+        response = tokenizer.decode(sample.response_ids[:-1] if finished else sample.response_ids)
+        rows.append({"prompt": tokenizer.decode(sample.prompt_ids), "response": response, "finished": finished})
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,196 @@
+"""Means over generated tokens with bootstrap intervals over responses, and the files they are kept in."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from bupo.analysis.boundary import find_boundary
+from bupo.config import ConfigError
+from bupo.output import replace_file
+
+POINTS = ("attention_input", "attention", "attention_residual", "ffn_input", "ffn", "layer")
+RESAMPLES = 2000
+TABLE, SUMMARY = "statistics.parquet", "summary.json"
+
+
+class Curve(NamedTuple):
+    """A statistic layer by layer; arrays ``[n]``."""
+
+    layers: np.ndarray  # int, ascending
+    mean: np.ndarray  # over generated tokens
+    std: np.ndarray  # over generated tokens
+    low: np.ndarray  # of the mean: 95 % percentile bootstrap interval over responses; NaN with one response
+    high: np.ndarray
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What was measured of a model on its responses.
+
+    ``curves`` has, by point (:data:`POINTS`, or ``"final"``: the model's own policy) and statistic,
+
+    * ``entropy``: of all points but ``attention_residual``, and of ``final``; nats
+    * ``delta_entropy``: of ``attention``, ``ffn`` and ``layer`` (BuPO, arXiv 2512.19673, equations 12, 13 and 11); nats
+    * ``rms``: of the vectors of ``layer``, ``attention``, ``ffn``; raw ones, also with ``final_norm``
+    * ``cosine``: ``attention`` cos(A^l, H^{l-1}), ``ffn`` cos(F^l, H^{l-1}+A^l), ``layer`` cos(H^l, H^{l-1}); raw too
+    * ``logprob`` of the generated token, ``max_probability``, ``kl_to_final`` KL(π^l ‖ π) and ``kl_from_final``, nats: of ``layer``
+      and ``final``
+
+    Layers count from 1; ``layer`` exists at 0, too, the embedding. The raw residual of layer L and the final policy, which is
+    normed, are two things: the one is ``layer`` at L, the other ``final`` at L.
+    """
+
+    curves: dict[tuple[str, str], Curve]
+    matrices: dict[str, np.ndarray]  # "kl" [L+2, L+2]: mean KL(π^l ‖ π^k) of H^0..H^L and, last, π; "cosine" [L+1, L+1] of H^0..H^L
+    summary: dict[str, Any]  # as in summary.json
+
+
+class Sums(NamedTuple):
+    """Over the tokens of each of R responses, in float64; of the matrices over all tokens."""
+
+    tokens: np.ndarray  # [R] int
+    totals: dict[tuple[str, str], np.ndarray]  # [2, R, layers]: of the values and of their squares
+    matrices: dict[str, np.ndarray]  # [P, P]
+
+
+def first_layer(point: str, statistic: str, depth: int) -> int:
+    if point == "final":
+        return depth
+    return 0 if point == "layer" and statistic not in ("delta_entropy", "cosine") else 1
+
+
+def estimate(sums: Sums, depth: int, summary: dict[str, Any], seed: int = 0) -> Statistics:
+    """The statistics that ``sums`` amount to; ``summary`` with what follows from them: tokens, perplexity, the boundary."""
+    count = sums.tokens.sum()
+    curves = {}
+    for (point, statistic), (values, squares) in sums.totals.items():  # [R, layers] each
+        mean = values.sum(0) / count
+        variance = np.maximum(squares.sum(0) / count - mean**2, 0)
+        if len(values) > 1:
+            low, high = np.percentile(resampled_means(values, sums.tokens, seed), [2.5, 97.5], axis=0)
+        else:
+            low = high = np.full_like(mean, np.nan)
+        layers = first_layer(point, statistic, depth) + np.arange(len(mean))
+        curves[point, statistic] = Curve(layers, mean, np.sqrt(variance), low, high)
+    _, mean, _, low, high = curves["ffn", "delta_entropy"]
+    resampled = resampled_means(sums.totals["ffn", "delta_entropy"][0], sums.tokens, seed)
+    found = {
+        "responses": len(sums.tokens),
+        "tokens": int(count),
+        "perplexity": float(np.exp(-curves["final", "logprob"].mean[0])),
+        "boundary": find_boundary(mean, low, high, resampled),
+    }
+    return Statistics(curves, {name: total / count for name, total in sums.matrices.items()}, summary | found)
+
+
+def resampled_means(values: np.ndarray, tokens: np.ndarray, seed: int) -> np.ndarray:  # [R, columns], [R] -> [RESAMPLES, columns]
+    """Means over tokens when the responses, each with all of its tokens, are drawn again with replacement; the same for one seed.
+
+    The tokens of one response depend on one another: to draw tokens would give intervals that are far too narrow.
+    """
+    responses = len(tokens)
+    weights = np.random.default_rng(seed).multinomial(responses, np.full(responses, 1 / responses), RESAMPLES).astype(np.float64)
+    return weights @ values / (weights @ tokens)[:, None]
+
+
+def write_statistics(statistics: Statistics, folder: Path) -> None:
+    """``statistics.parquet`` and ``summary.json`` in ``folder``, each whole or not at all.
+
+    A row of the table is one point, statistic and layer, with mean, std, low, high. Matrices are rows of the point ``pair``, which
+    have a mean alone; in ``kl`` layer L+1 is the final policy. Raises :class:`ConfigError` where pyarrow is not installed.
+    """
+    pyarrow, parquet = require_pyarrow()
+    rows = [
+        (point, statistic, int(layer), None, *map(float, numbers))
+        for (point, statistic), curve in statistics.curves.items()
+        for layer, *numbers in zip(*curve, strict=True)
+    ]
+    for statistic, matrix in statistics.matrices.items():
+        rows += [("pair", statistic, *place, float(mean), None, None, None) for place, mean in np.ndenumerate(matrix)]
+    text, number, real = pyarrow.string(), pyarrow.int32(), pyarrow.float64()
+    kinds = {"point": text, "statistic": text, "layer": number, "other_layer": number}
+    kinds |= dict.fromkeys(("mean", "std", "low", "high"), real)
+    table = pyarrow.table(
+        {name: pyarrow.array(column, kind) for (name, kind), column in zip(kinds.items(), zip(*rows, strict=True), strict=True)}
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / (TABLE + ".partial")
+    parquet.write_table(table, partial)
+    os.replace(partial, folder / TABLE)
+    replace_file(folder / SUMMARY, json.dumps(statistics.summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_statistics(folder: Path) -> Statistics:
+    """What :func:`write_statistics` wrote. Raises :class:`ConfigError` where it is not there."""
+    _, parquet = require_pyarrow()
+    for name in (TABLE, SUMMARY):
+        if not (folder / name).is_file():
+            raise ConfigError(f"folder: {folder} has no {name}, accepted is what `bupo analyze --out` wrote")
+    columns = parquet.read_table(folder / TABLE).to_pydict()
+    groups: dict[tuple[str, str], list[tuple]] = {}
+    for point, statistic, *numbers in zip(*columns.values(), strict=True):
+        groups.setdefault((point, statistic), []).append(tuple(numbers))
+    curves, matrices = {}, {}
+    for (point, statistic), rows in groups.items():
+        layer, other, *numbers = zip(*rows, strict=True)
+        if point == "pair":
+            matrices[statistic] = np.zeros((max(layer) + 1, max(other) + 1))
+            matrices[statistic][layer, other] = numbers[0]
+        else:
+            curves[point, statistic] = Curve(np.array(layer), *(np.array(x, dtype=np.float64) for x in numbers))
+    return Statistics(curves, matrices, json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
+
+
+def layer_table(statistics: Statistics) -> Table:
+    """One row for each layer, the last on top, as the residual stream is drawn; and one for the final policy."""
+    summary, curves = statistics.summary, statistics.curves
+    norm = "behind the final norm" if summary["final_norm"] else "raw"
+    caption = (
+        f"mean over {summary['tokens']:,} tokens of {summary['responses']} responses; nats; {norm}; [95 % interval over responses]"
+    )
+    table = Table(caption=caption, caption_justify="left")
+    boundary = summary["boundary"]
+    for name in ("layer", "entropy", "ΔH attention", "ΔH FFN", "ΔH layer", "rms", "KL to π"):
+        table.add_column(name, justify="right")
+
+    def cell(point: str, statistic: str, layer: int, digits: int = 3, interval: bool = False) -> str:
+        curve = curves[point, statistic]
+        if layer < curve.layers[0]:
+            return ""
+        mean, _, low, high = (x[layer - curve.layers[0]] for x in curve[1:])
+        bounds = f" \\[{low:+.{digits}f}, {high:+.{digits}f}]" if interval and not np.isnan(low) else ""
+        return f"{mean:{'+' if 'delta' in statistic else ''}.{digits}f}{bounds}"
+
+    depth = summary["layers"]
+    table.add_row("π", cell("final", "entropy", depth), "", "", "", "", "")
+    table.add_section()
+    for layer in range(depth, -1, -1):
+        here = "→ " if layer == boundary["layer"] else ""
+        table.add_row(
+            f"{here}{layer}",
+            cell("layer", "entropy", layer),
+            cell("attention", "delta_entropy", layer),
+            cell("ffn", "delta_entropy", layer, interval=True),
+            cell("layer", "delta_entropy", layer),
+            cell("layer", "rms", layer),
+            cell("layer", "kl_to_final", layer),
+            style="bold" if here else None,
+        )
+    return table
+
+
+def require_pyarrow() -> tuple[Any, Any]:
+    """The modules pyarrow and pyarrow.parquet. Raises :class:`ConfigError` where they are not installed."""
+    try:
+        import pyarrow
+        from pyarrow import parquet
+    except ImportError:
+        raise ConfigError(f"{TABLE} needs the package pyarrow: pip install bupo-kernels[train]") from None
+    return pyarrow, parquet

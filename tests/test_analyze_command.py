@@ -1,0 +1,174 @@
+"""`bupo analyze`: the responses it reads, what it writes, how it goes on, and what it refuses before the weights are read."""
+
+import json
+import os
+from html import unescape
+
+import numpy as np
+import pytest
+import torch
+
+from bupo import cli
+from bupo.analysis import collect, read_statistics
+from bupo.analysis.collect import measure
+from bupo.analysis.command import load_responses
+from bupo.config import ConfigError
+from bupo.demo import character_tokenizer, small_model
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A model that says something, and ten problems."""
+    folder = tmp_path_factory.mktemp("analysis")
+    tokenizer = character_tokenizer("0123456789+=")
+    model = small_model(tokenizer, 0)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.03)
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "model")
+    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in ((1, 2), (3, 4), (5, 6), (7, 8), (9, 9), (0, 1))]
+    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def responses_file(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_responses_are_read_as_an_evaluation_wrote_them(tmp_path):
+    tokenizer = character_tokenizer("0123456789+=")
+    rows = [
+        {"prompt": "1+2=", "response": "3", "finished": True, "greedy": True},
+        {"prompt": "1+2=", "response": "3", "finished": True, "greedy": False},
+        {"prompt": "1+2=", "response": "34", "finished": False},
+        {"prompt": "1+2=", "response": "", "finished": True},
+    ]
+    samples, greedy = load_responses(str(responses_file(tmp_path / "r.jsonl", rows)), tokenizer, "--responses")
+    three, four = tokenizer("34").input_ids
+    end = tokenizer.eos_token_id
+    assert greedy == 1
+    assert [list(sample.response_ids) for sample in samples] == [[three, end], [three, four], [end]]
+    assert all(tokenizer.decode(sample.prompt_ids) == "1+2=" for sample in samples)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "1"}], "line 1 has no 'response', accepted is text; its columns are prompt"),
+        ([{"prompt": "1", "response": "2"}, {"prompt": "", "response": "2"}], "line 2: 'prompt' is '', accepted is text that is"),
+        ([{"prompt": "1", "response": 2}], "line 1: 'response' is 2, accepted is text"),
+        ([{"prompt": "1", "response": ""}], "line 1: its response has no tokens"),
+        ([{"prompt": "1", "response": "2", "greedy": True}], "has 1 lines, 1 of them greedy"),
+    ],
+)
+def test_bad_responses_are_named(tmp_path, rows, message):
+    with pytest.raises(ConfigError, match=message):
+        load_responses(str(responses_file(tmp_path / "r.jsonl", rows)), character_tokenizer("0123456789+="), "--responses")
+
+
+SMALL = ("rollout.max_new_tokens=4", "rollout.engine=generate", "data.max_prompt_tokens=8")
+
+
+@pytest.fixture
+def without_pictures(monkeypatch):
+    monkeypatch.setattr("bupo.analysis.command.draw_statistics", lambda statistics, folder: [])
+    monkeypatch.setattr("bupo.analysis.command.write_report", lambda statistics, heatmaps, path: None)
+
+
+def run(checkpoint, out, *words, what=None):
+    what = what or ("--data", str(checkpoint / "problems.jsonl"))
+    return cli.main(["analyze", str(checkpoint / "model"), *map(str, what), "--out", str(out), *words, "--set", *SMALL])
+
+
+def test_the_command_writes_all_and_reads_its_own_responses(checkpoint, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run(checkpoint, out, "--prompts", "5", "--samples", "2", "--suggest", "--examples", "1") == 0
+    printed = capsys.readouterr().out
+    assert "ΔH FFN" in printed
+    assert "boundary layer" in printed
+    assert "bupo:\n  layer:" in printed or "# No layer is suggested" in printed
+    assert {"statistics.parquet", "summary.json", "report.html", "responses.jsonl"} <= set(os.listdir(out))
+    assert not (out / "partial").exists()
+    assert not list(out.glob("*.partial"))
+    found = read_statistics(out)
+    assert (found.summary["responses"], found.summary["layers"], found.summary["model_type"]) == (10, 4, "qwen3")
+    assert "response 1" in unescape((out / "report.html").read_text())
+    assert run(checkpoint, out, "--prompts", "5") == 2  # not empty
+    assert "--out:" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_the_commands_own_responses_can_be_given_back(checkpoint, tmp_path):
+    out, again = tmp_path / "out", tmp_path / "again"
+    assert run(checkpoint, out, "--prompts", "5", "--samples", "2") == 0
+    found = read_statistics(out)
+    assert run(checkpoint, again, what=("--responses", out / "responses.jsonl")) == 0
+    other = read_statistics(again)
+    assert other.summary["tokens"] == found.summary["tokens"]
+    entropy, before = (x.curves["layer", "entropy"] for x in (other, found))
+    assert all(np.allclose(a, b, atol=1e-6) for a, b in zip(entropy, before, strict=True))
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_an_interrupted_command_goes_on_with_the_responses_it_has(checkpoint, tmp_path, monkeypatch, capsys):
+    whole, out, measured = tmp_path / "whole", tmp_path / "out", []
+    assert run(checkpoint, whole, "--max-tokens", "16") == 0
+
+    def interrupted(*arguments, **options):
+        if len(measured) == 1:
+            raise KeyboardInterrupt
+        measured.append(1)
+        return measure(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "measure", interrupted)
+        assert run(checkpoint, out, "--max-tokens", "16") == 130
+    capsys.readouterr()
+    assert run(checkpoint, out, "--max-tokens", "17") == 2
+    assert "unfinished analysis with another max_tokens" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr("bupo.analysis.command.configured_rollout", None)  # nothing is sampled again
+        assert run(checkpoint, out, "--max-tokens", "16") == 0
+    one, other = read_statistics(whole), read_statistics(out)
+    assert one.summary == other.summary
+    assert all(np.array_equal(a, b) for key in one.curves for a, b in zip(one.curves[key], other.curves[key], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--prompts", "0"), "--prompts: 0 given, accepted are 1 and more"),
+        (("--examples", "-1"), "--examples: -1 given, accepted are 0 and more"),
+        (("--max-tokens", "0"), "--max-tokens: 0 given, accepted are 1 and more"),
+        (("--samples", "0"), "rollout.samples: 0 given"),
+        (
+            ("--set", "rollout.max_new_tokens=100", "data.max_prompt_tokens=8"),
+            "prompt and response of 104 tokens, accepted are at most 64",
+        ),
+        (("--set", "hardware.device=cuda:77"), "hardware.device"),
+        (("--data", "missing.jsonl"), "--data: missing.jsonl does not exist"),
+        (("--responses", "missing.jsonl"), "--responses: missing.jsonl is not a file"),
+    ],
+)
+def test_what_is_wrong_is_said_before_the_weights_are_read(checkpoint, tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.setattr("bupo.analysis.command._load_for_reading", None)
+    given = () if words[0] in ("--data", "--responses") else ("--data", str(checkpoint / "problems.jsonl"))
+    assert cli.main(["analyze", str(checkpoint / "model"), "--out", str(tmp_path / "out"), *given, *words]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_cannot_be_looked_into_is_named_before_its_weights_are_read(checkpoint, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("bupo.analysis.command._load_for_reading", None)
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((checkpoint / "model" / name).read_bytes())
+    config = {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "num_hidden_layers": 2, "hidden_size": 32}
+    (folder / "config.json").write_text(json.dumps(config | {"num_attention_heads": 4, "intermediate_size": 48, "vocab_size": 14}))
+    words = ("--data", str(checkpoint / "problems.jsonl"), "--out", str(tmp_path / "out"))
+    assert cli.main(["analyze", str(folder), *words]) == 2
+    assert "of type 'gpt_neox', accepted are causal language models with `layers`" in capsys.readouterr().err
