@@ -13,3 +13,7 @@ def test_bupo_raises_held_out_greedy_accuracy_by_twelve_points(tmp_path, seed):
     assert main(["demo", "--seed", str(seed), "--output", str(tmp_path / "demo")]) == 0
     accuracies = [json.loads(line) for line in (tmp_path / "demo" / "run" / "accuracy.jsonl").read_text().splitlines()]
     assert accuracies[-1]["greedy"] >= accuracies[0]["greedy"] + 0.12
+    analysis = tmp_path / "demo" / "analysis"
+    assert json.loads((analysis / "summary.json").read_text())["perplexity"] < 2  # of 14 words
+    assert all((analysis / name).stat().st_size for name in ("report.html", "statistics.parquet", "entropy_flow.png"))
+    assert (tmp_path / "demo" / "run" / "layers.png").exists()

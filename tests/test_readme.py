@@ -9,12 +9,13 @@ README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8"
 def test_python_examples_run_as_printed(capsys):
     namespace = {}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     for block in blocks:
         exec(block, namespace)
     assert "256 of 512 rows x 32000 columns x 512" in capsys.readouterr().out
     assert namespace["hidden"].grad.abs().sum() > 0
     assert namespace["policy"].logprobs.shape == (2, 32)
+    assert namespace["seen"].pairwise_kl.shape == (3, 3, 2, 32)
 
 
 def test_files_it_names_exist():

@@ -218,17 +218,16 @@ def measure(model: PreTrainedModel, batch: Batch, *, final_norm: bool, temperatu
         for states in residual:
             states.copy_(normed(states))
     policies, outputs = [*residual, final], ("entropy", "logprobs", "max_probability", "pairwise_kl")
-    size = max(PAIR_ELEMENTS // len(policies) ** 2, 1)
-    parts = [
-        head([x[start : start + size] for x in policies], batch.targets[start : start + size], outputs=outputs, **readout)
-        for start in range(0, len(final), size)
-    ]
-    kl = torch.cat([part.pairwise_kl for part in parts], -1)  # [L+2, L+2, n]
-    values["pair.kl"] = kl.double().sum(-1)
-    of_policies = {
-        name: torch.cat([getattr(part, name) for part in parts], -1) for name in ("entropy", "logprobs", "max_probability")
-    }
-    of_policies |= {"logprob": of_policies.pop("logprobs"), "kl_to_final": kl[:, -1], "kl_from_final": kl[-1]}
+    names = ("entropy", "logprob", "max_probability", "kl_to_final", "kl_from_final")
+    of_policies = {name: torch.empty(len(policies), n, **here) for name in names}
+    values["pair.kl"] = torch.zeros(len(policies), len(policies), dtype=torch.float64, device=model.device)
+    for rows in torch.arange(n).split(max(PAIR_ELEMENTS // len(policies) ** 2, 1)):
+        part = slice(int(rows[0]), int(rows[-1]) + 1)
+        seen = head([states[part] for states in policies], batch.targets[part], outputs=outputs, **readout)
+        kl = seen.pairwise_kl  # [L+2, L+2, rows]
+        values["pair.kl"] += kl.sum(-1, dtype=torch.float64)
+        for name, of_all in zip(names, (seen.entropy, seen.logprobs, seen.max_probability, kl[:, -1], kl[-1]), strict=True):
+            of_policies[name][:, part] = of_all
     for name, of_all in of_policies.items():  # [L+2, n]
         values[f"layer.{name}"], values[f"final.{name}"] = of_all[:-1], of_all[-1:]
     values["layer.delta_entropy"] = values["layer.entropy"].diff(dim=0)
