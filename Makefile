@@ -9,7 +9,7 @@ RESULTS ?= benchmarks/results
 
 BIN := .venv/bin
 
-.PHONY: install demo test test-triton test-demo sanitize lint kernels bench gpu clean
+.PHONY: install demo test test-trl test-verl test-triton test-demo sanitize lint kernels bench gpu clean
 
 # One stamp, named after what it stands for: asking for another torch or Triton installs it.
 STAMP := .venv/installed-$(subst =,,$(TORCH)-$(TRITON))
@@ -31,6 +31,13 @@ test: install
 
 test-triton: install ## the kernels with another Triton: make test-triton TRITON=triton==3.9.0 (then again without, for the default)
 	$(BIN)/python -m pytest tests/test_triton.py tests/test_kernels.py tests/test_reliability.py
+
+# Peers bring versions of their own: an environment each, with this library installed as their users would.
+test-trl test-verl: test-%: install
+	test -x .venv-$*/bin/pip || $(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
+	BUPO_BUILD_CUDA=0 .venv-$*/bin/pip install --quiet --disable-pip-version-check ".[$*]" pytest hypothesis
+	.venv-$*/bin/pytest tests/test_$*.py
 
 kernels: install ## compile every Triton configuration for every target, and print what came of it
 	$(BIN)/python -m bupo_kernels.backends.triton_.compile
@@ -58,4 +65,4 @@ gpu: ## on a machine with a GPU, from a checkout and with what is installed: the
 	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --out $(RESULTS) && exit $$tests
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .hypothesis .benchmarks bupo_kernels/*.so
+	rm -rf .venv .venv-* build *.egg-info .pytest_cache .hypothesis .benchmarks bupo_kernels/*.so

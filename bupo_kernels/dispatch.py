@@ -116,7 +116,7 @@ def choose(problem: Problem, backend: str = "auto") -> tuple[str, ModuleType, st
         place = list(BACKENDS).index(asked)
         if place and problem.device.type != "cpu":
             passed_over = " and ".join(f"{name} ({reasons[name]})" for name in list(BACKENDS)[:place])
-            _log_once(f"{asked} runs on {problem.device.type} instead of {passed_over}")
+            log_once(f"{asked} runs on {problem.device.type} instead of {passed_over}")
         for name in list(BACKENDS)[place + 1 :]:
             reasons.setdefault(name, f"it can, but {asked} comes first")
     elif asked in reasons:
@@ -125,7 +125,7 @@ def choose(problem: Problem, backend: str = "auto") -> tuple[str, ModuleType, st
 
 
 @functools.cache
-def _log_once(message: str) -> None:
+def log_once(message: str) -> None:
     log.warning(message)
 
 

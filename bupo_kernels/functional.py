@@ -93,7 +93,7 @@ def linear_logprobs(
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is accepted.
     """
-    return _prepare(
+    return prepare(
         hidden,
         weight,
         targets,
@@ -130,7 +130,7 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: {reduction!r} given, accepted are 'mean', 'sum', 'none'")
-    call = _prepare(hidden, weight, targets, return_entropy=False, **options)
+    call = prepare(hidden, weight, targets, return_entropy=False, **options)
     losses = -call.run().logprobs
     if reduction == "none":
         return losses
@@ -181,7 +181,7 @@ def linear_policy_loss(
     """
     if not isinstance(objective, PolicyObjective):
         raise TypeError(f"objective: {type(objective).__name__} given, accepted is a PolicyObjective")
-    call = _prepare(hidden, weight, targets, return_entropy=True, **options)
+    call = prepare(hidden, weight, targets, return_entropy=True, **options)
     given = {"old_logprobs": old_logprobs, "reference_logprobs": reference_logprobs, "sampler_logprobs": sampler_logprobs}
     advantages = _check_rows_of("advantages", advantages, targets, broadcast=True)
     given = {name: x if x is None else _check_rows_of(name, x, targets) for name, x in given.items()}
@@ -303,7 +303,7 @@ def logit_lens(
         raise TypeError(f"norm: {type(norm).__name__} given, accepted are None and functions [n, D] -> [n, D]")
     if targets is None:
         targets = torch.zeros(states[0].shape[:-1], dtype=torch.int64, device=states[0].device)
-    call = _prepare(states[0], weight, targets, return_entropy="entropy" in outputs, **options)
+    call = prepare(states[0], weight, targets, return_entropy="entropy" in outputs, **options)
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k <= len(call.weight):
         raise ValueError(f"top_k: {top_k!r} given, accepted are 0 to {len(call.weight)}, the size of the vocabulary")
     compiled = not top_k and set(outputs) <= COMPILED_OUTPUTS
@@ -335,7 +335,7 @@ def _on_all_rows(values: Tensor, rows: Tensor, counts: Tensor, place: int) -> Te
 
 
 def _compiled_lens(
-    states: list[Tensor], call: _Call, norm: Callable[[Tensor], Tensor], operands: Operands, rows: Tensor, outputs: tuple[str, ...]
+    states: list[Tensor], call: Call, norm: Callable[[Tensor], Tensor], operands: Operands, rows: Tensor, outputs: tuple[str, ...]
 ) -> list[dict[str, Tensor]]:
     """[L, n] of each of the outputs for some of the rows after the other: those of all layers, below one another, are one call."""
     layers, weight = len(states), call.weight
@@ -421,11 +421,11 @@ def explain(
     """
     if targets is None and isinstance(hidden, Tensor):
         targets = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-    return _prepare(hidden, weight, targets, **options).plan(one_pass=objective is not None and not objective.needs_sequence)
+    return prepare(hidden, weight, targets, **options).plan(one_pass=objective is not None and not objective.needs_sequence)
 
 
 @dataclass(frozen=True)
-class _Call:
+class Call:
     """A checked call."""
 
     hidden: Tensor
@@ -480,7 +480,7 @@ class _Call:
         )
 
 
-def _prepare(
+def prepare(
     hidden,
     weight,
     targets,
@@ -494,11 +494,11 @@ def _prepare(
     return_entropy=True,
     backend="auto",
     memory_budget=None,
-) -> _Call:
+) -> Call:
     """Everything before the computation: checks (with the messages users see), autocast, defaults."""
     if not torch.compiler.is_compiling():
         tell_flop_counter()
-    weight, bias = (_gathered(name, x, hidden) for name, x in (("weight", weight), ("bias", bias)))
+    weight, bias = (gathered(name, x, hidden) for name, x in (("weight", weight), ("bias", bias)))
     _check_tensors(hidden, weight, targets, bias, mask, temperature)
     if not isinstance(temperature, Tensor):
         _check_number("temperature", temperature, "positive numbers, or a tensor with one per row")
@@ -516,12 +516,12 @@ def _prepare(
         raise TypeError(f"weight: {weight.dtype} given, accepted is the dtype of hidden, {hidden.dtype}; or call under autocast")
 
     budget = default_memory_budget(hidden.device) if memory_budget is None else int(memory_budget)
-    return _Call(
+    return Call(
         hidden, weight, bias, targets, mask, temperature, logit_scale, softcap, ignore_index, return_entropy, backend, budget
     )
 
 
-def _gathered(name: str, parameter, hidden: Tensor):
+def gathered(name: str, parameter, hidden: Tensor):
     """A sharded parameter whole, with a gradient that is averaged over the ranks and sharded again: what FSDP does to those it
     gathers itself. Under autocast in the dtype it will be used in."""
     if not hasattr(parameter, "full_tensor"):

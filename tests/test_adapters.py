@@ -530,8 +530,8 @@ def test_apples_older_positional_ignore_index_is_not_taken_for_a_bias():
 
 def test_options_about_memory_scale_the_working_memory(monkeypatch):
     budgets = []
-    prepare = adapters._prepare
-    monkeypatch.setattr(adapters, "_prepare", lambda *a, **k: (call := prepare(*a, **k), budgets.append(call.memory_budget))[0])
+    prepare = adapters.prepare
+    monkeypatch.setattr(adapters, "prepare", lambda *a, **k: (call := prepare(*a, **k), budgets.append(call.memory_budget))[0])
     p = Problem(torch.float32)
     operands = p.hidden, p.weight, p.targets
     FusedLinearForPPO()(*operands), FusedLinearForPPO(256)(*operands)

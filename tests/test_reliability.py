@@ -710,12 +710,12 @@ def test_T26_a_downgrade_is_logged_once(monkeypatch, caplog):
     monkeypatch.setattr(triton_, "why_not", lambda problem, strategy: None)
     monkeypatch.setattr(triton_, "why_not_default", lambda problem: "not today")
     monkeypatch.setattr(native, "why_not", lambda problem, strategy: "it rains")
-    dispatch._log_once.cache_clear()
+    dispatch.log_once.cache_clear()
     problem = Problem(4, 4, 20, 8, torch.bfloat16, torch.device("cuda"), True, True, False, False, MIB)
     with caplog.at_level(logging.WARNING, "bupo_kernels"):
         for _ in range(3):
             assert dispatch.choose(problem)[0] == "torch"
-    dispatch._log_once.cache_clear()
+    dispatch.log_once.cache_clear()
     assert [record.message for record in caplog.records] == [
         "torch runs on cuda instead of triton (not today) and native (it rains)"
     ]

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bupo_kernels.dispatch import default_memory_budget
-from bupo_kernels.functional import LinearLogprobs, _Call, _prepare, logit_lens
+from bupo_kernels.functional import Call, LinearLogprobs, logit_lens, prepare
 
 # ---- Liger
 
@@ -315,10 +315,10 @@ def torch_linear_cross_entropy(
 # ---- shared
 
 
-def _statistics(names: dict[str, str], hidden, weight, targets, **options) -> tuple[_Call, LinearLogprobs]:
+def _statistics(names: dict[str, str], hidden, weight, targets, **options) -> tuple[Call, LinearLogprobs]:
     """The call, its operands gathered and cast, and what it gives; ``names`` are the peer's, for the messages of errors."""
     try:
-        call = _prepare(hidden, weight, targets, **options)
+        call = prepare(hidden, weight, targets, **options)
         return call, call.run()
     except (TypeError, ValueError) as error:
         name, colon, rest = str(error).partition(":")
@@ -328,7 +328,7 @@ def _statistics(names: dict[str, str], hidden, weight, targets, **options) -> tu
 
 
 def _cross_entropy(
-    call: _Call, out: LinearLogprobs, name: str, class_weights: Tensor | None, label_smoothing: float
+    call: Call, out: LinearLogprobs, name: str, class_weights: Tensor | None, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """Loss of each row, and its weight in a mean: both ``[...]``, 0 where the row does not count.
 
@@ -353,7 +353,7 @@ def _cross_entropy(
     return losses, weights
 
 
-def _selected_logprobs(call: _Call, logsumexp: Tensor, ids: Tensor) -> Tensor:  # [..., K]
+def _selected_logprobs(call: Call, logsumexp: Tensor, ids: Tensor) -> Tensor:  # [..., K]
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 1:
         given = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"selected_token_ids: {given} given, accepted is torch.int64 of shape [K]")
@@ -366,7 +366,7 @@ def _selected_logprobs(call: _Call, logsumexp: Tensor, ids: Tensor) -> Tensor:  
     return (logits - logsumexp.unsqueeze(-1)).masked_fill(~call.counts().unsqueeze(-1), 0)
 
 
-def _products(call: _Call, columns: Tensor) -> Tensor:  # [K, D] -> [..., K]
+def _products(call: Call, columns: Tensor) -> Tensor:  # [K, D] -> [..., K]
     """In the dtype of ``columns``, that of the statistics; a row that does not count may hold anything."""
     hidden = call.hidden.masked_fill(~call.counts().unsqueeze(-1), 0).to(columns.dtype)
     with torch.autocast(hidden.device.type, enabled=False):

@@ -1,0 +1,219 @@
+"""TRL 1.16: its trainers on this library's head, and BuPO (arXiv 2512.19673) as a trainer of theirs.
+
+:func:`patch_trl` before a trainer runs is all it takes; it reaches every trainer that scores tokens through TRL's fused head, which
+are GRPO, RLOO, KTO, DPO, SFT and the experimental asynchronous GRPO. :class:`BuPOTrainer` works with and without it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from bupo_kernels.dispatch import log, log_once
+from bupo_kernels.functional import gathered, prepare
+from bupo_kernels.internal_policy import internal_policy
+
+try:
+    import trl
+    from accelerate.utils import is_peft_model
+    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer import utils
+except ImportError as error:
+    raise ImportError(f"trl: accepted is 1.16.x (pip install 'trl==1.16.*'); its import says: {error}") from error
+if not trl.__version__.startswith("1.16."):
+    raise ImportError(f"trl: {trl.__version__} is installed, accepted is 1.16.x (pip install 'trl==1.16.*')")
+
+_TRLS_OWN = utils._ChunkedLogProbFunction
+_originals: dict[str, object] = {}
+
+
+def patch_trl() -> None:
+    """Makes TRL's trainers, also those that exist already, use this library's head; once is enough, :func:`unpatch_trl` undoes it.
+
+    Log-probs and entropy come from :func:`bupo_kernels.linear_logprobs`: fp32 statistics taken from fp32 products, positions
+    without a label never reach the head on any device, and a head that FSDP2 shards as a unit of its own (a ``DTensor``) gets the
+    averaged gradient, where TRL's gets that of its own rank only. Temperature, softcap, logit scale, bias, autocast and
+    ``cast_lm_head_to_fp32`` mean what they mean there.
+
+    The other outputs cost next to nothing, but for ``log_sum_sq_probs`` (DPO with ``use_weighting``: one more pass over the head).
+    ``is_top1`` counts every label of maximal logit, TRL's only the first id of such.
+
+    TRL's own function still runs, which a warning says once, where DeepSpeed ZeRO-3 shards the head, and where ``mean_logits`` are
+    asked for under a softcap (DPO and KTO of Gemma 2).
+    """
+    if _originals:
+        return
+    replacements = {
+        "_ChunkedLogProbFunction": SimpleNamespace(apply=_per_token),
+        "_use_triton": lambda device: True,  # which there says: leave out positions without a label
+        "DTensor": (),  # nothing is an instance: the shards arrive here, instead of a copy whose gradient is never reduced
+    }
+    for name, replacement in replacements.items():
+        _originals[name] = getattr(utils, name)
+        setattr(utils, name, replacement)
+    log.info("patch_trl: trl.trainer.utils.%s replaced; its trainers use bupo_kernels.linear_logprobs", ", ".join(replacements))
+
+
+def unpatch_trl() -> None:
+    """Gives TRL back what :func:`patch_trl` replaced; without it nothing happens."""
+    for name, original in _originals.items():
+        setattr(utils, name, original)
+    _originals.clear()
+
+
+def _per_token(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    targets: Tensor,  # [N]
+    temperature: float,
+    chunk_size: int,
+    softcap: float | None,
+    logit_scale: float,
+    outputs: tuple[str, ...],
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """As TRL's ``ChunkedLogProbFunction.apply``: log-probs, entropy, log Σp², mean logit, is top 1, ``[N]`` each, None where not in
+    ``outputs``; a gradient for the first two."""
+    if reason := _left_to_trl(weight, softcap, outputs):
+        log_once(f"patch_trl: TRL's own head runs for {reason}")
+        weight, bias = gathered("weight", weight, hidden), gathered("bias", bias, hidden)
+        return _TRLS_OWN.apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs)
+    if not torch.is_autocast_enabled(hidden.device.type):
+        weight = weight.to(hidden.dtype)  # as TRL does: the states decide
+    call = prepare(
+        *(hidden, weight, targets),
+        bias=bias,
+        temperature=temperature,
+        logit_scale=logit_scale,
+        softcap=softcap,
+        return_entropy="entropy" in outputs,
+    )
+    logprobs, entropy, _, _, log_s, *_ = call.statistics()  # log Σe^(z−m), with m the largest logit
+    log_sum_sq_probs = mean_logits = is_top1 = None
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        if "log_sum_sq_probs" in outputs:
+            squared = replace(call, temperature=temperature / 2, return_entropy=False)  # e^(2z)
+            log_sum_sq_probs = squared.statistics()[4] - 2 * log_s
+        if "mean_logits" in outputs:  # the mean of a product is the product with the mean
+            dtype = logprobs.dtype
+            mean_logits = call.hidden.to(dtype) @ call.weight.mean(0, dtype=dtype)
+            if call.bias is not None:
+                mean_logits += call.bias.mean(dtype=dtype)
+            mean_logits *= logit_scale / temperature
+        if "is_top1" in outputs:
+            is_top1 = logprobs >= -log_s  # z_y = m
+    return logprobs, entropy if call.return_entropy else None, log_sum_sq_probs, mean_logits, is_top1
+
+
+def _left_to_trl(weight: Tensor, softcap: float | None, outputs: tuple[str, ...]) -> str | None:
+    if hasattr(weight, "ds_id"):
+        return "a head sharded by DeepSpeed ZeRO-3, which is gone by the backward unless gathered again, as TRL's does"
+    if softcap is not None and "mean_logits" in outputs:
+        return "mean_logits under a softcap, which is not the product with the mean"
+    return None
+
+
+@dataclass(kw_only=True)
+class BuPOConfig(GRPOConfig):
+    """:class:`trl.GRPOConfig` and the internal policy of the first steps; all by name."""
+
+    layer: int = field(metadata={"help": "Layer whose policy is optimised first, from 1 to the number of layers."})
+    internal_steps: int = field(
+        metadata={
+            "help": "For how many optimizer steps (`global_step`) that is; the rest are plain GRPO. The end must fall on that of a "
+            "generation, which lasts steps_per_generation * num_iterations / gradient_accumulation_steps optimizer steps."
+        }
+    )
+    module: Literal["layer", "attention", "ffn"] = field(
+        default="layer", metadata={"help": "What of that layer is read: the residual stream, or the output of a module."}
+    )
+    final_norm: bool = field(
+        default=False, metadata={"help": "Whether the model's final norm is applied before the head. The paper does not."}
+    )
+
+
+class BuPOTrainer(GRPOTrainer):
+    """:class:`trl.GRPOTrainer` that optimises an internal policy in its first ``internal_steps`` optimizer steps.
+
+    Whatever a generation is scored with (old, new and, with ``beta``, reference log-probs; entropy) is of the policy that
+    :class:`BuPOConfig` names if it began before the optimizer step ``internal_steps``, and of the model's own if not. Samples are
+    always drawn from the model's own policy, and evaluation is of that too. The metric ``internal`` is 1.0 in the first phase.
+
+    Layers above ``layer``, and the final norm where it is not applied, get no gradient in the first phase and stay as they are. The
+    phase follows from ``state.global_step``, so that a run resumes on either side of the switch: an optimizer makes the state that
+    a checkpoint of the first phase lacks once it is needed. That holds for optimizers that transformers saves as they are, in one
+    process and under DDP; accelerate's FSDP, which restores them through torch.distributed.checkpoint, has not been tried.
+
+    Raises:
+        TypeError: ``args`` is no :class:`BuPOConfig`.
+        ValueError: naming the argument: ``layer``, ``module`` or the type of the model, as
+            :func:`bupo_kernels.internal_policy`; a PEFT model; ``internal_steps`` that end within a generation; what compares with
+            the log-probs of the sampler, which are of another policy (``vllm_importance_sampling_correction``,
+            ``off_policy_mask_threshold``); DDP that does not look for parameters without gradient.
+    """
+
+    _tag_names = ["trl", "grpo", "bupo"]  # noqa: RUF012 (as TRL declares it)
+    _name = "BuPO"
+    _paper = {  # noqa: RUF012
+        "title": "Bottom-up Policy Optimization: Your Language Model Policy Secretly Contains Internal Policies",
+        "id": "2512.19673",
+    }
+
+    def __init__(self, model, reward_funcs=None, args: BuPOConfig | None = None, *arguments, **options):
+        _check(args)
+        self._internal = False
+        super().__init__(model, reward_funcs, args, *arguments, **options)
+        if is_peft_model(self.model):
+            raise ValueError("model: with a PEFT adapter, accepted are models without")
+        with self._policy(self.model):
+            pass  # it checks the layer, the module and the model
+        finds_unused = args.ddp_find_unused_parameters
+        if finds_unused is None:
+            finds_unused = not args.gradient_checkpointing  # what transformers makes of it
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or any(isinstance(p, DTensor) for p in self.model.parameters())
+        if args.world_size > 1 and not sharded and not finds_unused:
+            raise ValueError(
+                f"ddp_find_unused_parameters: {args.ddp_find_unused_parameters} given with gradient_checkpointing="
+                f"{args.gradient_checkpointing}, accepted is True: layers above the internal policy's get no gradient"
+            )
+
+    def _policy(self, model):
+        args = self.args
+        return internal_policy(self.accelerator.unwrap_model(model), args.layer, args.module, args.final_norm)
+
+    def _generate_and_score_completions(self, inputs):
+        if self.model.training:
+            self._internal = self.state.global_step < self.args.internal_steps
+            self._metrics["train"]["internal"].append(float(self._internal))
+        return super()._generate_and_score_completions(inputs)
+
+    def _get_per_token_logps_and_entropies(self, model, *arguments, **options):
+        if not (self._internal and self.model.training):
+            return super()._get_per_token_logps_and_entropies(model, *arguments, **options)
+        with self._policy(model):
+            return super()._get_per_token_logps_and_entropies(model, *arguments, **options)
+
+
+def _check(args: BuPOConfig) -> None:
+    if not isinstance(args, BuPOConfig):
+        raise TypeError(f"args: {type(args).__name__} given, accepted is a BuPOConfig")
+    if args.internal_steps < 0:
+        raise ValueError(f"internal_steps: {args.internal_steps} given, accepted are 0 and more")
+    accumulated, generation = args.gradient_accumulation_steps, args.steps_per_generation * args.num_iterations
+    if args.internal_steps * accumulated % generation:
+        raise ValueError(
+            f"internal_steps: {args.internal_steps} given, accepted are ends of a generation: with gradient_accumulation_steps="
+            f"{accumulated} one lasts {generation / accumulated:g} optimizer steps (steps_per_generation * num_iterations / "
+            "gradient_accumulation_steps)"
+        )
+    # Both compare with the log-probs of the sampler, which are of the model's own policy.
+    if args.use_vllm and args.vllm_importance_sampling_correction:
+        raise ValueError("vllm_importance_sampling_correction: True given, accepted is False with an internal policy")
+    if args.off_policy_mask_threshold is not None:
+        given = args.off_policy_mask_threshold
+        raise ValueError(f"off_policy_mask_threshold: {given} given, accepted is None with an internal policy")
