@@ -36,7 +36,7 @@ test-triton: install ## the kernels with another Triton: make test-triton TRITON
 test-trl test-verl: test-%: install
 	test -x .venv-$*/bin/pip || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
-	BUPO_BUILD_CUDA=0 .venv-$*/bin/pip install --quiet --disable-pip-version-check ".[$*]" pytest hypothesis
+	BUPO_BUILD_CUDA=0 .venv-$*/bin/pip install --quiet --disable-pip-version-check ".[$*]" pytest pytest-benchmark hypothesis
 	.venv-$*/bin/pytest tests/test_$*.py
 
 kernels: install ## compile every Triton configuration for every target, and print what came of it
