@@ -524,6 +524,11 @@ def prepare(
 def gathered(name: str, parameter, hidden: Tensor):
     """A sharded parameter whole, with a gradient that is averaged over the ranks and sharded again: what FSDP does to those it
     gathers itself. Under autocast in the dtype it will be used in."""
+    if hasattr(parameter, "ds_id") and not parameter.numel():
+        raise ValueError(
+            f"{name}: partitioned by DeepSpeed ZeRO-3, accepted is a gathered one; call the head as a module, head(hidden, ...), "
+            f"within the forward of the engine, or call this within deepspeed.zero.GatheredParameters([{name}])"
+        )
     if not hasattr(parameter, "full_tensor"):
         return parameter
     if parameter.device_mesh.ndim != 1:

@@ -251,7 +251,7 @@ def _head(model: nn.Module, hidden: Tensor | list[Tensor], *arguments, **options
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
         return FusedLMHead.forward(head, hidden, *arguments, **options)
-    if not isinstance(head, FusedLMHead):
+    if not any(isinstance(part, FusedLMHead) for part in head.modules()):  # peft wraps it
         raise TypeError(f"model: its head is a {type(head).__name__}, accepted are nn.Linear and FusedLMHead")
     return head(hidden, *arguments, **options)
 
@@ -260,7 +260,7 @@ def _backbone(model: nn.Module) -> nn.Module:
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type not in MODEL_TYPES or not hasattr(model, "get_output_embeddings"):
         raise ValueError(f"model: of type {model_type!r}, accepted are causal language models of type {', '.join(MODEL_TYPES)}")
-    return model.base_model
+    return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model  # peft wraps the model
 
 
 def _tensor(output) -> Tensor:

@@ -2,8 +2,11 @@
 
 import importlib
 import json
+import re
+import subprocess
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -528,3 +531,12 @@ def test_runs_under_ddp_and_fsdp2_as_transformers_shards_take_the_course_of_one_
     for sharded_norms, sharded_moved in (rank[trainer] for rank in two_ranks):
         assert sharded_norms == pytest.approx(norms, rel=1e-5)
         assert sharded_moved == moved
+
+
+def test_the_example_learns():
+    example = Path(__file__).parent.parent / "examples" / "trl_bupo.py"
+    done = subprocess.run([sys.executable, str(example)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rewards = [float(number) for number in re.findall(r"reward ([\d.]+)", done.stdout)]
+    assert len(rewards) == 20
+    assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 + 0.2
