@@ -1,0 +1,239 @@
+"""verl 0.9.1: its fused head runs this library, and BuPO is an engine that a verl configuration chooses.
+
+**The head.** Importing this module calls :func:`patch_verl`. As the entry point ``verl.plugins`` of this package it is imported by
+verl in every process, so that ``actor_rollout_ref.model.use_fused_kernels: True``, with any ``impl_backend``, is all there is to
+write. It then also works where verl's own raises, ``strategy: fsdp2`` with an untied head: verl makes that an FSDP2 unit of its
+own, which nothing gathers, because its fused forward reads the weight and does not call the head. Here it is in the root unit,
+gathered for the whole forward and backward, as tied heads are.
+
+**BuPO** (arXiv 2512.19673) replaces the engine of the actor::
+
+    actor_rollout_ref:
+      actor:
+        strategy: fsdp2
+        fsdp_config:
+          _target_: bupo_kernels.integrations.verl.BuPOEngineConfig
+          layer: 6
+          internal_steps: 30
+
+For the first ``internal_steps`` trainer steps the old log-probs and the update are those of the policy of ``layer``; then those of
+the whole model, which generates all along. See ``examples/verl_bupo.yaml``.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import partial
+
+from packaging.version import Version
+from torch import Tensor, nn
+
+from bupo_kernels.dispatch import log
+from bupo_kernels.functional import linear_logprobs
+from bupo_kernels.internal_policy import MODULES, internal_policy
+
+try:
+    import verl
+except ImportError as error:
+    raise ImportError(f"verl: accepted is 0.9.x from 0.9.1 (pip install 'verl~=0.9.1'); its import says: {error}") from error
+
+_originals: list[tuple[object, str, object]] = []  # owner, name, what was there
+
+
+def patch_verl() -> None:
+    """verl's fused heads run :func:`bupo_kernels.linear_logprobs`; a second call changes nothing.
+
+    Raises ``ImportError`` where verl is not of a version that this was written for.
+    """
+    _check_version()
+    if _originals:
+        return
+    from verl.utils import fsdp_utils
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO
+    from verl.utils.kernel import linear_cross_entropy
+
+    # verl looks all three up when it calls them, but for Megatron's models, which import the second once.
+    replaced = (
+        (FusedLinearForPPO, "forward", _fused_linear_for_ppo),
+        (linear_cross_entropy, "linear_cross_entropy", _linear_cross_entropy),
+        (fsdp_utils, "_select_fsdp2_wrap_targets", partial(_fsdp2_units, fsdp_utils._select_fsdp2_wrap_targets)),
+    )
+    _originals.extend([(owner, name, getattr(owner, name)) for owner, name, _ in replaced])
+    for owner, name, ours in replaced:
+        setattr(owner, name, ours)
+    names = "FusedLinearForPPO.forward, linear_cross_entropy and the FSDP2 unit of the head are replaced"
+    log.info("verl %s: %s; use_fused_kernels runs bupo_kernels.linear_logprobs", verl.__version__, names)
+
+
+def unpatch_verl() -> None:
+    """Takes back what :func:`patch_verl` replaced and the engine that a :class:`BuPOEngineConfig` registered."""
+    while _originals:
+        setattr(*_originals.pop())
+    if "BuPOEngine" in globals():
+        from verl.workers.engine import EngineRegistry
+
+        for engines in EngineRegistry._engines["language_model"].values():
+            for key in [key for key, engine in engines.items() if engine is BuPOEngine]:
+                del engines[key]
+
+
+def _check_version() -> None:
+    if not (0, 9, 1) <= Version(verl.__version__).release < (0, 10):
+        raise ImportError(f"verl: {verl.__version__} is installed, accepted is 0.9.x from 0.9.1 (pip install 'verl~=0.9.1')")
+
+
+def _linear_cross_entropy(
+    hidden: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D], or a DTensor of it
+    labels: Tensor,  # [...]
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group=None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and entropies, each ``[...]`` fp32, in the place of the function of this name in ``verl.utils.kernel``.
+
+    A process group means a weight of which each rank holds some rows (Megatron): such calls, and those with a reduction, stay
+    verl's own.
+    """
+    if dist_process_group is not None or reduction != "none":
+        from verl.utils.kernel.linear_cross_entropy import LinearCrossEntropy
+
+        return LinearCrossEntropy.apply(hidden, weight, labels, temperature, reduction, dist_process_group)
+    out = linear_logprobs(hidden, weight, labels.long(), temperature=temperature)
+    return out.logprobs, out.entropy
+
+
+def _fused_linear_for_ppo(self, hidden_states, vocab_weights, input_ids, temperature=1.0) -> tuple[Tensor, Tensor]:
+    """The same, in the place of ``FusedLinearForPPO.forward``."""
+    return _linear_cross_entropy(hidden_states, vocab_weights, input_ids, temperature)
+
+
+def _fsdp2_units(verls, model: nn.Module, layer_classes) -> list[nn.Module]:
+    """What verl makes FSDP2 units of, without the head where a fused forward reads its weight."""
+    units = verls(model, layer_classes)
+    if getattr(model, "_verl_fused_kernels_backend", None) is None:
+        return units
+    heads = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "lm_head"]  # as verl finds them
+    return [unit for unit in units if unit not in heads]
+
+
+def __getattr__(name: str):
+    # Their bases import verl's engines, which processes that load the plugin but train nothing should not wait for.
+    if name not in ("BuPOEngine", "BuPOEngineConfig"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    _define_engine()
+    return globals()[name]
+
+
+def _define_engine() -> None:
+    global BuPOEngine, BuPOEngineConfig
+    _check_version()
+    from verl.utils.device import get_device_name, get_vendor
+    from verl.workers.config import FSDPEngineConfig
+    from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead, FSDPTurboEngineWithLMHead
+
+    backends = {"fsdp": FSDPEngineWithLMHead, "fsdp2": FSDPEngineWithLMHead, "fsdp_turbo": FSDPTurboEngineWithLMHead}
+
+    @dataclass
+    class BuPOEngineConfig(FSDPEngineConfig):
+        """verl's ``fsdp_config`` of an actor, and the policy that it optimises first.
+
+        Args:
+            layer: 1-based, as in :func:`bupo_kernels.internal_policy`; so are ``module`` and ``final_norm``.
+            internal_steps: of the trainer (each one ``update_actor``, whatever its mini-batches) that optimise that policy. They
+                are counted by the learning-rate scheduler, which verl's checkpoints carry: a resumed run continues its phase.
+
+        Raises ``ValueError`` naming the setting, what was given and what is accepted; also for those of verl that do not go
+        together with a model that is run in part.
+        """
+
+        layer: int = 0
+        internal_steps: int = 0
+        module: str = "layer"
+        final_norm: bool = False
+        use_no_sync_for_gradient_accumulation: bool = False  # as in verl's YAML
+
+        def __post_init__(self):
+            super().__post_init__()
+            for name, value in (("layer", self.layer), ("internal_steps", self.internal_steps)):
+                if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                    raise ValueError(f"{name}: {value!r} given, accepted are integers from 1")
+            if self.module not in MODULES:
+                raise ValueError(f"module: {self.module!r} given, accepted are {', '.join(map(repr, MODULES))}")
+            # A reference; a gather of the layer after the last; and torch 2.13 looking, in the backwards of bf16 micro-batches that
+            # are not reduced, for the gathered parameters of layers that have never run.
+            for name in ("forward_only", "forward_prefetch", "use_no_sync_for_gradient_accumulation"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}: True given, accepted is False in the configuration of a BuPO actor")
+            # verl looks for an engine of this very device and vendor before those of its own.
+            device = os.getenv("VERL_ENGINE_DEVICE") or get_device_name()
+            vendor = os.getenv("VERL_ENGINE_VENDOR") or get_vendor()
+            if EngineRegistry._engines["language_model"]["fsdp2"].get((device, vendor)) is not BuPOEngine:
+                EngineRegistry.register("language_model", list(backends), device, vendor)(BuPOEngine)
+
+    class BuPOEngine(FSDPEngineWithLMHead):
+        """verl's FSDP2 engine, whose model is an internal policy of itself for the first trainer steps.
+
+        Made with another configuration than :class:`BuPOEngineConfig` (the reference in the process of an actor) it is verl's own.
+        """
+
+        def __new__(cls, model_config, engine_config, *arguments, **named):
+            if isinstance(engine_config, BuPOEngineConfig):
+                return super().__new__(cls)
+            return backends[engine_config.strategy](model_config, engine_config, *arguments, **named)
+
+        def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
+            for name, value, accepted in (
+                ("strategy", engine_config.strategy, "fsdp2"),
+                ("lora_rank", model_config.lora_rank, 0),
+                ("enable_activation_offload", model_config.enable_activation_offload, False),
+            ):
+                if value != accepted:
+                    raise ValueError(f"{name}: {value!r} given, accepted is {accepted!r} with a BuPOEngineConfig")
+            for name in ("save_contents", "load_contents"):
+                if "extra" not in checkpoint_config[name]:
+                    raise ValueError(f"{name}: {checkpoint_config[name]} given, accepted is with 'extra', where the step is")
+            super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
+            self._old_logprobs_step = None
+
+        def initialize(self):
+            super().initialize()
+            with self._internal_policy():  # refuses now, not at the first step, a model or a layer that is none
+                log.info("verl: BuPO optimises layer %s for %s steps", self.engine_config.layer, self.engine_config.internal_steps)
+
+        def _internal_policy(self):
+            config = self.engine_config
+            return internal_policy(self.module, config.layer, config.module, config.final_norm)
+
+        def forward_backward_batch(self, data, loss_function, forward_only=False):
+            step = self.lr_scheduler.last_epoch  # advanced by verl once a trainer step, after its last mini-batch
+            if step >= self.engine_config.internal_steps:
+                return super().forward_backward_batch(data, loss_function, forward_only)
+            if forward_only:
+                self._old_logprobs_step = step
+            else:
+                self._check_update(data, step)
+            # Around the backward too: checkpointed activations are computed again there.
+            with self._internal_policy():
+                return super().forward_backward_batch(data, loss_function, forward_only)
+
+        def _check_update(self, data, step: int) -> None:
+            """What an update of the internal policy must not be mixed with: log-probs of the whole model."""
+            if self._old_logprobs_step != step:
+                raise ValueError(
+                    "old_log_probs: not computed by this engine in this step, accepted is its own internal policy's "
+                    "(algorithm.rollout_correction.bypass_mode must be False)"
+                )
+            for field, setting in (
+                ("rollout_is_weights", "algorithm.rollout_correction.rollout_is: null"),
+                ("ref_log_prob", "actor.use_kl_loss: False and algorithm.use_kl_in_reward: False"),
+            ):
+                if field in data:
+                    raise ValueError(f"{field}: of the whole model given, accepted is an update without ({setting})")
+
+
+try:
+    patch_verl()
+except (ImportError, AttributeError) as refused:  # verl may have imported this uninvited, and would not say that it failed
+    log.warning("nothing of verl is replaced: %s", refused)
