@@ -274,10 +274,10 @@ def logit_lens(
     Returns:
         :class:`LensStatistics`; no gradient.
 
-    Cost: 2·L·N·V·D FLOP (L+1 with ``final``). ``logsumexp``, ``logprobs``, ``entropy`` and ``max_probability`` alone run on any
-    backend, in one pass over W for as many layers as the budget holds once more. Everything else streams in torch, on every
-    device, in one pass over W for all layers, with fp32 products (16-bit operands on a CPU are upcast); ``rank`` and ``jsd`` take
-    a second pass, which doubles the work. ``pairwise_kl`` adds L/D of it.
+    Cost: 2·L·N·V·D FLOP (L+1 with ``final``), and one pass over W for all layers of as many rows as the budget has room for, in
+    most calls all. ``logsumexp``, ``logprobs``, ``entropy`` and ``max_probability`` alone run on any backend. Everything else
+    streams in torch, on every device, with fp32 products (16-bit operands on a CPU are upcast); ``rank`` and ``jsd`` take a second
+    pass, which doubles the work. ``pairwise_kl`` adds L/D of it.
 
     Numerics: as :func:`linear_logprobs`; a KL or ``jsd`` is within ``4e-6 · (1 + max|z|)`` of float64 on the same inputs.
     ``rank`` compares fp32 logits exactly: those within rounding of the target's may fall on either side.
