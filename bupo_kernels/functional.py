@@ -18,7 +18,7 @@ inputs are computed in float64 throughout. fp32 products follow torch's own prec
 
 Under ``torch.compile`` a call is one node, whatever the number of rows, and gives bit for bit what it gives without. Off the CPU
 the forward never waits for the device; a target or a temperature out of range is then a device-side assert. (:func:`logit_lens`
-and :func:`linear_divergence`, which have no gradient, run outside a graph and do wait.)
+and :func:`linear_divergence`, which have no gradient, do wait, and are traced as the plain torch they are.)
 Logits must be finite (a ``bias`` of −inf is not supported).
 """
 
@@ -244,7 +244,6 @@ class LensStatistics(NamedTuple):
     pairwise_kl: Tensor | None = None  # [L, L, ...] [l, k] = KL(π^l ‖ π^k), at least 0
 
 
-@torch.compiler.disable
 @torch.no_grad()
 def logit_lens(
     hidden_states: Tensor | Sequence[Tensor],  # [L, ..., D], or L x [..., D]

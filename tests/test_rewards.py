@@ -493,6 +493,15 @@ def test_signals_to_the_whole_job_leave_the_processes_to_the_parent(folder):
         assert pool.score([("", "")] * 5) == [pid] * 5
 
 
+@pytest.fixture
+def _interrupts():
+    """A job that a shell starts in the background ignores SIGINT, and so does all that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interrupts")
 def test_an_interrupt_ends_the_processes_and_the_pool_can_be_used_again(folder):
     with RewardPool("user_rewards:misbehave", timeout=60, workers=2) as pool:
         pids = [worker.process.pid for worker in pool._pool]

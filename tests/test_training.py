@@ -77,7 +77,17 @@ def moved(start: Path, end: Path) -> set[str]:
 def test_a_run_leaves_everything_a_reader_needs(config_file, tmp_path, capsys):
     assert main(["train", str(config_file)]) == 0
     run, printed = tmp_path / "run", capsys.readouterr().out
-    files = ("accuracy.jsonl", "checkpoints", "config.yaml", "episodes.txt", "metrics.jsonl", "model", "run.png")
+    files = (
+        "accuracy.jsonl",
+        "checkpoints",
+        "config.yaml",
+        "episodes.txt",
+        "metrics.jsonl",
+        "model",
+        "run.png",
+        "layers.png",
+        "layers.svg",
+    )
     assert sorted(path.name for path in run.iterdir()) == sorted(files)
     rows = metrics_of(run)
     assert [(row["step"], row["phase"], row["layers"]) for row in rows] == [(1, "layer 2", 2), (2, "final", 4), (3, "final", 4)]
