@@ -170,8 +170,9 @@ class BuPOTrainer(GRPOTrainer):
         super().__init__(model, reward_funcs, args, *arguments, **options)
         if is_peft_model(self.model):
             raise ValueError("model: with a PEFT adapter, accepted are models without")
+        # Entering it checks the layer, the module and the model.
         with self._policy(self.model):
-            pass  # it checks the layer, the module and the model
+            pass
         finds_unused = args.ddp_find_unused_parameters
         if finds_unused is None:
             finds_unused = not args.gradient_checkpointing  # what transformers makes of it
