@@ -136,7 +136,7 @@ def _check_blocks(name: str, architecture: PretrainedConfig) -> None:
             model = AutoModelForCausalLM.from_config(architecture)
         FusedLMHead.adopt(model.get_output_embeddings())
         decoder_of(model)
-    except (UnsupportedModel, ValueError, TypeError) as error:
+    except (ValueError, TypeError) as error:  # UnsupportedModel among them
         raise unusable(name, error) from None
 
 
