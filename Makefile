@@ -6,6 +6,7 @@ TRITON ?= triton==3.6.0
 POLICY ?= bupo
 SEED ?= 0
 RESULTS ?= benchmarks/results
+COMMIT ?=
 
 BIN := .venv/bin
 
@@ -56,13 +57,24 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: install ## against the bare GEMM of the same run
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-enable
+bench: ## everything in benchmarks/results/<device>.json and docs/benchmarks.md, peers included; an hour on two cores
+	test -x .venv-bench/bin/pip || $(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check "$(TORCH)" $(if $(TRITON),"$(TRITON)")
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check --editable ".[peers]"
+	.venv-bench/bin/python -m benchmarks.kernels --out $(RESULTS)
+	.venv-bench/bin/python -m benchmarks.scaling --out $(RESULTS)
+	.venv-bench/bin/bupo bench --out $(RESULTS)
+	.venv-bench/bin/python -m benchmarks.report
 
-gpu: ## on a machine with a GPU, from a checkout and with what is installed: the CUDA build, its tests, then its benchmark
+# On a machine with a GPU, from a checkout and with what is installed there; nothing from the network. Within nine minutes: the CUDA
+# build (one, on 16 cores), its tests (three), and as much of the benchmarks as the rest has room for, the most telling cases first.
+# COMMIT=... names the code where there is no git to ask.
+gpu: export PYTHONPATH := .
+gpu: ## the tests that need a GPU, then a representative benchmark
 	$(PYTHON) setup.py -q build_ext --inplace
-	PYTHONPATH=. $(PYTHON) -m pytest tests/test_gpu.py --durations=10; tests=$$?; \
-	PYTHONPATH=. $(PYTHON) -m benchmarks.gpu --out $(RESULTS) && exit $$tests
+	timeout 180 $(PYTHON) -m pytest tests/test_gpu.py --durations=10; tests=$$?; \
+	$(PYTHON) -m bupo bench --out $(RESULTS) --minutes 0.8 $(if $(COMMIT),--commit $(COMMIT)); \
+	$(PYTHON) -m benchmarks.kernels --out $(RESULTS) --minutes 3 --contenders '^(?!.*torch.compile)' $(if $(COMMIT),--commit $(COMMIT)) && exit $$tests
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info .pytest_cache .hypothesis .benchmarks bupo_kernels/*.so

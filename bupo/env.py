@@ -27,9 +27,9 @@ BUILD_AGAIN = "then install bupo-kernels again (pip install -v says what is left
 
 def environment() -> dict[str, Any]:
     """All of it, as JSON would have it; :func:`describe` puts it into words. No CUDA context is made where there is no GPU."""
-    devices = {"cpu": _cpu()} | {f"cuda:{i}": _gpu(i) for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)}
+    devices = {"cpu": cpu()} | {f"cuda:{i}": _gpu(i) for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)}
     return {
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
         "devices": devices,
         "built": _built(),
         "calls": [
@@ -63,14 +63,16 @@ def describe(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """Its version, or None."""
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _cpu() -> dict[str, Any]:
+def cpu() -> dict[str, Any]:
+    """Its ``name``, ``threads`` (of torch), and those ``instruction_sets`` that matter here."""
     name, flags = platform.processor() or platform.machine(), []
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")

@@ -1,8 +1,13 @@
 import os
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
+
+# For benchmarks/, which is not installed; last, so that what is installed comes first.
+sys.path.append(str(Path(__file__).parent.parent))
 
 # Read when triton is first imported: without a GPU its kernels run in its interpreter, on the CPU.
 if not torch.cuda.is_available():

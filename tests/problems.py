@@ -203,16 +203,3 @@ def products(call: Callable[[], object]) -> list[tuple[int, ...]]:
     first = {"aten::mm": 0, "aten::addmm_": 1}  # which argument is the left operand
     found = [e.input_shapes[first[e.name] :][:2] for e in record.events() if e.name in first]
     return [(a[0], a[1], b[1]) for a, b in found]
-
-
-def peak_bytes(call: Callable[[], object]) -> int:
-    """The most that torch's CPU allocator held during ``call`` beyond what it held before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        kept = call()
-    held = peak = 0
-    for event in sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            peak = max(peak, held)
-    del kept
-    return peak

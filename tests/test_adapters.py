@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from problems import peak_bytes
 from ranks import on_ranks
 from torch import Tensor
 
+from bupo.measurement import peak_bytes
 from bupo_kernels.integrations import functional as adapters
 from bupo_kernels.integrations.functional import (
     FusedLinearForPPO,

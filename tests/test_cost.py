@@ -7,7 +7,6 @@ from types import MethodType
 import pytest
 import torch
 from models import FAMILIES, tiny_model, token_batch
-from problems import peak_bytes
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -29,6 +28,7 @@ from bupo.cost import (
     work_of,
 )
 from bupo.distributed import process_group, shard
+from bupo.measurement import peak_bytes
 from bupo_kernels import policy_logprobs, policy_loss
 
 ROOT = Path(__file__).parent.parent

@@ -14,12 +14,12 @@ from problems import (
     device_of,
     gradients,
     largest_logit,
-    peak_bytes,
     products,
     random_case,
 )
 from torch.utils.flop_counter import FlopCounterMode
 
+from bupo.measurement import peak_bytes
 from bupo_kernels import FusedLMHead, PolicyObjective, explain, linear_logprobs, linear_policy_loss, reference
 from bupo_kernels.policy_losses import policy_metrics, policy_terms, token_weights
 

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, tiny_model, token_batch
-from problems import CONTRACT, OPTIONS, device_of, peak_bytes, products
+from problems import CONTRACT, OPTIONS, device_of, products
 from torch import Tensor
 
+from bupo.measurement import peak_bytes
 from bupo_kernels import FusedLMHead, LensStatistics, explain, logit_lens, reference
 from bupo_kernels.backends import compiled, native
 

@@ -26,7 +26,6 @@ from problems import (
     gradients,
     largest_logit,
     leaves,
-    peak_bytes,
     products,
     random_case,
     roundoff,
@@ -38,6 +37,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from bupo.measurement import peak_bytes
 from bupo_kernels import (
     FusedLMHead,
     dispatch,
