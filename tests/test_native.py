@@ -397,6 +397,15 @@ def test_a_row_of_nan_stays_alone(isa, dtype):
     assert d_weight.isfinite().all()
 
 
+@both_dtypes
+@pytest.mark.parametrize("columns", [100, 5000])
+def test_a_column_of_nan_is_in_every_row(isa, dtype, columns):
+    case = random_case(9, columns, 16, dtype=dtype)
+    with torch.no_grad():
+        case.weight[11] = torch.nan
+    assert all(x.isnan().all() for x in run(case, isa))
+
+
 # ---- one by one: the layout of packed panels
 
 
