@@ -73,8 +73,8 @@ gpu: export PYTHONPATH := .
 gpu: ## the tests that need a GPU, then a representative benchmark
 	$(PYTHON) setup.py -q build_ext --inplace
 	timeout 180 $(PYTHON) -m pytest tests/test_gpu.py --durations=10; tests=$$?; \
-	$(PYTHON) -m bupo bench --out $(RESULTS) --minutes 0.8 $(if $(COMMIT),--commit $(COMMIT)); \
-	$(PYTHON) -m benchmarks.kernels --out $(RESULTS) --minutes 3 --contenders '^(?!.*torch.compile)' $(if $(COMMIT),--commit $(COMMIT)) && exit $$tests
+	$(PYTHON) -m benchmarks.kernels --out $(RESULTS) --minutes 3 --contenders '^(?!.*torch.compile)' $(if $(COMMIT),--commit $(COMMIT)) && \
+	$(PYTHON) -m bupo bench --out $(RESULTS) --minutes 1 $(if $(COMMIT),--commit $(COMMIT)) && exit $$tests
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info .pytest_cache .hypothesis .benchmarks bupo_kernels/*.so

@@ -1,4 +1,4 @@
-"""``bupo train | evaluate | analyze | export | demo | env``."""
+"""``bupo train | evaluate | analyze | bench | export | demo | env``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ import json
 import logging
 import os
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from bupo.config import ConfigError, describe_config, load_config, override, parse_config
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0 done, 2 bad input (one line on stderr, nothing written), 130 interrupted."""
+    """Runs a command; returns the exit code: 0 done, 1 sides of a benchmark that do not agree, 2 bad input (one line on stderr,
+    nothing written), 130 interrupted."""
     parser = _parser()
     options, left = parser.parse_known_args(arguments)
     if left and (options.command != "train" or any(word.startswith("-") for word in left)):
@@ -38,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="bupo",
         description="Bottom-up Policy Optimization (arXiv 2512.19673): train a language model from its inner layers up.",
     )
-    parser.add_argument("--version", action="version", version=f"bupo {version('bupo-kernels')}")
+    parser.add_argument("--version", action="version", version=f"bupo {_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     train = commands.add_parser(
@@ -112,6 +113,41 @@ def _parser() -> argparse.ArgumentParser:
     )
     analyze.set_defaults(do=_analyze)
 
+    bench = commands.add_parser(
+        "bench",
+        help="a training step against the naive logit lens: tokens/s, memory, agreement",
+        description="Times old log-probs and update of phase 1 and of phase 2 on random weights and tokens: the naive logit lens "
+        "as the paper's released code has it (all layers, logits of both heads), the same with only the layers and the head that "
+        "are optimised, and this library with and without leaving layers out. The sides take turns on one model and must agree in "
+        "loss and gradients: else the exit code is 1. Several values of an option are measured in all combinations.",
+    )
+    bench.add_argument(
+        "--model-config",
+        type=Path,
+        metavar="FILE",
+        help="config.json of a Hugging Face model (default: Qwen3 of 24 layers, 512 wide, with 32,000 tokens; Qwen3-4B on a GPU)",
+    )
+    bench.add_argument(
+        "--layer", type=int, nargs="+", metavar="N", help="of the internal policy, from 1 (default: a sixth of the depth)"
+    )
+    bench.add_argument("--tokens", type=int, nargs="+", metavar="N", help="of a step (default 1024, on a GPU 8192)")
+    bench.add_argument("--context", type=int, nargs="+", metavar="N", help="of a sequence, half of it prompt (default 256, 2048)")
+    bench.add_argument("--phase", type=int, nargs="+", choices=(1, 2), default=[1, 2], help="default both")
+    sides = ("naive", "naive-truncated", "bupo-not-truncated", "bupo")
+    bench.add_argument("--sides", nargs="+", choices=sides, default=list(sides), help="default all that the phase has")
+    bench.add_argument("--rounds", type=int, default=5, metavar="N", help="timed turns of every side (default 5)")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: a GPU if there is one")
+    bench.add_argument("--precision", choices=("float32", "bfloat16"), help="default: float32 on a CPU, bfloat16 on a GPU")
+    bench.add_argument(
+        "--keep-activations",
+        action="store_true",
+        help="the default recomputes each layer in the backward, as the reference does",
+    )
+    bench.add_argument("--minutes", type=float, metavar="M", help="begin nothing after that; what is left out is listed")
+    bench.add_argument("--out", type=Path, metavar="DIR", help="put the numbers into DIR/<device>.json, as its section `step`")
+    bench.add_argument("--commit", help="of the code, where there is no git to ask")
+    bench.set_defaults(do=_bench)
+
     export = commands.add_parser(
         "export",
         help="a checkpoint of a run as a model for from_pretrained",
@@ -142,6 +178,13 @@ def _parser() -> argparse.ArgumentParser:
     env.add_argument("--json", action="store_true", help="the same for a program to read")
     env.set_defaults(do=_env)
     return parser
+
+
+def _version() -> str:
+    try:
+        return version("bupo-kernels")
+    except PackageNotFoundError:  # PYTHONPATH and a checkout
+        return "not installed"
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -202,6 +245,27 @@ def _analyze(options: argparse.Namespace) -> int:
         max_tokens=options.max_tokens,
     )
     return 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    _prepare_process()
+    from bupo.bench import bench_command
+
+    return bench_command(
+        model_config=options.model_config,
+        layers=options.layer,
+        tokens=options.tokens,
+        contexts=options.context,
+        phases=options.phase,
+        sides=options.sides,
+        rounds=options.rounds,
+        device=options.device,
+        precision=options.precision,
+        keep_activations=options.keep_activations,
+        minutes=options.minutes,
+        out=options.out,
+        commit=options.commit,
+    )
 
 
 def _export(options: argparse.Namespace) -> int:
