@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from bupo_kernels.backends import native, torch_chunked, triton_
-from bupo_kernels.backends.problem import Problem, Schedule
+from bupo_kernels.backends.problem import Problem, Schedule, TooSmall
 
 # In order of preference. A backend is a module, importable everywhere, with
 #   STRATEGIES                          names for backend="name:strategy"
@@ -130,11 +130,22 @@ def log_once(message: str) -> None:
 
 
 def make_plan(problem: Problem, backend: str = "auto", one_pass: bool = False) -> Plan:
-    """The plan for ``problem`` on ``backend`` ("name" or "name:strategy"), or on the first of :data:`BACKENDS` that can run it.
-    ``one_pass``: for a loss whose gradients are taken in the forward.
+    """The plan for ``problem`` on ``backend`` ("name" or "name:strategy"), or on the first of :data:`BACKENDS` that can run it (on
+    a CPU: within the budget). ``one_pass``: for a loss whose gradients are taken in the forward.
 
     Raises ``ValueError`` when ``backend`` is unknown or cannot run the problem, or the budget is too small for it.
     """
     name, module, strategy, reasons = choose(problem, backend)
-    schedule = module.one_pass_schedule if one_pass else module.schedule
-    return Plan(problem, name, module, schedule(problem, strategy), reasons)
+    try:
+        return Plan(problem, name, module, _schedule(module, problem, strategy, one_pass), reasons)
+    except TooSmall as error:
+        # Elsewhere than on a CPU a choice must not depend on the number of rows: tracing does not know it, and E has its shape.
+        if backend != "auto" or module is torch_chunked or problem.device.type != "cpu":
+            raise
+        log_once(f"torch runs instead of {name}, for which the budget is too small: {error}")
+        schedule = _schedule(torch_chunked, problem, None, one_pass)
+        return Plan(problem, "torch", torch_chunked, schedule, reasons | {name: str(error)})
+
+
+def _schedule(module: ModuleType, problem: Problem, strategy: str | None, one_pass: bool) -> Schedule:
+    return (module.one_pass_schedule if one_pass else module.schedule)(problem, strategy)

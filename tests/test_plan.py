@@ -7,6 +7,7 @@ import torch
 from problems import random_case
 
 from bupo_kernels import explain, linear_cross_entropy, linear_logprobs
+from bupo_kernels.backends import compiled, native
 
 
 def test_working_memory_does_not_grow_with_the_vocabulary():
@@ -20,6 +21,23 @@ def test_a_budget_too_small_for_any_tile_names_what_would_do():
         linear_logprobs(case.hidden, case.weight, case.targets, memory_budget=100)
     least = int(re.search(r"at least (\d+)", str(refused.value))[1])
     assert torch.isfinite(linear_logprobs(case.hidden, case.weight, case.targets, memory_budget=least).logprobs).all()
+
+
+@pytest.mark.skipif(not compiled.isas(), reason="no C++ build")
+def test_auto_goes_to_torch_where_the_native_kernels_need_more_than_the_budget(monkeypatch):
+    def needs_more(problem, strategy):
+        problem.require_budget(problem.rows * 2**20)
+
+    monkeypatch.setattr(native, "schedule", needs_more)
+    case, budget = random_case(20, 50, 8), 10 * 2**20
+    with pytest.raises(ValueError, match=f"memory_budget: {budget} bytes given") as refused:
+        explain(case.hidden, case.weight, case.targets, backend="native", memory_budget=budget)
+    plan = explain(case.hidden, case.weight, case.targets, memory_budget=budget)
+    assert plan.backend == "torch"
+    assert plan.why_not["native"] == str(refused.value)
+    out = linear_logprobs(case.hidden, case.weight, case.targets, memory_budget=budget)
+    out.logprobs.sum().backward()
+    assert case.hidden.grad.isfinite().all()
 
 
 def test_slice_borders_do_not_depend_on_the_number_of_rows():

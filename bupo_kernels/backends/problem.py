@@ -9,6 +9,10 @@ import torch
 from torch import Tensor
 
 
+class TooSmall(ValueError):
+    """A memory budget in which a backend cannot run so many rows."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """All that a plan depends on. Sizes in elements, ``memory_budget`` in bytes."""
@@ -40,7 +44,7 @@ class Problem:
 
     def require_budget(self, least: int) -> None:
         if least > self.memory_budget:
-            raise ValueError(f"memory_budget: {self.memory_budget} bytes given, accepted are at least {least} for this many rows")
+            raise TooSmall(f"memory_budget: {self.memory_budget} bytes given, accepted are at least {least} for this many rows")
 
 
 @dataclass(frozen=True)
