@@ -167,17 +167,29 @@ def test_contenders_take_turns_and_none_is_always_first(monkeypatch):
 def test_past_the_deadline_nobody_is_tried_and_one_round_is_run(monkeypatch):
     clock = iter(range(100))
     monkeypatch.setattr(kernels.time, "monotonic", lambda: next(clock))
-    floor_row, tried, not_tried = measured(monkeypatch, "forward", honest(), cheating(honest().call), rounds=5, deadline=0.5)
+    # Looked at twice in a check, and before a contender is tried.
+    floor_row, tried, not_tried = measured(monkeypatch, "forward", honest(), cheating(honest().call), rounds=5, deadline=3.5)
     assert not_tried["reason"] == "the minutes given were over"
     assert [len(row["ms_of_rounds"]) for row in (floor_row, tried)] == [1, 1]
 
 
 def test_one_that_takes_long_runs_in_fewer_rounds(monkeypatch):
-    monkeypatch.setattr(kernels, "PATIENCE", 0.0)
-    rows = measured(monkeypatch, "forward", honest(), rounds=3)
-    assert [len(row["ms_of_rounds"]) for row in rows] == [1, 1]
-    monkeypatch.undo()
-    assert len(measured(monkeypatch, "forward", honest(), rounds=3)[1]["ms_of_rounds"]) == 3
+    def measure(patience):
+        monkeypatch.setattr(kernels, "timed", lambda call, device: (2.0, call()))
+        return [len(row["ms_of_rounds"]) for row in measured(monkeypatch, "forward", honest(), rounds=5, patience=patience)]
+
+    assert measure(5.0) == [3, 3]  # the first round, and two of 2 s
+    assert measure(8.0) == [5, 5]
+
+
+def test_one_that_takes_too_long_is_not_waited_for(monkeypatch):
+    clock = iter(range(0, 10**6, 4))
+    monkeypatch.setattr(kernels.time, "monotonic", lambda: next(clock))  # every run takes 4 s
+    for patience, allowed in ((1.0, 3), (3.0, 3)):  # three times as long is allowed for the first
+        floor_row, row = measured(monkeypatch, "forward", honest(), rounds=1, patience=patience)
+        assert row["reason"] == f"Slow: 4 s for a run, of which {allowed} are waited for"
+        assert floor_row["reason"] is None
+    assert measured(monkeypatch, "forward", honest(), rounds=1, patience=4.0)[1]["reason"] is None
 
 
 def test_memory_is_what_is_held_beyond_the_results(monkeypatch):
