@@ -27,10 +27,10 @@ class Contender:
     who: str  # "floor", "naive", "peer", "ours"
     group: str
     computes: str  # of Inputs.coefficients
-    products: float  # of 2·N·V·D FLOP each that its algorithm takes, N being the rows that count
     call: Callable[[Inputs], object]
+    products: float  # of 2·N·V·D FLOP each that its algorithm takes, N being the rows that count
     why_not: Callable[[Inputs], str | None] = lambda x: None  # the reason it does not run on these, before anything is tried
-    stated: Callable[[Inputs], int] | None = None  # bytes of working memory that it promises to stay within
+    stated: int | None = None  # bytes of working memory that it promises to stay within
     remark: str = ""  # printed beside its numbers: what is not computed, what makes it fast or slow
     poison: Callable[[], None] = lambda: None  # what it writes into again and again is NaN after this
 

@@ -102,7 +102,7 @@ def measure(
     deadline: float = math.inf,
     tick: Callable[[str], None] = lambda what: None,
 ) -> list[dict]:
-    """The rows of one table; see benchmarks/report.py for their keys.
+    """The rows of one table, as :mod:`benchmarks.rows` has them.
 
     Args:
         rounds: in each, every contender runs once.
@@ -298,7 +298,7 @@ def as_json(row: Measured, of_floor: Measured, x: Inputs, distribution: str) -> 
         "useful_tflops": useful / median / 1e12,
         "algorithm_products": c.products,
         "peak_bytes": row.peak,
-        "stated_bytes": c.stated(x) if c.stated else None,
+        "stated_bytes": c.stated,
         "errors": row.errors if c.who != "floor" else {},
     }
 

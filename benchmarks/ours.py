@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -36,24 +36,24 @@ def floor(group: str, x: Inputs) -> Contender:
             torch.mm(out["logits"].T, state, out=out["weight"])
         return tuple(out.values())
 
-    return Contender("bare GEMM", "floor", group, "products", GROUPS[group], call, poison=poison)
+    return Contender("bare GEMM", "floor", group, "products", call, GROUPS[group], poison=poison)
 
 
 def naive(group: str, x: Inputs) -> Iterator[Contender]:
     """Logits in the operands' dtype, all else in fp32; every row, as where nobody tells the head which count."""
     products = GROUPS[group] * x.case.rows / x.active_rows
     if group == "lens":
-        yield Contender("naive logits", "naive", group, "log-prob, entropy", products, _naive_lens, remark="a layer at a time")
+        yield Contender("naive logits", "naive", group, "log-prob, entropy", _naive_lens, products, remark="a layer at a time")
         return
     for name, wrap in (("naive logits", lambda f: f), ("naive logits, torch.compile", torch.compile)):
         if group == "one-pass loss":
             logprobs = wrap(_logprobs_of_logits)
             call = policy_loss_of(lambda x, f=logprobs: f(*x.leaves, x.labels))
-            yield Contender(name, "naive", group, "policy loss", products, call)
+            yield Contender(name, "naive", group, "policy loss", call, products)
         else:
             statistics = wrap(_statistics_of_logits)
             call = lambda x, f=statistics: f(*x.leaves, x.labels)  # noqa: E731
-            yield Contender(name, "naive", group, "log-prob, entropy", products, call)
+            yield Contender(name, "naive", group, "log-prob, entropy", call, products)
 
 
 def _logprobs_of_logits(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -72,38 +72,35 @@ def _naive_lens(x: Inputs) -> tuple[Tensor, ...]:
 
 def ours(group: str, x: Inputs) -> Iterator[Contender]:
     if group == "one-pass loss":
-        ways = [("triton", 3, None), ("triton, all rows at once", 3, ALL_OF_E), ("native", 3, None), ("torch", 3, None)]
-        yield from (_policy_loss(*way) for way in ways)
+        ways = [("native", None), ("torch", None), ("triton", None), ("triton, all rows at once", ALL_OF_E)]
+        yield from (_policy_loss(x, *way) for way in ways)
     elif group == "lens":
-        yield from (_lens(f"bupo_kernels {backend}", LENS, backend, 1) for backend in ("triton", "native", "torch"))
-        products = (x.case.layers + 1) / x.case.layers
-        yield _lens("bupo_kernels torch, and KL to the last layer", (*LENS, "kl_to_final"), "torch", products)
-        yield _lens("bupo_kernels torch, and KL between all layers", (*LENS, "pairwise_kl"), "torch", 1)
-        yield _lens("bupo_kernels torch, and rank and KL, in two passes", (*LENS, "rank", "kl_to_final"), "torch", 2 * products)
+        yield from (_lens(x, f"bupo_kernels {backend}", LENS, backend, 1) for backend in ("native", "torch", "triton"))
+        with_final = (x.case.layers + 1) / x.case.layers
+        yield _lens(x, "bupo_kernels torch, and KL to the last layer", (*LENS, "kl_to_final"), "torch", with_final)
+        yield _lens(x, "bupo_kernels torch, and KL between all layers", (*LENS, "pairwise_kl"), "torch", 1)
+        two_passes = (*LENS, "rank", "kl_to_final")
+        yield _lens(x, "bupo_kernels torch, and rank and KL, in two passes", two_passes, "torch", 2 * with_final)
     else:
-        ways = [("native", 1, None), ("torch", 1, None), ("triton", 1, None)]
+        ways = [("native", None), ("torch", None), ("triton", None)]
         if group == "forward+backward":
-            ways = [("native", 4, None), ("torch", 4, None), ("triton:recompute", 4, None), ("triton:cached", 3, ALL_OF_E)]
-        yield from (_statistics(group, *way) for way in ways)
+            ways = [*ways[:2], ("triton:recompute", None), ("triton:cached", ALL_OF_E)]
+        yield from (_statistics(x, group, *way) for way in ways)
 
 
-def _statistics(group: str, backend: str, products: int, budget: int | None) -> Contender:
+def _statistics(x: Inputs, group: str, backend: str, budget: int | None) -> Contender:
     options = {"backend": backend, "memory_budget": budget}
 
     def call(x: Inputs) -> tuple[Tensor, Tensor]:
         found = linear_logprobs(*x.leaves, x.targets, ignore_index=IGNORED, **options)
         return found.logprobs, found.entropy
 
-    def stated(x: Inputs) -> int:
-        with torch.set_grad_enabled(group != "forward"):
-            memory = explain(*x.leaves, x.targets, **options).schedule.memory
-        return max(memory.forward, memory.backward + memory.accumulator)
-
-    name = f"bupo_kernels {backend}"
-    return Contender(name, "ours", group, "log-prob, entropy", products, call, _refusal(options), stated, _kept(budget))
+    with torch.set_grad_enabled(group != "forward"):
+        planned = _planned(x, **options)
+    return Contender(f"bupo_kernels {backend}", "ours", group, "log-prob, entropy", call=call, **planned)
 
 
-def _policy_loss(way: str, products: int, budget: int | None) -> Contender:
+def _policy_loss(x: Inputs, way: str, budget: int | None) -> Contender:
     objective = PolicyObjective(clip=None)
     options = {"backend": way.partition(",")[0], "memory_budget": budget}
 
@@ -111,35 +108,39 @@ def _policy_loss(way: str, products: int, budget: int | None) -> Contender:
         loss, _ = linear_policy_loss(*x.leaves, x.targets, x.advantages, objective=objective, ignore_index=IGNORED, **options)
         return loss
 
-    def stated(x: Inputs) -> int:
-        memory = explain(*x.leaves, x.targets, objective=objective, **options).schedule.memory
-        return memory.forward + memory.accumulator
-
-    name = f"bupo_kernels {way}"
-    return Contender(name, "ours", "one-pass loss", "policy loss", products, call, _refusal(options), stated, _kept(budget))
+    planned = _planned(x, objective=objective, **options)
+    return Contender(f"bupo_kernels {way}", "ours", "one-pass loss", "policy loss", call=call, **planned)
 
 
-def _kept(budget: int | None) -> str:
-    return "E of every row kept" if budget else ""
-
-
-def _lens(name: str, outputs: tuple[str, ...], backend: str, products: float) -> Contender:
+def _lens(x: Inputs, name: str, outputs: tuple[str, ...], backend: str, products: float) -> Contender:
     def call(x: Inputs) -> tuple[Tensor, Tensor]:
         final = x.states[-1] if "kl_to_final" in outputs else None
         options = {"outputs": outputs, "ignore_index": IGNORED, "backend": backend}
         seen = logit_lens(x.states, x.weight.detach(), x.targets, final=final, **options)
         return seen.logprobs, seen.entropy
 
-    return Contender(name, "ours", "lens", "log-prob, entropy", products, call, _refusal({"backend": backend}))
+    with torch.no_grad():
+        planned = _planned(x, backend=backend) | {"products": products, "stated": None}
+    return Contender(name, "ours", "lens", "log-prob, entropy", call=call, **planned)
 
 
-def _refusal(options: dict) -> Callable[[Inputs], str | None]:
-    """What the plan says against these inputs."""
-
-    def why_not(x: Inputs) -> str | None:
-        try:
-            explain(*x.leaves, x.targets, **options)
-        except ValueError as error:
-            return str(error).partition("it cannot run this: ")[2] or str(error)
-
-    return why_not
+def _planned(x: Inputs, **options) -> dict:
+    """What ``explain`` says to these inputs: products, stated memory, a remark; or why not."""
+    try:
+        plan = explain(*x.leaves, x.targets, ignore_index=IGNORED, **options)
+    except ValueError as error:
+        reason = str(error).partition("it cannot run this: ")[2] or str(error)
+        return {"products": 0, "why_not": lambda x: reason}
+    memory, kept = plan.schedule.memory, plan.schedule.cached_rows
+    widened = plan.backend == "torch" and x.device.type == "cpu" and x.hidden.itemsize == 2
+    by_itself = explain(*x.leaves, x.targets, **options | {"backend": "auto"}).backend
+    remarks = {
+        "what auto takes here": plan.backend == by_itself,
+        f"E of {kept} rows kept": kept > 0,
+        "products of operands widened to fp32": widened,
+    }
+    return {
+        "products": (plan.flops_forward + plan.flops_backward) / (2 * x.active_rows * x.case.vocab * x.case.width),
+        "stated": max(memory.forward, memory.backward) + memory.accumulator,
+        "remark": "; ".join(remark for remark, holds in remarks.items() if holds),
+    }

@@ -57,7 +57,7 @@ def peers(group: str, x: Inputs) -> Iterator[Contender]:
             computes, call = head.calls[group]
             products = head.products[group] * (1 if head.skips else x.case.rows / x.active_rows)
             remark = "; ".join(filter(None, [head.remark, head.of_gradients if GROUPS[group] > 1 else ""]))
-            yield Contender(head.name, "peer", group, computes, products, call, head.why_not, remark=remark)
+            yield Contender(head.name, "peer", group, computes, call, products, head.why_not, remark=remark)
 
 
 def _of_losses(losses: Callable[[Inputs, str], Tensor]) -> dict[str, tuple[str, Callable[[Inputs], object]]]:

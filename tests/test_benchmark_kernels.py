@@ -83,7 +83,7 @@ def test_rows_that_do_not_count_are_in_neither_floor_nor_flops(monkeypatch):
 
 
 def cheating(call, name="a peer", group="forward", **others) -> Contender:
-    return Contender(name, "peer", group, "log-prob, entropy", 1, call, **others)
+    return Contender(name, "peer", group, "log-prob, entropy", call, 1, **others)
 
 
 def test_one_that_returns_what_it_found_before_is_thrown_out(monkeypatch):
