@@ -21,6 +21,9 @@ from problems import CONTRACT, Case, assert_stored_gradients, assert_values, cas
 from test_logit_lens import OF_ANY_BACKEND, OUTPUTS, assert_agrees, random_lens
 from torch import Tensor
 
+from benchmarks.contenders import GROUPS
+from benchmarks.inputs import Case as BenchmarkCase
+from benchmarks.kernels import measure
 from bupo_kernels import LensStatistics, PolicyObjective, explain, linear_logprobs, linear_policy_loss
 from bupo_kernels.backends import compiled
 
@@ -665,3 +668,17 @@ def check_one_pass(rows: int, vocab: int, width: int, device, budget) -> None:
 @pytest.mark.parametrize("budget", [None, ALL_OF_E], ids=["chunks", "all rows at once"])
 def test_a_policy_loss_in_one_pass_has_the_gradients_of_two(budget):
     check_one_pass(8192, 151936, 2560, "cuda", budget)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_benchmark_takes_every_way_of_this_library(group):
+    case = BenchmarkCase.of("tiny", 96, layers=3 if group == "lens" else 1)
+    rows = measure(group, case, torch.device("cuda"), 2, chosen=lambda contender: contender.who == "ours")
+    without_build = compiled.cuda() is None
+    for row in rows:
+        if without_build and "native" in row["name"]:
+            continue
+        assert row["reason"] is None, row
+        assert len(row["ms_of_rounds"]) == 2
+        found = [error for of in row["errors"].values() for error in of.values() if error is not None]
+        assert max(found, default=0) < 0.02, row  # 16-bit gradients
