@@ -31,6 +31,7 @@ from benchmarks.contenders import GROUPS, Contender
 from benchmarks.inputs import DISTRIBUTIONS, DTYPES, MODELS, Case, Exact, Inputs
 from benchmarks.ours import floor, naive, ours
 from benchmarks.peers import peers
+from benchmarks.rows import KERNEL, read_results, tables_of
 from bupo.measurement import machine, peak_bytes, rates, results_path, timed, write_section
 from bupo.output import progress_bar
 
@@ -353,7 +354,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=5, help="(default 5)")
     parser.add_argument("--patience", type=float, default=PATIENCE, metavar="SECONDS", help="for a run (default %(default)g)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin nothing new after them")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for <device>.json, of which this replaces the section kernels")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="for the tables, in the section kernels of <device>.json")
     parser.add_argument("--commit", help="of the code, where there is no git to ask")
     return parser
 
@@ -392,8 +393,13 @@ def main() -> int:
         p.error(f"--contenders: {options.contenders!r} is no regular expression ({error})")
 
     device, deadline = torch.device(options.device), time.monotonic() + 60 * options.minutes
-    about, rows, console = machine(device, options.commit), [], Console(width=max(Console().width, 150))
-    section = {"machine": about, "rates": rates(device), "rows": rows}
+    about, of_machine, rows = machine(device, options.commit), rates(device), []
+    console, path = Console(width=max(Console().width, 150)), options.out and results_path(options.out, about)
+
+    def write() -> None:
+        if path is not None:
+            write_section(path, "kernels", {"machine": about, "rates": of_machine, "rows": with_earlier(path, about, rows)})
+
     todo = asked(options)
     with progress_bar(console.is_terminal) as bar:
         task = bar.add_task("", total=len(todo))
@@ -414,17 +420,29 @@ def main() -> int:
                 deadline=deadline,
                 tick=lambda what, of=f"{group}, {case.model}, {case.rows}": bar.update(task, description=f"{of}: {what}"),
             )
-            if options.out:  # what is measured is kept, whatever happens later
-                write_section(results_path(options.out, about), "kernels", section)
+            write()  # what is measured is kept, whatever happens later
             bar.advance(task)
             print(f"measured {group}, {case}", file=sys.stderr, flush=True)
-    console.print(f"{about['device']}, {section['rates']['copy_gb_per_s']:.0f} GB/s copied, TFLOP/s of square products:", end=" ")
-    console.print(", ".join(f"{rate:.3g} {dtype}" for dtype, rate in section["rates"]["gemm_tflops"].items()), end="\n\n")
+    console.print(f"{about['device']}, {of_machine['copy_gb_per_s']:.0f} GB/s copied, TFLOP/s of square products:", end=" ")
+    console.print(", ".join(f"{rate:.3g} {dtype}" for dtype, rate in of_machine["gemm_tflops"].items()), end="\n\n")
     print_rows(rows, console)
-    if options.out:
-        write_section(results_path(options.out, about), "kernels", section)
-        console.print(f"written to {results_path(options.out, about)}")
+    write()
+    if path is not None:
+        console.print(f"written to {path}")
     return 0
+
+
+def with_earlier(path: Path, about: dict, rows: list[dict]) -> list[dict]:
+    """``rows``, behind those of other tables that the same commit measured before with the same packages on the same machine."""
+    found = read_results(path.parent).get(path.stem, {}).get("kernels", {})
+    same = {name: value for name, value in found.get("machine", {}).items() if name != "date"}
+    commit = about["commit"]
+    if commit is None or commit.endswith("-dirty") or same != {name: value for name, value in about.items() if name != "date"}:
+        return rows
+    new = tables_of((row for row in rows if row["reason"] != OVER), KERNEL)
+    earlier = tables_of((row for row in found["rows"] if row["reason"] != OVER), KERNEL)
+    kept = [row for table, of_table in earlier.items() if table not in new for row in of_table]
+    return kept + [row for row in rows if row["reason"] != OVER or tuple(row[name] for name in KERNEL) not in earlier]
 
 
 def not_run(group: str, case: Case, options: argparse.Namespace) -> dict:

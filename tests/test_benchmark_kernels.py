@@ -232,6 +232,24 @@ def test_what_time_is_not_enough_for_is_a_row_with_the_reason(command, tmp_path)
     assert row["reason"] == "the minutes given were over"
 
 
+def test_tables_of_the_same_commit_stay_beside_new_ones(command, tmp_path):
+    def tables(*words: str) -> list[tuple]:
+        assert command("--models", "tiny", "--rounds", "1", "--out", str(tmp_path), "--contenders", "torch", *words) == 0
+        rows = json.loads(next(tmp_path.glob("*.json")).read_text())["kernels"]["rows"]
+        return list(dict.fromkeys((row["group"], row["rows"], row["reason"]) for row in rows))
+
+    of_abc = ("--commit", "abc", "--groups", "forward")
+    assert tables(*of_abc, "--rows", "8") == [("forward", 8, None)]
+    assert tables(*of_abc, "--rows", "16") == [("forward", 8, None), ("forward", 16, None)]
+    assert tables(*of_abc, "--rows", "8") == [("forward", 16, None), ("forward", 8, None)]
+    over = "the minutes given were over"
+    both = [("forward", 16, None), ("forward", 8, None)]
+    assert tables(*of_abc, "--rows", "8", "32", "--minutes", "0") == [*both, ("forward", 32, over)]
+    assert tables("--commit", "other", "--groups", "forward", "--rows", "32") == [("forward", 32, None)]
+    assert tables("--commit", "x-dirty", "--groups", "forward", "--rows", "8") == [("forward", 8, None)]
+    assert tables("--commit", "x-dirty", "--groups", "forward", "--rows", "16") == [("forward", 16, None)]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
