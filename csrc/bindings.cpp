@@ -64,7 +64,7 @@ void bind_cpu(py::module_& module) {
   });
 
   module.def(
-      "make_present", [](Address memory, i64 bytes) { cpu::make_present(at<void>(memory), bytes); }, release());
+      "make_present", [](Address memory, i64 bytes, int threads) { cpu::make_present(at<void>(memory), bytes, threads); }, release());
 
   py::class_<Cpu>(module, "Kernels")
       .def(py::init<const std::string&>())

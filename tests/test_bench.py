@@ -7,12 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from models import FAMILIES
 
 from bupo import bench, cli
 from bupo.bench import SIDES, Case, Trainee, bench_config, compare, measure, random_batch
 from bupo.distributed import process_group
 from bupo.measurement import peak_bytes
-from tests.models import FAMILIES
 
 ALL = tuple(SIDES[1])
 TINY = {

@@ -1,7 +1,10 @@
 """The runner behind the tables: what it lets in, what it throws out, and what it says of them. Nothing here depends on time."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from benchmarks.contenders import GROUPS, Contender
 from benchmarks.inputs import Case, Inputs
 from benchmarks.ours import floor, naive, ours
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 CASE = Case.of("tiny", 64, dtype="float32")
 LENS = Case.of("tiny", 16, dtype="float32", layers=3)
@@ -273,3 +277,9 @@ def test_a_table_has_the_reasons_of_those_that_did_not_run(monkeypatch):
     console = Console(width=150, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     kernels.print_rows(rows, console)
     assert "[red] peer: not run: needs [a GPU]" in console.export_text()
+
+
+def test_it_needs_nothing_that_a_machine_with_a_gpu_may_lack():
+    lacking = ("pydantic", "accelerate", "datasets", "trl", "verl", "liger_kernel", "cut_cross_entropy")
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({lacking}))"
+    subprocess.run([sys.executable, "-c", f"{hidden}; import benchmarks.kernels, benchmarks.tune"], check=True, cwd=ROOT)

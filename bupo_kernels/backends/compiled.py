@@ -44,7 +44,7 @@ def address(tensor: Tensor | None) -> int:
 def present(memory: Tensor) -> Tensor:
     """``memory``, on a CPU with its pages in place: a large result is allocated anew with each call."""
     if built is not None and memory.device.type == "cpu":
-        built.cpu.make_present(address(memory), memory.nbytes)
+        built.cpu.make_present(address(memory), memory.nbytes, torch.get_num_threads())
     return memory
 
 

@@ -77,8 +77,8 @@ struct Kernels {
 // task(context, index, worker) for every index below `tasks`, on `threads` threads; workers are numbered from 0.
 void parallel_for(int threads, std::int64_t tasks, void (*task)(void*, std::int64_t, int), void* context);
 
-// Memory that is about to be written, perhaps for the first time, gets its pages at once, large ones where there are: one by one, from
-// several threads, they cost more than the product that fills them. What it holds stays.
-void make_present(void* memory, std::int64_t bytes);
+// Memory that is about to be written, perhaps for the first time, gets its pages at once: one by one they cost more than the product
+// that fills them. What it holds stays.
+void make_present(void* memory, std::int64_t bytes, int threads);
 
 }  // namespace bupo::cpu

@@ -34,18 +34,25 @@ void parallel_for(int threads, std::int64_t tasks, void (*task)(void*, std::int6
 #endif
 }
 
-void make_present(void* memory, std::int64_t bytes) {
+void make_present(void* memory, std::int64_t bytes, int threads) {
 #if defined(__linux__)
   constexpr int populate_write = 23;  // MADV_POPULATE_WRITE of Linux 5.14; an older one refuses, and nothing is lost
-  constexpr std::uintptr_t huge = 2 << 20;
+  // No MADV_HUGEPAGE: where 2 MiB in one piece are rare, the kernel looks for them ten times as long as this takes.
   static const std::uintptr_t page = sysconf(_SC_PAGESIZE);
-  const std::uintptr_t first = reinterpret_cast<std::uintptr_t>(memory), end = first + bytes;
-  const std::uintptr_t first_huge = (first + huge - 1) / huge * huge, end_huge = end / huge * huge;
-  if (first_huge >= end_huge) return;  // so little is not worth the calls
-  madvise(reinterpret_cast<void*>(first_huge), end_huge - first_huge, MADV_HUGEPAGE);
-  madvise(reinterpret_cast<void*>(first / page * page), end - first / page * page, populate_write);
+  constexpr std::uintptr_t part = 4 << 20;
+  struct Range {
+    std::uintptr_t first, end;
+  } range{reinterpret_cast<std::uintptr_t>(memory) / page * page, reinterpret_cast<std::uintptr_t>(memory) + bytes};
+  const std::uintptr_t size = range.end - range.first;
+  if (size < part) return;  // so little is not worth the calls
+  const auto populate = [](void* context, std::int64_t i, int) {
+    const Range& range = *static_cast<Range*>(context);
+    const std::uintptr_t at = range.first + i * part, left = range.end - at;
+    madvise(reinterpret_cast<void*>(at), left < part ? left : part, populate_write);
+  };
+  parallel_for(threads, static_cast<std::int64_t>((size + part - 1) / part), populate, &range);
 #else
-  (void)memory, (void)bytes;
+  (void)memory, (void)bytes, (void)threads;
 #endif
 }
 
