@@ -1,4 +1,5 @@
-"""Time and peak memory of ``bupo.analysis.analyze`` on a model of real width: ``make bench``. Linux, many minutes on two cores.
+"""Time and peak memory of ``bupo.analysis.analyze`` on a model of real width. Linux, many minutes on two cores:
+``python -m pytest benchmarks/test_analysis.py --benchmark-only -m slow``.
 
 One response of 2,048 tokens; 24 layers, V = 151,936, fp32. Materialised, its lens of the layers alone would be 31 GB. Memory is the
 highest resident size during the call, less what was resident before it (the weights).
@@ -26,6 +27,7 @@ def resident(highest: bool) -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d).removeprefix("torch."))
 def test_peak_memory(benchmark, dtype):
     torch.manual_seed(0)
