@@ -18,7 +18,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -33,7 +32,7 @@ from bupo.config import ConfigError, TrainConfig, parse_config
 from bupo.cost import load_architecture, parameters
 from bupo.distributed import World, full, process_group, shard
 from bupo.measurement import machine, peak_bytes, rates, results_path, timed, write_section
-from bupo.model import METHODS, make_optimizer
+from bupo.model import METHODS, make_optimizer, make_trainable
 from bupo.output import progress_bar
 from bupo.rollout import Sample
 from bupo.schedule import FINAL, OptimisedPolicy
@@ -107,12 +106,8 @@ class Trainee:
         with torch.device(self.world.device):
             model = AutoModelForCausalLM.from_config(self.architecture, dtype=torch.float32, attn_implementation="sdpa")
         FusedLMHead.adopt(model.get_output_embeddings())
-        if self.config.hardware.checkpoint_activations:
-            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # the name since 5.23
-            enable({"use_reentrant": False})
         methods = METHODS | {f.__name__: f for f in (naive_logprobs, untruncated)}
-        for name, function in methods.items():
-            setattr(model, name, MethodType(function, model))
+        make_trainable(model, self.config.hardware, methods)
         shard(model, self.world, self.config.hardware, list(methods))
         self.model = model.train()
         self.optimizer = make_optimizer(model, self.config.optimizer)

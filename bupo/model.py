@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
 
@@ -58,17 +59,22 @@ def load_model(name: str, hardware: Hardware, world: World) -> PreTrainedModel:
         raise unusable(name, error) from None
     if hardware.liger:
         _apply_liger(model, world)
-    if hardware.checkpoint_activations:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # the name since 5.23
-        enable({"use_reentrant": False})
-    for method, function in METHODS.items():
-        setattr(model, method, MethodType(function, model))
+    make_trainable(model, hardware, METHODS)
     whole = model.state_dict() if world.main else {}
     shard(model, world, hardware, list(METHODS))
     if sharded_units(model) and world.size > 1:
         set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     # In training mode activations are checkpointed; there is no dropout.
     return model.train()
+
+
+def make_trainable(model: PreTrainedModel, hardware: Hardware, methods: dict[str, Callable]) -> None:
+    """Activations are checkpointed if ``hardware`` says so, and ``methods``, which run the model, are bound to it."""
+    if hardware.checkpoint_activations:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # the name since 5.23
+        enable({"use_reentrant": False})
+    for name, function in methods.items():
+        setattr(model, name, MethodType(function, model))
 
 
 def unusable(name: str, reason: object) -> ConfigError:
