@@ -57,7 +57,7 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: ## everything in benchmarks/results/<device>.json and docs/benchmarks.md, peers included; an hour on two cores
+bench: ## everything in benchmarks/results/<device>.json and docs/benchmarks.md, peers included; an hour and a half on two cores
 	test -x .venv-bench/bin/pip || $(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check "$(TORCH)" $(if $(TRITON),"$(TRITON)")
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check --editable ".[peers]"
