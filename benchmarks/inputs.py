@@ -89,6 +89,11 @@ class Inputs:
         chosen = self.weight[self.labels].float()  # [N, D], of length about 1
         hidden += (chosen * torch.empty(len(chosen), 1, device=self.device).uniform_(*PEAKED)).to(hidden.dtype)
 
+    def spread(self, count: int) -> Tensor:
+        """As many of the rows that count, [r], from the first to the last; all if there are fewer."""
+        counted = self.mask.nonzero().squeeze(1)
+        return counted[torch.linspace(0, len(counted) - 1, min(count, len(counted)), device=self.device).long()]
+
     @property
     def leaves(self) -> tuple[Tensor, Tensor]:
         return self.hidden, self.weight
@@ -112,13 +117,13 @@ class Exact:
     entropy: Tensor  # [N]
     rows: Tensor  # [r], of those that count
     columns: Tensor  # [c], some of them targets
-    probabilities_of_rows: Tensor  # [r, V]
+    logprobs_of_rows: Tensor  # [r, V]
     logprobs_of_columns: Tensor  # [N, c]
 
     @classmethod
     @torch.no_grad()
     def of(cls, x: Inputs, sampled: int = 32) -> Exact:
-        """Two passes over the vocabulary in slices: the largest logit and the sums."""
+        """Two passes over the vocabulary in slices: for the statistics, and for the logits of the rows picked."""
         counted = x.mask.nonzero().squeeze(1)
         hidden = x.hidden[counted].double()
         largest = torch.full((len(counted),), -torch.inf, dtype=torch.float64, device=x.device)
@@ -137,17 +142,18 @@ class Exact:
             chosen = torch.where(inside, z.gather(1, at[:, None]).squeeze(1), chosen)
         lse = largest + total.log()
         on_all = torch.zeros(x.case.rows, dtype=torch.float64, device=x.device)
-        picked = torch.linspace(0, len(counted) - 1, min(sampled, len(counted)), device=x.device).long()
-        columns = torch.cat([x.labels[counted[picked]], torch.randint(x.case.vocab, (sampled,), device=x.device)]).unique()
-        z_of_rows = torch.cat([hidden[picked] @ weight.T for _, weight in slices(x.weight)], 1)
+        rows = x.spread(sampled)
+        columns = torch.cat([x.labels[rows], torch.randint(x.case.vocab, (sampled,), device=x.device)]).unique()
+        picked = x.hidden[rows].double()
+        z_of_rows = torch.cat([picked @ weight.T for _, weight in slices(x.weight)], 1)
         of_columns = torch.zeros(x.case.rows, len(columns), dtype=torch.float64, device=x.device)
         of_columns[counted] = hidden @ x.weight[columns].double().T - lse[:, None]
         return cls(
             logprobs=on_all.index_put((counted,), chosen - lse),
             entropy=on_all.index_put((counted,), total.log() - weighted / total),
-            rows=counted[picked],
+            rows=rows,
             columns=columns,
-            probabilities_of_rows=(z_of_rows - lse[picked, None]).exp_(),
+            logprobs_of_rows=z_of_rows - on_all.index_put((counted,), lse)[rows, None],
             logprobs_of_columns=of_columns,
         )
 
@@ -155,14 +161,18 @@ class Exact:
     def gradients(self, x: Inputs, g_logprob: Tensor, g_entropy: Tensor) -> tuple[Tensor, Tensor]:
         """dH [r, D] of :attr:`rows` and dW [c, D] of :attr:`columns` under these upstream gradients [N]."""
         g_lp, g_h = g_logprob.double(), g_entropy.double()
-        p, rows = self.probabilities_of_rows, self.rows
-        dz = -p * (g_lp[rows, None] + g_h[rows, None] * (p.clamp(min=1e-300).log() + self.entropy[rows, None]))
+        rows = self.rows
+        dz = untargeted(self.logprobs_of_rows, self.entropy[rows], g_lp[rows], g_h[rows])
         dz.scatter_add_(1, x.labels[rows, None], g_lp[rows, None])
         grad_hidden = sum(dz[:, start : start + len(weight)] @ weight for start, weight in slices(x.weight))
-        log_p = self.logprobs_of_columns
-        dz = -log_p.exp() * (g_lp[:, None] + g_h[:, None] * (log_p + self.entropy[:, None]))
+        dz = untargeted(self.logprobs_of_columns, self.entropy, g_lp, g_h)
         dz += g_lp[:, None] * (x.labels[:, None] == self.columns)
         return grad_hidden, dz.T @ x.hidden.double()
+
+
+def untargeted(log_p: Tensor, entropy: Tensor, g_logprob: Tensor, g_entropy: Tensor) -> Tensor:  # [n, c], three times [n]
+    """Gradient of the logits [n, c], but for the g_logprob that a target's has besides."""
+    return -log_p.exp() * (g_logprob[:, None] + g_entropy[:, None] * (log_p + entropy[:, None]))
 
 
 def slices(weight: Tensor, columns: int = 8192) -> Iterator[tuple[int, Tensor]]:

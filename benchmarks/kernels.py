@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.contenders import GROUPS, Contender
-from benchmarks.inputs import DISTRIBUTIONS, DTYPES, MODELS, Case, Exact, Inputs
+from benchmarks.inputs import DISTRIBUTIONS, DTYPES, MODELS, Case, Exact, Inputs, untargeted
 from benchmarks.ours import floor, naive, ours
 from benchmarks.peers import peers
 from benchmarks.rows import KERNEL, read_results, tables_of
@@ -239,8 +239,7 @@ class Spot:
 
     @torch.no_grad()
     def __init__(self, x: Inputs) -> None:
-        counted = x.mask.nonzero().squeeze(1)
-        self.rows = counted[torch.linspace(0, len(counted) - 1, min(SPOT_ROWS, len(counted)), device=x.device).long()]
+        self.rows = x.spread(SPOT_ROWS)
         z = x.hidden[self.rows].float() @ x.weight.float().T
         self.log_p = z.log_softmax(1)
         self.logprobs = self.log_p.gather(1, x.labels[self.rows, None]).squeeze(1)
@@ -262,10 +261,10 @@ class Spot:
     @torch.no_grad()
     def gradient(self, computes: str, x: Inputs) -> Tensor:
         if computes not in self.gradients:
-            g_lp, g_h = (g[self.rows, None] for g in x.coefficients(computes))
-            entropy = -(self.log_p.exp() * self.log_p).sum(1, keepdim=True)
-            dz = -self.log_p.exp() * (g_lp + g_h * (self.log_p + entropy))
-            dz.scatter_add_(1, x.labels[self.rows, None], g_lp)
+            g_lp, g_h = (g[self.rows] for g in x.coefficients(computes))
+            entropy = -(self.log_p.exp() * self.log_p).sum(1)
+            dz = untargeted(self.log_p, entropy, g_lp, g_h)
+            dz.scatter_add_(1, x.labels[self.rows, None], g_lp[:, None])
             self.gradients[computes] = dz @ x.weight.float()
         return self.gradients[computes]
 
