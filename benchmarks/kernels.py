@@ -134,7 +134,8 @@ def measure(
         spot = Spot(x)
         gc.collect()
         rows = list(running(table))
-        for row in rows[number % len(rows) :] + rows[: number % len(rows)]:  # nobody always follows the same
+        first = number % max(len(rows), 1)
+        for row in rows[first:] + rows[:first]:  # nobody always follows the same
             if number * row.about > patience:
                 continue
             tick(f"{row.contender.name}: round {number + 1}")

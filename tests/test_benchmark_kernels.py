@@ -157,6 +157,15 @@ def test_one_that_fails_is_a_row_with_the_reason(monkeypatch):
     assert [row["reason"] for row in rows[1:]] == ["OutOfMemoryError: no room for this", "needs pip install something", None]
 
 
+def test_a_table_in_which_nothing_runs_has_all_the_reasons(monkeypatch):
+    def call(x):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(kernels, "contenders", lambda group, x: [replace(floor(group, x), call=call), cheating(call)])
+    rows = kernels.measure("forward", CASE, CPU, 2)
+    assert [row["reason"] for row in rows] == ["OutOfMemoryError: no room"] * 2
+
+
 def test_contenders_take_turns_and_none_is_always_first(monkeypatch):
     order = []
 
