@@ -1,15 +1,13 @@
 """Killed at any moment and resumed, a run goes on as if nothing had happened."""
 
-import os
 import random
-import signal
-import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import pytest
-from ranks import on_ranks
+from ranks import on_ranks, start
 from test_training import metrics_of, moved, prepare_run, what_repeats
 from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
@@ -37,37 +35,42 @@ def overrides(folder: Path, run: str) -> list[str]:
     return [*(text.format(folder) for text in OVERRIDES), f"output_dir={folder / run}"]
 
 
-def start(folder: Path, run: str) -> subprocess.Popen:
-    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parent.parent)])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "bupo", "train", str(folder / "config.yaml"), *overrides(folder, run)]
-    with (folder / f"{run}.log").open("a") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=folder)
+def command_train(*arguments: str) -> None:
+    sys.exit(main(["train", *arguments]))
 
 
-def wait_for_steps(process: subprocess.Popen, run: Path, count: int, timeout: float = 120) -> None:
+def start_training(folder: Path, run: str) -> BaseProcess:
+    return start("test_resume:command_train", [str(folder / "config.yaml"), *overrides(folder, run)], folder / f"{run}.log")
+
+
+def end_of(process: BaseProcess, timeout: float = 200) -> int | None:
+    process.join(timeout)
+    return process.exitcode
+
+
+def wait_for_steps(process: BaseProcess, run: Path, count: int, timeout: float = 120) -> None:
     deadline = time.monotonic() + timeout
     while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < count:
-        assert process.poll() is None, run.with_suffix(".log").read_text()[-3000:]
+        assert process.exitcode is None, run.with_suffix(".log").read_text()[-3000:]
         assert time.monotonic() < deadline, "too slow"
         time.sleep(0.01)
 
 
 def test_a_run_killed_in_each_phase_and_at_the_boundary_ends_bit_for_bit_as_if_it_had_not_been(tmp_path):
     prepare_run(tmp_path)
-    assert start(tmp_path, "whole").wait(timeout=200) == 0, (tmp_path / "whole.log").read_text()[-3000:]
+    assert end_of(start_training(tmp_path, "whole")) == 0, (tmp_path / "whole.log").read_text()[-3000:]
     chance = random.Random(0)
     for steps in (2, INTERNAL, INTERNAL + 2):
-        process = start(tmp_path, "killed")
+        process = start_training(tmp_path, "killed")
         wait_for_steps(process, tmp_path / "killed", steps)
         time.sleep(chance.uniform(0, 0.3))  # anywhere: in a rollout, in an update, while a checkpoint is written
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    process = start(tmp_path, "killed")
+        process.kill()
+        process.join()
+    process = start_training(tmp_path, "killed")
     wait_for_steps(process, tmp_path / "killed", STEPS - 1)
-    process.send_signal(signal.SIGTERM)  # a notice: the step is finished, a checkpoint written
-    assert process.wait(timeout=100) == 0
-    assert start(tmp_path, "killed").wait(timeout=200) == 0, (tmp_path / "killed.log").read_text()[-3000:]
+    process.terminate()  # SIGTERM, a notice: the step is finished, a checkpoint written
+    assert end_of(process, 100) == 0
+    assert end_of(start_training(tmp_path, "killed")) == 0, (tmp_path / "killed.log").read_text()[-3000:]
 
     whole, killed = (what_repeats(metrics_of(tmp_path / run)) for run in ("whole", "killed"))
     assert [row["step"] for row in killed] == list(range(1, STEPS + 1))

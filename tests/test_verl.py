@@ -262,7 +262,7 @@ def on_two_ranks(tmp_path_factory) -> list[dict]:
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: bupo-kernels-of-this-test\nVersion: 0\n")
     (installed / "entry_points.txt").write_text("[verl.plugins]\nbupo = bupo_kernels.integrations.verl\n")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(folder), prepend=os.pathsep)
+        patch.syspath_prepend(folder)
         on_ranks("test_verl:rank_cases", 2, str(folder))
     return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
 
