@@ -42,6 +42,7 @@ NORMS = {
     "cohere": ("input_layernorm", "", "input_layernorm", ""),  # in parallel: both read the same
 }
 MULTIPLIER, SCALING, CAP = 0.3, 5.0, 3.0
+LARGEST = 10.0  # no logit of these models is beyond, raw ones included: what error bounds are made of
 
 
 def family_model(family: str = "qwen3", tied: bool = False, **options) -> PreTrainedModel:
@@ -113,6 +114,7 @@ def log_policy(model: PreTrainedModel, hidden: torch.Tensor, norm: bool, tempera
         logits = logits / SCALING
     if family == "cohere":
         logits = logits * model.config.logit_scale
+    assert (logits / temperature).abs().max() <= LARGEST
     return (logits / temperature).log_softmax(-1)
 
 

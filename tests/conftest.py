@@ -14,8 +14,49 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Seeded and without time limits: the same examples on every machine, however slow.
-settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40, print_blob=True)
-settings.load_profile("repeatable")
+settings.register_profile("broad", derandomize=True, deadline=None, max_examples=40, print_blob=True)
+settings.register_profile("quick", settings.get_profile("broad"), max_examples=10)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--broad", action="store_true", help="run all of what is broad rather than deep too: see the marker `broad`")
+
+
+def pytest_configure(config):
+    settings.load_profile("broad" if config.getoption("broad") else "quick")
+
+
+# Of these files one worker of pytest-xdist runs all tests, since they share what is dear to make.
+SHARED = {
+    "test_cuda_rows.py": "emulation",
+    "test_native_cuda.py": "emulation",
+    "test_distributed.py": "distributed",
+    "test_fsdp_groupings.py": "groupings",
+    "test_kernels.py": "kernels",
+    "test_trl.py": "trl",
+    "test_verl.py": "verl",
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    # As `--dist loadgroup`, which changes node ids where pytest 9.2 no longer has them.
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFileOrTest(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = Path(nodeid.split("::")[0]).name
+            return SHARED.get(file, nodeid)
+
+    return ByFileOrTest(config, log)
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("broad"):
+        return
+    broad = [item for item in items if item.get_closest_marker("broad")]
+    config.hook.pytest_deselected(items=broad)
+    items[:] = [item for item in items if item not in set(broad)]
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,9 @@
 """Tiny random language models, made from configs: nothing is downloaded."""
 
+import functools
+
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -44,6 +47,33 @@ def tiny_model(family: str = "qwen3", *, tied: bool = False, layers: int = 4, vo
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
+
+
+class _Widened(TorchFunctionMode):
+    """What asks for fp32 gets float64."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.float:
+            return args[0].double()
+
+        def widened(argument):
+            return torch.float64 if argument is torch.float32 else argument
+
+        return function(*map(widened, args), **{name: widened(argument) for name, argument in (kwargs or {}).items()})
+
+
+def in_float64(model: PreTrainedModel) -> PreTrainedModel:
+    """Casts a model to float64, in place, also where transformers computes in fp32 whatever the model's dtype: in norms, rotary
+    embeddings and attention. There a difference of 1e-16 is rounded to none, or now and then to one of 6e-8."""
+
+    def forward(plain, *args, **kwargs):
+        with _Widened():
+            return plain(*args, **kwargs)
+
+    for module in model.double().modules():
+        if type(module).__name__.endswith(("Norm", "RotaryEmbedding", "Attention")):
+            module.forward = functools.partial(forward, module.forward)
+    return model
 
 
 def token_batch(rows: int = 3, length: int = 11, vocab: int = 61) -> tuple[torch.Tensor, torch.Tensor]:

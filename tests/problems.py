@@ -2,23 +2,97 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
 import torch
+from hypothesis import settings
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from bupo_kernels import reference
 from bupo_kernels.backends.triton_.config import interpreted
 
+# ---- the error model: where every tolerance comes from, on any CPU
+
 # Of the numerics contract: |Δlogprob| ≤ CONTRACT · (1 + max|z|) against float64 on the same inputs.
 CONTRACT = 2e-6
+SIGMAS = 4
+
+
+def chain_error(*sums: int, dtype: torch.dtype = torch.float32) -> float:
+    """Bound the relative error of a chain of sums, of so many terms each, whatever the order in which a machine adds them.
+
+    The rounding errors of n terms add like the steps of a random walk, to √n times the roundoff, and so do those of a chain; four
+    standard deviations of that. A product or a function of one value is a sum of one term.
+    """
+    return SIGMAS * torch.finfo(dtype).eps / 2 * math.sqrt(sum(sums))
+
+
+def model_error(config, positions: int, *, backward: bool = False, dtype: torch.dtype = torch.float32) -> float:
+    """Bound the error of a model's hidden states and logits, or with ``backward`` of its gradients, relative to the largest of them.
+
+    A layer is a chain of two norms, products of D (q, k and v; gate and up), attention over a head's width and ``positions``, the
+    product with what heads give and that with what the FFN does; after the last one come a norm and the head. A backward takes each
+    sum twice more. Each layer normalises its input, so relative errors pass through it as they are.
+    """
+    attention = config.head_dim + positions + config.num_attention_heads * config.head_dim
+    layer = 4 * config.hidden_size + attention + config.intermediate_size
+    sums = config.num_hidden_layers * layer + 2 * config.hidden_size
+    return chain_error(sums * (3 if backward else 1), dtype=dtype)
+
+
+def policy_error(config, positions: int, largest: float, *, dtype: torch.dtype = torch.float32) -> float:
+    """Bound the error of a log-prob that a model gives whose logits reach ``largest``: the contract's, and twice that of its logits,
+    its own and that of the logsumexp."""
+    contract = CONTRACT * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+    return (contract + 2 * model_error(config, positions, dtype=dtype)) * (1 + largest)
+
+
+def entropy_factor(vocab: int) -> float:
+    """Return how many times the error of its log-probs an entropy can be off: it is Σ p (−log p), whose p move with log p."""
+    return 2 * (1 + math.log(vocab))
+
+
+def divergence_factor(vocab: int, largest: float) -> float:
+    """Return how many times the error of its log-probs a KL divergence can be off: it is Σ p (log p − log q), and that difference
+    is at most twice the spread of the logits."""
+    return 2 * (1 + math.log(vocab) + 2 * largest)
+
+
+# ----
 
 # For tests whose operands are 16-bit and have no softcap: what keeps E runs them too.
 with_cached = pytest.mark.parametrize("backend", ["torch", "native", "triton", "triton:cached"], indirect=True)
+
+
+def examples(count: int) -> settings:
+    """Hypothesis's settings of a test: ``count`` examples in ``make test-all``, and a quarter of them in ``make test``."""
+    return settings(max_examples=max(count * settings().max_examples // 40, 3))
+
+
+def covering(cases: Sequence[Sequence]) -> list:
+    """Parameters of a test that takes a whole product of options: ``make test-all`` runs every case, ``make test`` so many of them
+    that each pair of values stands in one. Cases of one length, or dicts of the same keys."""
+
+    def pairs(case: Sequence) -> set:
+        values = [f"{place}: {value}" for place, value in enumerate(case.values() if isinstance(case, dict) else case)]
+        return set(itertools.combinations(values, 2))
+
+    left, chosen = set().union(*map(pairs, cases)), []
+    while left:
+        chosen.append(max(cases, key=lambda case: len(pairs(case) & left)))
+        left -= pairs(chosen[-1])
+    return [case if case in chosen else pytest.param(case, marks=pytest.mark.broad) for case in cases]
+
+
+def wanted(request: pytest.FixtureRequest, parameter: str) -> list:
+    """Values of ``parameter`` for which tests of this module are to run: what a fixture of the module has to prepare."""
+    cases = [item.callspec.params for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    return [params[parameter] for params in cases if parameter in params]
 
 
 def device_of(backend: str) -> str:
@@ -119,8 +193,7 @@ def assert_values(ours, case: Case) -> None:
         return
     exact = reference.linear_logprobs(case.hidden.detach(), case.weight.detach(), case.targets, **case.oracle_options)
     bound = CONTRACT * (1 + largest_logit(case))
-    # Entropy is Σ p (−log p): an error of the bound in each log p shifts it by at most twice that times (1 + H).
-    factors = {"logprobs": 1, "entropy": 2 * (1 + math.log(len(case.weight))), "logsumexp": 1}
+    factors = {"logprobs": 1, "entropy": entropy_factor(len(case.weight)), "logsumexp": 1}
     for (name, factor), truth in zip(factors.items(), exact, strict=True):
         value = getattr(ours, name)
         assert value.dtype == torch.float32

@@ -1,6 +1,7 @@
 """Packing: what is put together, how it is shared out, and that packed sequences do not see one another."""
 
 import contextlib
+import itertools
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, tiny_model
+from problems import covering
 
 from bupo.attention import NAME, packed_options, per_sequence_attention, training_attention
 from bupo.batching import IGNORE, fill, pack, pack_all, plan_micro_batches, token_weights, tokens
@@ -106,10 +108,12 @@ def test_token_weights_are_those_of_the_mini_batch(aggregation, expected):
 # ---- attention
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("policy", [{}, {"layer": 2}, {"layer": 3, "module": "attention"}, {"layer": 2, "module": "ffn"}])
-def test_packed_log_probs_and_gradients_are_those_of_the_sequences_apart(family, checkpointing, policy):
+POLICIES = [{}, {"layer": 2}, {"layer": 3, "module": "attention"}, {"layer": 2, "module": "ffn"}]
+
+
+@pytest.mark.parametrize("case", covering([*itertools.product(FAMILIES, (False, True), POLICIES)]), ids=str)
+def test_packed_log_probs_and_gradients_are_those_of_the_sequences_apart(case):
+    family, checkpointing, policy = case
     model, samples = tiny_model(family), random_samples(9)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

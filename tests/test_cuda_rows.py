@@ -14,9 +14,9 @@ import emulation
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
-from problems import CONTRACT
+from problems import CONTRACT, examples
 from torch import Tensor
 
 from bupo_kernels.backends import algebra
@@ -48,6 +48,7 @@ def nvcc(source, *flags) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_no_kernel_spills_a_register_or_has_a_stack(source, tmp_path):
     architectures = [flag for arch in ARCHS for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
@@ -60,6 +61,7 @@ def test_no_kernel_spills_a_register_or_has_a_stack(source, tmp_path):
     assert {tuple(bytes) for _, _, *bytes in found} == {("0", "0", "0")}, log
 
 
+@pytest.mark.broad
 @pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
 def test_aligned_rows_move_in_words_of_16_bytes(source, tmp_path):
     nvcc(source, "-arch=sm_90a", "-ptx", "-o", tmp_path / "out.ptx")
@@ -235,7 +237,7 @@ def assert_results(found: algebra.Results, exact: algebra.Results, z: Tensor):
     assert ((found.entropy - exact.entropy).abs() <= error * (1 + math.log(z.shape[1]))).all()
 
 
-@settings(max_examples=250)
+@examples(250)
 @given(chunk=chunks(), order=ORDERS, data=st.data())
 def test_statistics_of_any_chunk_and_slicing(cuda, chunk, order, data):
     cuda.run_threads(order)
@@ -278,7 +280,7 @@ def test_the_targets_logit_is_0_until_its_slice_comes_and_stays_after(cuda):
     assert torch.equal(found.z_y, torch.tensor([values[0, 10], values[1, 40], 0.0]))
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(
     dtype=st.sampled_from([FP32, BF16]),
     columns=COLUMNS,
@@ -372,7 +374,7 @@ def assert_gradient(found: Tensor, exact: Tensor, bound: Tensor, z: Tensor):
     assert ((found.double() - exact).abs() <= error).all()
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(
     chunk=chunks(), order=ORDERS, with_entropy=st.booleans(), narrow=st.booleans(), gap=st.sampled_from([0, 1, 8]), data=st.data()
 )
@@ -400,7 +402,7 @@ def test_gradients_of_any_chunk_slicing_and_selection(cuda, chunk, order, with_e
     assert chunk.gaps_are_untouched()
 
 
-@settings(max_examples=60)
+@examples(60)
 @given(chunk=chunks(), order=ORDERS)
 def test_in_place_and_rounded_gradients_are_the_same(cuda, chunk, order):
     cuda.run_threads(order)
@@ -501,7 +503,7 @@ def some_tokens(logprob: Tensor, objective: PolicyObjective, on_policy: bool, wi
     }
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(
     chunk=chunks(most_rows=6),
     name=st.sampled_from(list(OBJECTIVES)),
@@ -558,7 +560,7 @@ def test_small_gradients_beside_a_sure_target_are_as_accurate_as_large_ones(cuda
     assert (error[on_target] <= 3.6e-7).all()  # three units in the last place of s, which is little more than 1
 
 
-@settings(max_examples=40)
+@examples(40)
 @given(columns=COLUMNS, dtype=st.sampled_from([FP32, BF16]), offset=st.integers(0, 9))
 def test_a_row_of_a_policy_loss_has_the_same_bits_in_any_chunk(cuda, columns, dtype, offset):
     torch.manual_seed(columns)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny_model
+from problems import covering, wanted
 from ranks import on_ranks
 from test_batching import random_samples
 
@@ -108,9 +109,10 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(folder) -> list[dict]:
-    on_ranks("test_distributed:rank_updates", 2, str(folder), json.dumps(CASES + OTHERS))
-    return torch.load(folder / "results.pt", weights_only=True)
+def on_two_ranks(folder, request) -> dict[str, dict]:
+    cases = wanted(request, "case")
+    on_ranks("test_distributed:rank_updates", 2, str(folder), json.dumps(cases))
+    return dict(zip(map(str, cases), torch.load(folder / "results.pt", weights_only=True), strict=True))
 
 
 def compare(alone: dict, together: dict, rel: float) -> None:
@@ -128,21 +130,21 @@ def compare(alone: dict, together: dict, rel: float) -> None:
             torch.testing.assert_close(other, gradient, atol=rel * largest, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("number", range(len(CASES)), ids=lambda n: " ".join(map(str, CASES[n].values())))
-def test_two_ranks_do_what_one_process_does(number, folder, on_two_ranks):
-    with process_group(Hardware(device="cpu")) as world:
-        alone = two_updates(str(folder), CASES[number], world)
-    compare(alone, on_two_ranks[number], 1e-6)
-
-
-@pytest.mark.parametrize("number", range(len(OTHERS)), ids=lambda n: str({k: v for k, v in OTHERS[n].items() if k not in CASES[0]}))
-def test_so_do_they_with_unequal_work_with_offload_and_in_bfloat16(number, folder, on_two_ranks):
-    case = {key: value for key, value in OTHERS[number].items() if key != "hardware"}
+@pytest.mark.parametrize("case", covering(CASES), ids=lambda case: " ".join(map(str, case.values())))
+def test_two_ranks_do_what_one_process_does(case, folder, on_two_ranks):
     with process_group(Hardware(device="cpu")) as world:
         alone = two_updates(str(folder), case, world)
-    together = on_two_ranks[len(CASES) + number]
+    compare(alone, on_two_ranks[str(case)], 1e-6)
+
+
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: str({k: v for k, v in case.items() if k not in CASES[0]}))
+def test_so_do_they_with_unequal_work_with_offload_and_in_bfloat16(case, folder, on_two_ranks):
+    plain = {key: value for key, value in case.items() if key != "hardware"}
+    with process_group(Hardware(device="cpu")) as world:
+        alone = two_updates(str(folder), plain, world)
+    together = on_two_ranks[str(case)]
     assert len(together["updates"]) == (1 if "active" in case else 2)
-    low = OTHERS[number].get("hardware", {}).get("precision") == "bfloat16"
+    low = case.get("hardware", {}).get("precision") == "bfloat16"
     if case.get("upper") == 0:
         trained = {name for name, gradient in together["gradients"].items() if gradient is not None}
         assert not any(part in name for name in trained for part in ("layers.2.", "layers.3."))

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import tiny_model, token_batch
+from problems import covering, wanted
 from ranks import on_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
@@ -47,6 +48,7 @@ SHARDED = [
 # In float64 a gradient that is not reduced has nowhere to hide; in float32 kernels run that keep operands of their own.
 SHARDED += [(grouping, False, False, torch.float32, "forward", layer) for grouping in GROUPINGS for layer in (None, 2)]
 DDP = [("ddp", tied, True, torch.float64, "forward", layer) for tied in (False, True) for layer in (None, 2)]
+CASES = SHARDED + DDP
 HAVE_ACCELERATE = importlib.util.find_spec("accelerate") is not None
 
 
@@ -107,14 +109,14 @@ def replicated(tied, dtype, layer):
     return DistributedDataParallel(Policy(model.train()), find_unused_parameters=layer is not None)
 
 
-def rank_gradients(folder: str) -> None:
+def rank_gradients(folder: str, chosen: str) -> None:
     torch.manual_seed(0)
     found = {}
     with process_group(Hardware(device="cpu")) as world:
         ids, targets = token_batch(4)
         mine = slice(2 * world.rank, 2 * world.rank + 2)
         made = None
-        for case in SHARDED + DDP:
+        for case in (CASES[int(number)] for number in chosen.split()):
             grouping, tied, _, dtype, call, layer = case
             if grouping == "sharded by transformers" and not HAVE_ACCELERATE:
                 continue
@@ -139,11 +141,12 @@ def shard(gradient):
 
 
 @pytest.fixture(scope="module")
-def on_two_ranks(tmp_path_factory):
+def on_two_ranks(tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("groupings")
     for tied in (False, True):
         tiny_model(tied=tied).save_pretrained(folder / str(tied))
-    on_ranks("test_fsdp_groupings:rank_gradients", 2, str(folder))
+    chosen = " ".join(str(CASES.index(case)) for case in wanted(request, "case"))
+    on_ranks("test_fsdp_groupings:rank_gradients", 2, str(folder), chosen)
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
 
 
@@ -166,7 +169,7 @@ def alone():
     return found
 
 
-@pytest.mark.parametrize("case", SHARDED + DDP, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", covering(CASES), ids=lambda case: "-".join(map(str, case)))
 def test_two_ranks_have_the_gradients_of_plain_torch_on_one(case, on_two_ranks, alone):
     grouping, tied, _, dtype, _, layer = case
     if grouping == "sharded by transformers" and not HAVE_ACCELERATE:

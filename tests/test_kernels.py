@@ -8,6 +8,7 @@ import sys
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = pytest.mark.broad
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # What the tensor cores of each are driven with.
 INSTRUCTIONS = {"sm_80": "mma.sync", "sm_90": "wgmma", "sm_100": "tcgen05", "gfx942": "v_mfma"}

@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from problems import (
     CONTRACT,
     assert_same_gradients,
     case_with,
     device_of,
+    examples,
     gradients,
     largest_logit,
     products,
@@ -142,7 +143,7 @@ def test_ratios_at_and_around_the_clip_borders_match_the_oracle(offset, bound, s
         assert (gradients(loss, case.hidden)[0] == 0).all() == bool(decides)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(
     rows=st.integers(1, 150),
     vocab=st.integers(1, 700),

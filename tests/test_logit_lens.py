@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from models import FAMILIES, tiny_model, token_batch
-from problems import CONTRACT, OPTIONS, device_of, products
+from problems import CONTRACT, OPTIONS, device_of, examples, products
 from torch import Tensor
 
 from bupo.measurement import peak_bytes
@@ -185,7 +185,7 @@ def test_all_outputs_together_with_every_option_and_dtype(options, dtype):
     assert_agrees(lens.run(top_k=5), lens, top_k=5)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(
     scales=st.lists(st.sampled_from([0.0, 1e-3, 1.0, 30.0, 300.0]), min_size=1, max_size=4),
     leading=st.one_of(st.tuples(st.integers(0, 6)), st.tuples(st.integers(1, 3), st.integers(1, 3))),
@@ -254,7 +254,7 @@ def test_all_ids_can_be_the_top():
 # ---- order and ties: whole numbers, whose products are exact
 
 
-@settings(max_examples=25)
+@examples(25)
 @given(
     rows=st.integers(1, 5),
     different=st.integers(1, 12),

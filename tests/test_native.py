@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from problems import (
     CONTRACT,
@@ -18,6 +18,7 @@ from problems import (
     assert_stored_gradients,
     assert_values,
     case_with,
+    examples,
     gradients,
     leaves,
     random_case,
@@ -117,7 +118,7 @@ any_vocab = st.one_of(
 
 
 @both_dtypes
-@settings(max_examples=30)
+@examples(30)
 @given(
     rows=st.integers(0, 100),
     vocab=any_vocab,
@@ -136,7 +137,7 @@ def test_any_shape_option_and_tile_matches_the_oracle(isa, dtype, rows, vocab, w
 
 @both_dtypes
 @given(rows=st.integers(1, 70), vocab=any_vocab, width=st.integers(1, 70), options=st.sampled_from(["softcap", "everything"]))
-@settings(max_examples=15)
+@examples(15)
 def test_a_saturated_softcap_keeps_its_values(isa, dtype, rows, vocab, width, options):
     # Whole numbers, whose products are exact: what fp32 loses of a product of hundreds, a softcap of 3 makes large.
     case = case_with(OPTIONS[options], rows, vocab, width, dtype=dtype, scale=3.0)
@@ -440,7 +441,7 @@ def unpacked(words: Tensor, isa: str, count: int, depth: int, left=False) -> Ten
 
 
 @given(rows=st.integers(1, 70), width=st.integers(1, 70), margin=st.integers(0, 3), seed=st.integers(0, 2**16))
-@settings(max_examples=20)
+@examples(20)
 def test_panels_hold_the_matrix_and_zeros(isa, rows, width, margin, seed):
     k = compiled.kernels(isa)
     # Bit patterns, so that no element is like another, NaN neither: bf16 of exponents below 128.
@@ -614,7 +615,7 @@ def test_rows_of_any_length(isa):
 
 
 @given(columns=st.integers(1, 300), cuts=st.lists(st.integers(1, 299), max_size=5), scale=st.sampled_from([0.1, 5.0, 200.0]))
-@settings(max_examples=20)
+@examples(20)
 def test_statistics_of_slices_fold_into_those_of_the_whole(isa, columns, cuts, scale):
     z, targets = scale * torch.randn(5, columns), torch.randint(0, columns, (5,))
     borders = sorted({0, columns, *(cut for cut in cuts if cut < columns)})

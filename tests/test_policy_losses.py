@@ -6,8 +6,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from problems import examples
 
 from bupo_kernels.policy_losses import (
     AGGREGATIONS,
@@ -134,7 +135,7 @@ def terms_of(objective, logprobs, entropy, advantages, old, reference, sampler, 
 @pytest.mark.parametrize("importance", [None, "token", "sequence"])
 @pytest.mark.parametrize("surrogate", SURROGATES, ids=lambda s: "-".join(map(str, [*s.values()])))
 def test_loss_and_derivatives_are_autograds_through_the_plain_formula(surrogate, importance):
-    @settings(max_examples=12)
+    @examples(12)
     @given(batches())
     def check(inputs):
         for kl, bonus, aggregation in OPTIONS:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ from problems import (
     assert_stored_gradients,
     assert_values,
     case_with,
+    covering,
     dense_fp32_error,
     device_of,
     gradients,
@@ -726,13 +727,18 @@ def test_T26_a_downgrade_is_logged_once(monkeypatch, caplog):
 # ---- memory
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("shape", [(512, 20000, 64), (4096, 500, 16), (3, 50000, 200), (3000, 64, 1024)], ids=str)
-@pytest.mark.parametrize("options", [{}, {"softcap": 5.0}, {"mask": True}, {"upstream": True}], ids=str)
-@pytest.mark.parametrize("budget", [2 * MIB, None], ids=str)
-def test_T28_measured_memory_is_what_explain_states_and_within_the_budget(dtype, shape, options, budget):
-    # Of the torch backend: Triton's interpreter allocates copies that a launch on a GPU does not make.
-    rows, vocab, width = shape
+EVERY_SIZE = product(
+    [2 * MIB, None],
+    [{}, {"softcap": 5.0}, {"mask": True}, {"upstream": True}],
+    [(512, 20000, 64), (4096, 500, 16), (3, 50000, 200), (3000, 64, 1024)],
+    [torch.float32, torch.bfloat16, torch.float64],
+)
+
+
+@pytest.mark.parametrize("case", covering([*EVERY_SIZE]), ids=str)
+def test_T28_measured_memory_is_what_explain_states_and_within_the_budget(case):
+    # Not of Triton: its interpreter allocates copies that a launch on a GPU does not make.
+    budget, options, (rows, vocab, width), dtype = case
     case = random_case(rows, vocab, width, dtype=dtype)
     options = {**options, "memory_budget": budget}
     if options.get("mask"):
@@ -749,7 +755,9 @@ def test_T28_measured_memory_is_what_explain_states_and_within_the_budget(dtype,
     # Outputs (three statistics) and gradients come on top of working memory, and so do the row coordinates kept for backward.
     results = sum(statistic.nbytes for statistic in kept[0])
     operands = case.hidden.nbytes + case.weight.nbytes
-    assert 0.67 * plan.schedule.memory.forward <= forward <= plan.schedule.memory.forward + results
+    # What is stated is no guess either: of everything but the numbers of each row, of which not every call has all, two thirds.
+    of_rows = 2 * (8 * 8 + 12 * 4) * rows
+    assert 0.67 * (plan.schedule.memory.forward - of_rows) <= forward <= plan.schedule.memory.forward + results
     assert backward <= plan.schedule.memory.backward + plan.schedule.memory.accumulator + operands
     assert backward >= 0.67 * (plan.schedule.memory.backward + plan.schedule.memory.accumulator)
     assert max(plan.schedule.memory.forward, plan.schedule.memory.backward) <= plan.problem.memory_budget
@@ -767,8 +775,11 @@ EVERY_BACKEND = [
 ]
 
 
-@pytest.mark.parametrize(("backend", "dtype", "options"), EVERY_BACKEND, indirect=["backend"], ids=str)
-def test_T30_values_and_gradients_match_the_oracle_under_every_option(backend, dtype, options):
+@pytest.mark.parametrize("case", covering(EVERY_BACKEND), ids=str)
+def test_T30_values_and_gradients_match_the_oracle_under_every_option(case):
+    backend, dtype, options = case
+    if backend != "torch":
+        pytest.importorskip("triton")
     case = case_with(OPTIONS[options], 23, 301, 48, dtype=dtype, device=device_of(backend), scale=3.0)
     ours = all_of(case, backend, memory_budget=SMALL_BUDGET[backend] * 2)
     assert_values(ours, case)

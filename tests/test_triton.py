@@ -5,14 +5,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from problems import (
     OPTIONS,
     assert_stored_gradients,
     assert_values,
     case_with,
+    covering,
     device_of,
+    examples,
     gradients,
     leaves,
     random_case,
@@ -58,23 +60,24 @@ def runs(backend, dtype, options):
 
 
 EVERY_PATH = [
-    pytest.param(arch, backend, dtype, options, id=f"{name}-{backend}-{str(dtype).removeprefix('torch.')}-{option}")
-    for name, arch in PATHS.items()
+    (arch, backend, dtype, option)
+    for arch in PATHS.values()
     for backend in ("triton", "triton:cached")
     for dtype in (BF16, FP16, FP32)
-    for option, options in OPTIONS.items()
-    if runs(backend, dtype, options) and option in ("plain", "temperature per row", "everything") and (dtype == BF16 or arch >= 90)
+    for option in ("plain", "temperature per row", "everything")
+    if runs(backend, dtype, OPTIONS[option]) and (dtype == BF16 or arch >= 90)
 ]
 
 
-@pytest.mark.parametrize(("arch", "backend", "dtype", "options"), EVERY_PATH)
-def test_every_option_on_rows_that_need_no_masks(arch, backend, dtype, options):
+@pytest.mark.parametrize("case", covering(EVERY_PATH), ids=str)
+def test_every_option_on_rows_that_need_no_masks(case):
+    arch, backend, dtype, options = *case[:3], OPTIONS[case[3]]
     # 264 columns are two splits, the last of 8; sm_90 and sm_100 read and write through TMA.
     with running_as(arch):
         check(case_with(options, 23, 264, WIDTH, dtype=dtype, device=DEVICE, scale=3.0), backend)
 
 
-@settings(max_examples=15)
+@examples(15)
 @given(data=st.data(), arch=st.sampled_from(list(PATHS.values())), dtype=st.sampled_from([BF16, FP16, FP32]))
 def test_any_shape_option_path_and_budget(data, arch, dtype):
     backend = data.draw(st.sampled_from(["triton"] + ["triton:cached"] * (dtype != FP32)))
