@@ -28,6 +28,9 @@ def pytest_configure(config):
 
 # Of these files one worker of pytest-xdist runs all tests, since they share what is dear to make.
 SHARED = {
+    "test_analyze_command.py": "analyze",
+    "test_benchmark_kernels.py": "benchmark",
+    "test_benchmark_report.py": "report",
     "test_cuda_rows.py": "emulation",
     "test_native_cuda.py": "emulation",
     "test_distributed.py": "distributed",

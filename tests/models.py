@@ -23,6 +23,8 @@ FAMILIES = {
     "mistral": (MistralConfig, MistralForCausalLM),
 }
 
+LARGEST = 4.0  # no logit of :func:`tiny_model` is beyond: what error bounds are made of
+
 
 def tiny_model(family: str = "qwen3", *, tied: bool = False, layers: int = 4, vocab: int = 61, seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)

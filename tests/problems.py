@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import pytest
@@ -26,28 +26,32 @@ SIGMAS = 4
 def chain_error(*sums: int, dtype: torch.dtype = torch.float32) -> float:
     """Bound the relative error of a chain of sums, of so many terms each, whatever the order in which a machine adds them.
 
-    The rounding errors of n terms add like the steps of a random walk, to √n times the roundoff, and so do those of a chain; four
-    standard deviations of that. A product or a function of one value is a sum of one term.
+    Each addition rounds by up to u, half an eps, of the partial sum, evenly: a variance of u²/3. Partial sums of terms of both
+    signs have on average half the square of the whole. Over n terms, and over the sums of a chain, the errors add like the steps of
+    a random walk: u √(n/6). Four standard deviations of that. A product, or a function of one value, is a sum of one term.
     """
-    return SIGMAS * torch.finfo(dtype).eps / 2 * math.sqrt(sum(sums))
+    return SIGMAS * torch.finfo(dtype).eps / 2 * math.sqrt(sum(sums) / 6)
 
 
 def model_error(config, positions: int, *, backward: bool = False, dtype: torch.dtype = torch.float32) -> float:
-    """Bound the error of a model's hidden states and logits, or with ``backward`` of its gradients, relative to the largest of them.
+    """Bound the error of a model's hidden states and logits, with ``backward`` of its gradients, relative to the largest of them.
 
     A layer is a chain of two norms, products of D (q, k and v; gate and up), attention over a head's width and ``positions``, the
-    product with what heads give and that with what the FFN does; after the last one come a norm and the head. A backward takes each
-    sum twice more. Each layer normalises its input, so relative errors pass through it as they are.
+    product with what heads give and that with what the FFN does, and of some eight functions of one value; after the last one come
+    a norm and the head. 16-bit operands are summed in fp32 and rounded once. A backward takes each sum twice more. Each layer
+    normalises its input, so relative errors pass through it as they are.
     """
-    attention = config.head_dim + positions + config.num_attention_heads * config.head_dim
-    layer = 4 * config.hidden_size + attention + config.intermediate_size
-    sums = config.num_hidden_layers * layer + 2 * config.hidden_size
-    return chain_error(sums * (3 if backward else 1), dtype=dtype)
+    ends = 2 * [config.hidden_size]
+    attention = [config.head_dim, positions, config.num_attention_heads * config.head_dim]
+    sums = ends + config.num_hidden_layers * [*ends, *ends, *attention, config.intermediate_size, *8 * [1]]
+    if dtype.itemsize == 2:
+        sums = len(sums) * [1]
+    return chain_error(*sums * (3 if backward else 1), dtype=dtype)
 
 
 def policy_error(config, positions: int, largest: float, *, dtype: torch.dtype = torch.float32) -> float:
-    """Bound the error of a log-prob that a model gives whose logits reach ``largest``: the contract's, and twice that of its logits,
-    its own and that of the logsumexp."""
+    """Bound the error of a log-prob that a model gives whose logits reach ``largest``: the contract's, and twice that of a logit,
+    once for the target's own and once for the logsumexp."""
     contract = CONTRACT * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
     return (contract + 2 * model_error(config, positions, dtype=dtype)) * (1 + largest)
 
@@ -57,10 +61,10 @@ def entropy_factor(vocab: int) -> float:
     return 2 * (1 + math.log(vocab))
 
 
-def divergence_factor(vocab: int, largest: float) -> float:
-    """Return how many times the error of its log-probs a KL divergence can be off: it is Σ p (log p − log q), and that difference
-    is at most twice the spread of the logits."""
-    return 2 * (1 + math.log(vocab) + 2 * largest)
+def divergence_factor(kl: float) -> float:
+    """Return how many times the error of log-probs a KL divergence of ``kl`` can be off: it is Σ p (log p − log q), both terms
+    move, and p moves with log p; Σ p |log p − log q| ≤ kl + √(2 kl) by Pinsker's inequality."""
+    return 2 + kl + math.sqrt(2 * kl)
 
 
 # ----
@@ -87,6 +91,12 @@ def covering(cases: Sequence[Sequence]) -> list:
         chosen.append(max(cases, key=lambda case: len(pairs(case) & left)))
         left -= pairs(chosen[-1])
     return [case if case in chosen else pytest.param(case, marks=pytest.mark.broad) for case in cases]
+
+
+def first_of(values: Iterable) -> list:
+    """Parameters of a test that take the same way: the first of them in ``make test``, all in ``make test-all``."""
+    first, *others = values
+    return [first, *(pytest.param(*(x if isinstance(x, tuple) else (x,)), marks=pytest.mark.broad) for x in others)]
 
 
 def wanted(request: pytest.FixtureRequest, parameter: str) -> list:

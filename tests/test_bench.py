@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import FAMILIES
+from problems import first_of
 
 from bupo import bench, cli
 from bupo.bench import SIDES, Case, Trainee, bench_config, compare, measure, random_batch
@@ -94,7 +95,7 @@ def test_all_sides_compute_the_same_step_in_both_phases(trainee_of, precision, c
     assert all(torch.equal(parameter, before[name]) for name, parameter in trainee.model.named_parameters())
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("family", first_of(["llama", "mistral", "qwen2"]))
 def test_sides_agree_on_every_family_of_models(trainee_of, family):
     trainee = trainee_of(family, tie_word_embeddings=False)
     for phase in SIDES:
@@ -141,7 +142,9 @@ def test_every_round_has_new_tokens_which_are_the_same_for_all_sides(trainee_of,
     assert len({str(ids) for ids in seen["one"]}) == 4  # of the first two steps, which are not timed, and of three rounds
 
 
-@pytest.mark.parametrize(("precision", "place"), [("float32", "backward"), ("bfloat16", "backward"), ("bfloat16", "forward")])
+@pytest.mark.parametrize(
+    ("precision", "place"), first_of([("float32", "backward"), ("bfloat16", "backward"), ("bfloat16", "forward")])
+)
 def test_a_side_that_raises_is_a_row_with_the_reason_and_the_others_go_on(trainee_of, monkeypatch, precision, place):
     def fails(trainee, case, batch):
         layer = trainee.model.model.layers[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from problems import first_of
 from rich.console import Console
 
 from benchmarks import kernels
@@ -41,7 +42,7 @@ def honest(group: str = "forward") -> Contender:
     return next(c for c in ours(group, Inputs(CASE, CPU)) if c.name == "bupo_kernels torch")
 
 
-@pytest.fixture(scope="module", params=GROUPS)
+@pytest.fixture(scope="module", params=first_of(GROUPS))
 def tables(request):
     with pytest.MonkeyPatch.context() as monkeypatch:
         return request.param, measured(monkeypatch, request.param)
@@ -186,6 +187,7 @@ def test_past_the_deadline_nobody_is_tried_and_one_round_is_run(monkeypatch):
     assert [len(row["ms_of_rounds"]) for row in (floor_row, tried)] == [1, 1]
 
 
+@pytest.mark.broad
 def test_one_that_takes_long_runs_in_fewer_rounds(monkeypatch):
     def measure(patience):
         monkeypatch.setattr(kernels, "timed", lambda call, device: (2.0, call()))
@@ -245,6 +247,7 @@ def test_what_time_is_not_enough_for_is_a_row_with_the_reason(command, tmp_path)
     assert row["reason"] == "the minutes given were over"
 
 
+@pytest.mark.broad
 def test_tables_of_the_same_commit_stay_beside_new_ones(command, tmp_path):
     def tables(*words: str) -> list[tuple]:
         assert command("--models", "tiny", "--rounds", "1", "--out", str(tmp_path), "--contenders", "torch", *words) == 0
@@ -288,6 +291,7 @@ def test_a_table_has_the_reasons_of_those_that_did_not_run(monkeypatch):
     assert "[red] peer: not run: needs [a GPU]" in console.export_text()
 
 
+@pytest.mark.broad
 def test_it_needs_nothing_that_a_machine_with_a_gpu_may_lack():
     lacking = ("pydantic", "accelerate", "datasets", "trl", "verl", "liger_kernel", "cut_cross_entropy")
     hidden = f"import sys; sys.modules.update(dict.fromkeys({lacking}))"

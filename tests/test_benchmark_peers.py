@@ -43,6 +43,7 @@ def on_hopper(monkeypatch, case: Case = HALF) -> Inputs:
 # ---- which there are
 
 
+@pytest.mark.broad
 def test_importing_and_listing_peers_imports_none_of_them():
     code = (
         "import sys, torch; from benchmarks.peers import peers; from benchmarks.inputs import Case, Inputs\n"

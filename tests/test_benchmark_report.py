@@ -288,6 +288,7 @@ def test_nothing_measured_is_said():
     assert report.page({"gpu-tune": {"tune": {"rows": [{"ms": 1}]}}}) == report.page({})
 
 
+@pytest.mark.broad
 def test_holes_and_strangers_do_no_harm():
     """Whatever may be null is, nothing else is there, or nothing ran at all."""
     named = ("group", "model", "rows", "name", "axis", "contender", "value", "phase", "sequences", "length", "points", "flops")

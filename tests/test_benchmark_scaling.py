@@ -162,6 +162,7 @@ def test_bad_arguments_are_refused(tmp_path, capsys, arguments, message):
     assert re.search(message, capsys.readouterr().err)
 
 
+@pytest.mark.broad
 @pytest.mark.skipif(not config.interpreted(), reason="Triton is not interpreted")
 def test_candidates_are_tried_in_place_of_the_default_and_put_back(tmp_path, monkeypatch, capsys):
     pytest.importorskip("triton")

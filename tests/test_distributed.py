@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import tiny_model
-from problems import covering, wanted
+from models import LARGEST, tiny_model
+from problems import CONTRACT, covering, divergence_factor, model_error, policy_error, wanted
 from ranks import on_ranks
 from test_batching import random_samples
 
@@ -18,6 +18,7 @@ from bupo.model import load_model, make_optimizer
 from bupo.schedule import FINAL, OptimisedPolicy
 from bupo.trainer import look, look_at_layers, make_mini_batches, update, with_old_logprobs
 
+CONFIG = tiny_model().config
 CASES = [
     {"tied": tied, "layer": layer, "module": module, "checkpointing": checkpointing}
     for tied, (layer, module), checkpointing in itertools.product(
@@ -64,6 +65,8 @@ def two_updates(folder: str, case: dict, world) -> dict:
     config = config_of(case)
     model = load_model(f"{folder}/{'tied' if case['tied'] else 'untied'}", config.hardware, world)
     optimizer = make_optimizer(model, config.optimizer)
+    for group in optimizer.param_groups:  # 1e-8 would make a whole step of the roundoff of a gradient near zero
+        group["eps"] = 1e-3
     policy = FINAL if case["layer"] is None else OptimisedPolicy(case["layer"], case["module"])
     samples = random_samples(16)
     generator = torch.Generator().manual_seed(0)
@@ -115,13 +118,19 @@ def on_two_ranks(folder, request) -> dict[str, dict]:
     return dict(zip(map(str, cases), torch.load(folder / "results.pt", weights_only=True), strict=True))
 
 
-def compare(alone: dict, together: dict, rel: float) -> None:
+def compare(alone: dict, together: dict, dtype: torch.dtype = torch.float32) -> None:
+    # Of both. Statistics are means of log-probs and of what has up to so many times their error; so has the log of a ratio, as the
+    # difference of two. No divergence of these models reaches 1.
+    statistics = 2 * policy_error(CONFIG, 40, LARGEST, dtype=dtype) * divergence_factor(1.0)
+    rel = 2 * model_error(CONFIG, 40, backward=True, dtype=dtype)
     for name, value in alone["seen"].items():
-        assert together["seen"][name] == (value if value is None else pytest.approx(value, rel=rel, abs=rel)), name
+        # A perplexity is the exponential of a mean of log-probs.
+        assert together["seen"][name] == (value if value is None else pytest.approx(value, rel=statistics, abs=statistics)), name
     for one, two in zip(alone["updates"], together["updates"], strict=True):
         assert one["tokens"] == two["tokens"]
-        for name in ("loss", "kl_old", "ratio_max", "grad_norm"):
-            assert two[name] == pytest.approx(one[name], rel=rel, abs=rel), name
+        for name in ("loss", "kl_old", "ratio_max"):
+            assert two[name] == pytest.approx(one[name], rel=statistics, abs=statistics), name
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=rel)
     largest = max(g.abs().max() for g in alone["gradients"].values() if g is not None)
     for name, gradient in alone["gradients"].items():
         other = together["gradients"][name]
@@ -134,7 +143,7 @@ def compare(alone: dict, together: dict, rel: float) -> None:
 def test_two_ranks_do_what_one_process_does(case, folder, on_two_ranks):
     with process_group(Hardware(device="cpu")) as world:
         alone = two_updates(str(folder), case, world)
-    compare(alone, on_two_ranks[str(case)], 1e-6)
+    compare(alone, on_two_ranks[str(case)])
 
 
 @pytest.mark.parametrize("case", OTHERS, ids=lambda case: str({k: v for k, v in case.items() if k not in CASES[0]}))
@@ -150,12 +159,12 @@ def test_so_do_they_with_unequal_work_with_offload_and_in_bfloat16(case, folder,
         assert not any(part in name for name in trained for part in ("layers.2.", "layers.3."))
         assert "model.norm.weight" not in trained
         assert any("layers.1." in name for name in trained)
-    compare(alone, together, 0.1 if low else 1e-6)  # 2^-8 in each of some twenty roundings between input and gradient
+    compare(alone, together, torch.bfloat16 if low else torch.float32)
     if low:
         (weights, old), same = (alone["weights"], together["weights"]), together["updates"][0]
         assert all(w.dtype == torch.float32 for w in old.values())  # masters
         assert any((w != w.bfloat16().float()).any() for w in old.values())
-        assert same["ratio_max"] == pytest.approx(1, abs=1e-6)  # old log-probs reach the loss unrounded
+        assert same["ratio_max"] == pytest.approx(1, abs=2 * CONTRACT * (1 + LARGEST))  # old log-probs reach the loss unrounded
         assert weights.keys() == old.keys()
 
 

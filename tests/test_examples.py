@@ -3,9 +3,12 @@
 import runpy
 from pathlib import Path
 
+import pytest
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.mark.broad
 def test_the_plain_loop_learns(capsys):
     rewards = runpy.run_path(str(EXAMPLES / "plain_loop.py"))["main"](steps=30)
     assert sum(rewards[-5:]) / 5 > sum(rewards[:5]) / 5 + 0.2

@@ -224,6 +224,7 @@ def modules(project: Path) -> list[Path]:
     return [*project.glob("bupo_kernels/_C*"), *project.glob("build/lib*/bupo_kernels/_C*")]
 
 
+@pytest.mark.broad
 def test_only_what_changed_is_compiled_again(project):
     code, text = build(project)
     assert code == 0, text
@@ -239,6 +240,7 @@ def test_only_what_changed_is_compiled_again(project):
     assert "isa_portable.cpp" not in text
 
 
+@pytest.mark.broad
 def test_kernels_that_do_not_compile_are_an_error(project):
     (project / "csrc/cpu/part.cpp").write_text("void part() { sum }", encoding="utf-8")
     code, text = build(project)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import CONTRACT, OPTIONS, assert_same_gradients, case_with, gradients, largest_logit, products, random_case
+from problems import CONTRACT, OPTIONS, assert_same_gradients, case_with, first_of, gradients, largest_logit, products, random_case
 
 from bupo_kernels import explain, linear_cross_entropy, linear_logprobs, reference
 
@@ -11,7 +11,7 @@ from bupo_kernels import explain, linear_cross_entropy, linear_logprobs, referen
 SMALL_BUDGET = 24 * 1024
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("options", first_of([OPTIONS["everything"], *OPTIONS.values()]), ids=str)
 def test_gradcheck_of_all_three_statistics(options):
     case = case_with(options)
     leaves = [case.hidden, case.weight] + ([case.options["bias"]] if "bias" in case.options else [])

@@ -13,6 +13,7 @@ from problems import (
     case_with,
     device_of,
     examples,
+    first_of,
     gradients,
     largest_logit,
     products,
@@ -346,7 +347,7 @@ def test_autocast_computes_what_the_cast_operands_give():
     assert all(g.dtype == torch.float32 for g in gradients(inside, case.hidden, case.weight))
 
 
-@pytest.mark.parametrize("objective", ["ppo", "gspo"])
+@pytest.mark.parametrize("objective", first_of(["ppo", "gspo"]))
 def test_compiled_calls_of_any_length_give_the_eager_gradients(objective):
     def step(hidden, weight, targets, advantages, old):
         return linear_policy_loss(hidden, weight, targets, advantages, old_logprobs=old, objective=OBJECTIVES[objective])[0]

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from models import FAMILIES, tiny_model, token_batch
-from problems import CONTRACT, OPTIONS, device_of, examples, products
+from problems import CONTRACT, OPTIONS, device_of, examples, first_of, products
 from torch import Tensor
 
 from bupo.measurement import peak_bytes
@@ -430,7 +430,7 @@ def test_pairwise_divergences_hold_those_to_the_final_policy_once_it_is_appended
 
 
 @pytest.mark.parametrize("outputs", [OUTPUTS, OF_ANY_BACKEND], ids=["all", "those of any backend"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", first_of([torch.bfloat16, torch.float32, torch.float64]), ids=str)
 def test_a_small_budget_gives_the_same_values_in_more_slices(dtype, outputs):
     options, top_k = {"temperature": "rows", "bias": True, "mask": True}, 6 * (outputs == OUTPUTS)
     lens = random_lens((1e-2, 1.0, 30.0), (2, 3), 2501, 16, dtype=dtype, options=options)
