@@ -2,7 +2,7 @@
 
 What this machine cannot build is left out and a line says so; what was asked for and cannot be built is an error.
 
-    BUPO_BUILD_CUDA=0|1|auto   the CUDA kernels; auto, the default, builds them where there is an nvcc
+    BUPO_BUILD_CUDA=0|1|auto   the CUDA kernels; auto, the default, builds them where there are a GPU and an nvcc
     BUPO_CUDA_ARCHS="80;90a"   for these architectures; without it for those of CUDA_ARCHS that nvcc knows
     BUPO_SANITIZE=address,…    for tests: the C++ with these sanitizers
     CUDA_HOME CXX CXXFLAGS LDFLAGS   as everywhere
@@ -156,6 +156,12 @@ def find_cuda(environment: Mapping[str, str], wishes: Wishes, cxx: list[str]) ->
     # Linked in and hidden: nothing of CUDA is needed to import the module, nor mixed with the runtime that torch brings.
     libraries = [f"-L{os.path.normpath(runtime)}", "-lcudart_static", "-ldl", "-lrt", "-Wl,--exclude-libs,ALL"]
     return Cuda(command, version, archs, include, libraries), missing
+
+
+def has_gpu(environment: Mapping[str, str]) -> bool:
+    """Whether this machine has a GPU of NVIDIA's that its driver knows."""
+    asked = shutil.which("nvidia-smi", path=environment.get("PATH"))
+    return asked is not None and "GPU" in (output([asked, "-L"]) or "")
 
 
 def choose_archs(asked: tuple[str, ...], known) -> tuple[list[str], list[str]]:
@@ -314,6 +320,8 @@ class BuildModule(build_ext):
 
         left_out, cuda = [], None
         try:
+            if wishes.cuda and not wishes.cuda_asked_by and not has_gpu(os.environ):
+                raise Impossible("no GPU here that nvidia-smi lists; BUPO_BUILD_CUDA=1 builds them all the same")
             if wishes.cuda and (any(CSRC.glob("cuda/*.cu")) or wishes.cuda_asked_by):
                 cuda, unknown = find_cuda(os.environ, wishes, cxx)
                 left_out += [f"nvcc {cuda.version} knows no sm_{arch}" for arch in unknown]

@@ -49,11 +49,15 @@ def model_error(config, positions: int, *, backward: bool = False, dtype: torch.
     return chain_error(*sums * (3 if backward else 1), dtype=dtype)
 
 
+def contract(largest: float, dtype: torch.dtype = torch.float32) -> float:
+    """Bound the error of a log-prob of an op whose logits reach ``largest``; in float64 by as many of its eps."""
+    return CONTRACT * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps * (1 + largest)
+
+
 def policy_error(config, positions: int, largest: float, *, dtype: torch.dtype = torch.float32) -> float:
     """Bound the error of a log-prob that a model gives whose logits reach ``largest``: the contract's, and twice that of a logit,
     once for the target's own and once for the logsumexp."""
-    contract = CONTRACT * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-    return (contract + 2 * model_error(config, positions, dtype=dtype)) * (1 + largest)
+    return contract(largest, dtype) + 2 * model_error(config, positions, dtype=dtype) * (1 + largest)
 
 
 def entropy_factor(vocab: int) -> float:

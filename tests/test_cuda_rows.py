@@ -16,13 +16,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import CONTRACT, examples
+from problems import CONTRACT, chain_error, contract, examples
 from torch import Tensor
 
 from bupo_kernels.backends import algebra
 from bupo_kernels.policy_losses import PolicyObjective, policy_terms
 
 BF16, FP32 = torch.bfloat16, torch.float32
+EPS = torch.finfo(FP32).eps
 ARCHS = ("80", "90a", "100a")
 SOURCES = sorted(emulation.CUDA.glob("*.cu"))
 KERNELS = {"row_statistics": 6, "row_gradient": 6, "row_policy_loss": 6}  # instantiations
@@ -255,8 +256,9 @@ def test_statistics_of_any_chunk_and_slicing(cuda, chunk, order, data):
         if chunk.readout() == Chunk(chunk.products, chunk.memory).readout():  # then the logits are exact, and sums of one sign
             assert torch.equal(found.m.double(), exact.m)
             assert torch.equal(found.z_y.double(), exact.z_y)
-            assert torch.allclose(found.s.double(), exact.s, rtol=4e-6, atol=0)
-            assert torch.allclose(found.t.double(), exact.t, rtol=8e-6, atol=1e-30)
+            of_sum = chain_error(columns) + 4 * EPS  # and of each exponential
+            assert torch.allclose(found.s.double(), exact.s, rtol=of_sum, atol=0)
+            assert torch.allclose(found.t.double(), exact.t, rtol=2 * of_sum, atol=1e-30)
     assert chunk.gaps_are_untouched()
 
 
@@ -316,7 +318,7 @@ def test_rows_may_lie_more_than_2_31_elements_apart(cuda):
         of_rows = dict(zip(("m", "s", "t", "z_y"), map(address, found), strict=True))
         cuda.row_statistics(**where, **chunk.readout(), first_column=0, targets=address(targets), **of_rows, first=True, stream=0)
         wanted = exact_statistics(values.double(), targets)
-        assert torch.allclose(found, torch.stack(wanted).float(), rtol=1e-5)
+        assert torch.allclose(found, torch.stack(wanted).float(), rtol=2 * (chain_error(columns) + 4 * EPS))
 
         coefficients = algebra.Coefficients(found[0], torch.ones(2), None, torch.zeros(2), targets)
         gradient = {"gradient": start, "gradient_dtype": "bfloat16", "gradient_stride": stride, "selected": 0, "n": 2}
@@ -556,7 +558,7 @@ def test_small_gradients_beside_a_sure_target_are_as_accurate_as_large_ones(cuda
     row_policy_loss(cuda, chunk, PolicyObjective(), targets, given, to)
     error = (to.products - exact).abs()
     on_target = torch.zeros_like(error, dtype=torch.bool).scatter_(1, targets.unsqueeze(1), True)
-    assert (error[~on_target] <= 1e-5 * exact.abs()[~on_target]).all()
+    assert (error[~on_target] <= contract(26.0) * exact.abs()[~on_target]).all()
     assert (error[on_target] <= 3.6e-7).all()  # three units in the last place of s, which is little more than 1
 
 
@@ -619,7 +621,7 @@ def test_terms_of_a_token_are_those_of_torch(cuda, name):
         got = cuda.policy_terms(objective, logprob, 1.7, advantage, old, reference, sampler)
         token = {"logprobs": logprob, "entropy": 1.7, "advantages": advantage, "old_logprobs": old}
         want = torch_terms(objective, **token, reference_logprobs=reference, sampler_logprobs=sampler)
-        assert got == pytest.approx(want, rel=1e-6, abs=1e-7, nan_ok=True), (logprob, old, advantage, reference, sampler)
+        assert got == pytest.approx(want, rel=8 * EPS, abs=EPS, nan_ok=True), (logprob, old, advantage, reference, sampler)
 
 
 @pytest.mark.parametrize("advantage", [1.0, -1.0])

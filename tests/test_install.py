@@ -261,10 +261,13 @@ def test_what_was_asked_for_and_is_impossible_is_an_error(project):
 
 def test_what_was_not_asked_for_is_left_out_with_a_line(project):
     script(project / "csrc/cuda/kernel.cu", "")
-    code, text = build(project, CUDA_HOME="/nonexistent")
-    assert code == 0, text
-    assert text.count("bupo-kernels: ") == 1
-    assert "bupo-kernels: CUDA kernels left out: no bin/nvcc in CUDA_HOME, /nonexistent\n" in text
+    for gpus, reason in ((0, "no GPU here that nvidia-smi lists"), (1, "no bin/nvcc in CUDA_HOME, /nonexistent\n")):
+        script(project / "bin" / "nvidia-smi", "echo GPU 0: NVIDIA H100\n" * gpus)
+        path = os.pathsep.join([str(project / "bin"), os.environ["PATH"]])
+        code, text = build(project, CUDA_HOME="/nonexistent", PATH=path)
+        assert code == 0, text
+        assert text.count("bupo-kernels: ") == 1
+        assert f"bupo-kernels: CUDA kernels left out: {reason}" in text
     assert len(modules(project)) == 2
     code, text = build(project, PATH="/nonexistent")
     assert code == 0, text

@@ -3,7 +3,18 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import CONTRACT, OPTIONS, assert_same_gradients, case_with, first_of, gradients, largest_logit, products, random_case
+from problems import (
+    CONTRACT,
+    OPTIONS,
+    assert_same_gradients,
+    case_with,
+    contract,
+    first_of,
+    gradients,
+    largest_logit,
+    products,
+    random_case,
+)
 
 from bupo_kernels import explain, linear_cross_entropy, linear_logprobs, reference
 
@@ -88,4 +99,5 @@ def test_cross_entropy_counts_only_unmasked_rows_in_its_mean():
     case = random_case(30, 80, 16)
     mask = torch.arange(30) < 6
     ours = linear_cross_entropy(case.hidden, case.weight, case.targets, mask=mask)
-    assert ours.item() == pytest.approx(F.cross_entropy(case.hidden[:6] @ case.weight.T, case.targets[:6]).item(), rel=1e-5)
+    theirs = F.cross_entropy(case.hidden[:6] @ case.weight.T, case.targets[:6])
+    assert abs(ours - theirs) <= 2 * contract(largest_logit(case))

@@ -11,6 +11,7 @@ from problems import (
     CONTRACT,
     assert_same_gradients,
     case_with,
+    chain_error,
     device_of,
     examples,
     first_of,
@@ -228,7 +229,7 @@ def test_rows_of_zero_weight_cost_no_product():
     want, _ = oracle(
         case.hidden[None], case.weight, case.targets[None], advantages[None], {}, {"mask": mask[None]}, PolicyObjective()
     )
-    assert abs(loss - want) <= 1e-6
+    assert abs(loss - want) <= chain_error(24)  # ratios of 1: a mean of advantages of at most 1
 
 
 def test_clipped_rows_cost_no_gradient_product():
@@ -333,7 +334,7 @@ def test_a_non_finite_sampler_logprob_leaves_numerator_and_denominator():
     loss, metrics = linear_policy_loss(hidden, weight, targets, advantages, sampler_logprobs=sampler)
     kept = [i for i in range(12) if i not in (3, 7)]
     alone, _ = linear_policy_loss(hidden[kept], weight, targets[kept], advantages[kept])
-    assert abs(loss - alone) <= 1e-6
+    assert abs(loss - alone) <= chain_error(12)  # ratios of 1: a mean of advantages of at most 1
     assert metrics.active_rows == 10
     assert math.isfinite(metrics.sampler_gap)
 

@@ -9,7 +9,10 @@ from problems import (
     assert_stored_gradients,
     assert_values,
     case_with,
+    chain_error,
+    contract,
     gradients,
+    largest_logit,
     leaves,
     random_case,
 )
@@ -86,9 +89,10 @@ def test_fused_policy_loss_is_that_of_the_torch_backend(on_gpu, dtype, objective
         )
         results.append((loss, metrics, gradients(loss, *leaves(case))))
     (ours, of_ours, got), (theirs, of_theirs, want) = results
-    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+    bound = 8 * contract(largest_logit(case))  # of ratios and divergences, some times that of each log-prob
+    torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound)
     for name, ours_, theirs_ in zip(of_ours._fields, of_ours, of_theirs, strict=True):
-        torch.testing.assert_close(ours_, theirs_, rtol=1e-5, atol=1e-6, msg=name)
+        torch.testing.assert_close(ours_, theirs_, rtol=bound, atol=bound, msg=name)
     assert_same_gradients(got, want, case)
     assert set(on_gpu) == {"row_policy_loss"}
     assert (len(on_gpu) > 1) == (budget is not None)
@@ -108,7 +112,7 @@ def test_without_gradients_no_dz_is_written(on_gpu):
     with torch.no_grad():
         ours, _ = linear_policy_loss(case.hidden, case.weight, case.targets, torch.ones(5), backend="native")
         theirs, _ = linear_policy_loss(case.hidden, case.weight, case.targets, torch.ones(5), backend="torch")
-    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours, theirs, atol=chain_error(5), rtol=0)  # ratios of 1: a mean of the advantages
     plan = explain(case.hidden.detach(), case.weight.detach(), backend="native", objective=PolicyObjective())
     assert plan.schedule.fused_rows
     assert plan.flops_forward == 2 * 5 * 60 * 8
