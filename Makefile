@@ -7,28 +7,47 @@ POLICY ?= bupo
 SEED ?= 0
 RESULTS ?= benchmarks/results
 COMMIT ?=
+JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := .venv/bin
 
-.PHONY: install demo test test-trl test-verl test-triton test-demo sanitize lint kernels bench gpu clean
+.PHONY: install demo test test-all test-machines test-trl test-verl test-triton test-demo sanitize lint kernels bench gpu clean
 
-# One stamp, named after what it stands for: asking for another torch or Triton installs it.
-STAMP := .venv/installed-$(subst =,,$(TORCH)-$(TRITON))
+# Two stamps, named after what they stand for: asking for another torch or Triton installs it. A run needs neither Triton nor peers.
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check
+RUNNABLE := .venv/runnable-$(subst =,,$(TORCH))
+TESTABLE := .venv/testable-$(subst =,,$(TORCH)-$(TRITON))
 
-install: $(STAMP)
+install: $(TESTABLE)
 
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+$(RUNNABLE): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv .venv
-	rm -f .venv/installed-*
-	$(BIN)/pip install --quiet --disable-pip-version-check "$(TORCH)" $(if $(TRITON),"$(TRITON)")
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[test]"
+	rm -f .venv/runnable-* .venv/testable-*
+	$(PIP) "$(TORCH)"
+	$(PIP) --editable ".[analysis]"
 	touch $@
 
-demo: install ## a small model learns sums with BuPO (POLICY=grpo: the baseline); about three minutes
+$(TESTABLE): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+	$(PYTHON) -m venv .venv
+	rm -f .venv/runnable-* .venv/testable-*
+	$(PIP) "$(TORCH)" $(if $(TRITON),"$(TRITON)")
+	$(PIP) --editable ".[test]"
+	touch $(RUNNABLE) $@
+
+demo: $(RUNNABLE) ## a small model learns sums with BuPO (POLICY=grpo: the baseline)
 	$(BIN)/bupo demo --policy $(POLICY) --seed $(SEED)
 
-test: install
-	$(BIN)/python -m pytest
+# A process a core, each with one thread: most of a test is Python's, and products of a few rows gain nothing from a second thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+
+test: install ## every behaviour once
+	$(PYTEST)
+
+test-all: install ## whole products of options, compilers, the interpreter's long tail: what CI runs
+	$(PYTEST) --broad
+
+test-machines: install ## the tests as on other CPUs, with other numbers of threads, in random order; then docs/reliability.md has the table
+	$(BIN)/python tests/machines.py --jobs $(JOBS) --write
 
 test-triton: install ## the kernels with another Triton: make test-triton TRITON=triton==3.9.0 (then again without, for the default)
 	$(BIN)/python -m pytest tests/test_triton.py tests/test_kernels.py tests/test_reliability.py

@@ -129,7 +129,7 @@ def _describe_cuda_build(built: dict[str, Any] | None) -> str:
         return "as above"
     if built is None or not built["cuda_archs"]:
         why = f" ({built['left_out']})" if built and built["left_out"] else ""
-        return f"not built{why}: put nvcc on the path, {BUILD_AGAIN}"
+        return f"not built{why}: put nvcc on the path, set BUPO_BUILD_CUDA=1, {BUILD_AGAIN}"
     partly = f"; {built['left_out']}" if built["left_out"] else ""
     return f"{' '.join('sm_' + arch for arch in built['cuda_archs'])} (nvcc {built['cuda_version']}){partly}"
 

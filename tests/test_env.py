@@ -75,7 +75,8 @@ def test_builds(monkeypatch):
     assert "CUDA kernels  sm_80 sm_90a (nvcc 13.0)\n" in text
     text = built(monkeypatch, cuda_archs="", left_out="no CUDA kernels: no nvcc on the path or in CUDA_HOME", sanitizers="address")
     assert (
-        "CUDA kernels  not built (no CUDA kernels: no nvcc on the path or in CUDA_HOME): put nvcc on the path, then install" in text
+        "CUDA kernels  not built (no CUDA kernels: no nvcc on the path or in CUDA_HOME): put nvcc on the path, set "
+        "BUPO_BUILD_CUDA=1, then install" in text
     )
     assert "(c++ 12.2.0, with the sanitizers address)" in text
     assert "no CUDA kernels for sm_100a" in built(monkeypatch, left_out="no CUDA kernels for sm_100a: nvcc 12.4 does not know it")
