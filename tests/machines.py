@@ -1,7 +1,7 @@
 """The tests under the numerics of other machines, on this one: ``make test-machines``.
 
-CPUs differ in the order of their sums, in fused multiply-adds, and in how many threads share the work. Each pass tells torch, oneDNN,
-MKL and this library's own kernels to act as on an older one. What this CPU lacks is left out, with a line.
+CPUs differ in the order of their sums, in fused multiply-adds, and in how many threads share the work. Each pass tells torch,
+oneDNN, MKL and this library's own kernels to act as on an older one. What this CPU lacks is left out, with a line.
 """
 
 import argparse
