@@ -27,6 +27,7 @@ from transformers import (
     MiniCPM3Config,
     NanoChatConfig,
     PhiConfig,
+    PreTrainedModel,
     RecurrentGemmaConfig,
     T5Config,
     T5ForConditionalGeneration,
@@ -245,6 +246,34 @@ def test_what_is_measured_follows_the_model_when_it_is_applied_again():
     model = apply_fused_head(AutoModelForCausalLM.from_config(OTHERS["gemma2"][0]))
     model.config.final_logit_softcapping = None
     assert apply_fused_head(model).lm_head.readout == {}
+
+
+class Flat(PreTrainedModel):
+    """Its layers are its own, and would run."""
+
+    config_class = PhiConfig
+
+    def __init__(self):
+        super().__init__(PhiConfig(**SMALL))
+        self.layer, self.head = nn.Embedding(61, 32), nn.Linear(32, 61)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids):
+        return SimpleNamespace(logits=self.head(self.layer(input_ids)))
+
+
+def test_what_would_run_layers_or_fsdp2_units_is_not_measured(caplog, one_process):
+    masked = BertForMaskedLM(BertConfig(**SMALL))
+    fully_shard(masked.cls.predictions.transform, mesh=dist.init_device_mesh("cpu", (1,)))
+    for model, reason in ((Flat(), "none of its children is a model"), (masked, "FSDP2 shards its cls.predictions.transform")):
+        caplog.clear()
+        for module in model.modules():
+            module.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+        apply_fused_head(model)
+        (warning,) = warnings_in(caplog)
+        assert f"could not be measured ({reason}" in warning
 
 
 @pytest.mark.parametrize("reason", ["raises", "does not call its head"])

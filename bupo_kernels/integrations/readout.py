@@ -40,7 +40,7 @@ def measure_readout(model: nn.Module, head: nn.Module, linear: nn.Linear) -> Rea
 
     Raises:
         ValueError: the model's logits are no ``softcap(scale · ·)`` of its head's, with the difference that was measured.
-        Unmeasured: the forward raises, or does not call its head.
+        Unmeasured: the forward raises, does not call its head, or would run what it should not.
     """
     states, answers = [], []
     weight = linear.weight
@@ -154,6 +154,7 @@ def _stand_ins(model: nn.Module, head: nn.Module, backbone: Callable, answer: Ca
         parent._modules[name] = StandIn(real, forward)
         undo.callback(parent._modules.__setitem__, name, real)
 
+    backbones = 0
     with ExitStack() as undo:
         for parent in [module for module in model.modules() if any(child is head for child in module._modules.values())]:
             for name, child in list(parent._modules.items()):
@@ -164,4 +165,10 @@ def _stand_ins(model: nn.Module, head: nn.Module, backbone: Callable, answer: Ca
                 holds_the_head = child is not None and any(isinstance(module, StandIn) for module in child.modules())
                 if isinstance(child, PreTrainedModel) and not holds_the_head:
                     replace(parent, name, backbone)
+                    backbones += 1
+        if not backbones:
+            raise Unmeasured("none of its children is a model of transformers")
+        for name, module in model.named_modules():
+            if name and type(module).__bases__[0].__name__ == "FSDPModule":  # to run it now would tell FSDP2 that it is a root
+                raise Unmeasured(f"FSDP2 shards its {name}, which would run")
         yield
