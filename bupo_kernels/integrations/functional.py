@@ -233,7 +233,7 @@ def apple_linear_cross_entropy(
     impl: str = "cce",
     vocab_parallel_options: object | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross entropy, with the options of Apple's repository; the one on PyPI, 25.1.1, has no ``bias`` and takes ``ignore_index`` there.
+    """Cross entropy, with the options of Apple's repository; PyPI's 25.1.1 has no ``bias`` and takes ``ignore_index`` in its place.
 
     Args:
         shift: ``targets`` are those of ``shift`` tokens further on, as in ``e[..., :-shift, :]`` with ``targets[..., shift:]``.

@@ -23,47 +23,24 @@ from torch.distributed.tensor import DTensor
 
 from bupo_kernels.dispatch import log, log_once
 from bupo_kernels.functional import gathered, prepare
+from bupo_kernels.integrations.features import require, require_values, small_input
 from bupo_kernels.internal_policy import internal_policy
 
-RELEASES = "accepted are those from 1.16 (pip install 'trl>=1.16')"
 try:
     import trl
     from accelerate.utils import is_peft_model
     from trl import GRPOConfig, GRPOTrainer
     from trl.trainer import utils
 except ImportError as error:
-    raise ImportError(f"trl: {RELEASES}; its import says: {error}") from error
+    raise ImportError(f"trl: accepted are releases from 1.16 (pip install 'trl>=1.16'); its import says: {error}") from error
 
-
-def _require(function: str, owner: object, expected: tuple[str, ...]) -> None:
-    """Raises ImportError unless ``owner`` has that ``function``, whose first arguments are ``expected``."""
-    name, found = function.rpartition(".")[2], None
-    if hasattr(owner, name):
-        found = tuple(inspect.signature(getattr(owner, name)).parameters)
-        if found[: len(expected)] == expected:
-            return
-    says = f"takes ({', '.join(found)})" if found is not None else "is not there"
-    raise ImportError(
-        f"trl: in {trl.__version__} {function} {says}, accepted is one that takes ({', '.join(expected)}); {RELEASES}"
-    )
-
-
-HEAD = (
-    "ctx",
-    "hidden",
-    "weight",
-    "bias",
-    "targets",
-    "temperature",
-    "chunk_size",
-    "final_logit_softcapping",
-    "logit_scale",
-    "outputs",
-)
+TRL = f"trl {trl.__version__} (tested is 1.16)"
+HEAD = ("hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale", "outputs")
+require(TRL, "trl.trainer.utils._ChunkedLogProbFunction", utils, ())
+require(TRL, "trl.trainer.utils._ChunkedLogProbFunction.forward", utils._ChunkedLogProbFunction, ("ctx", *HEAD))
 # What BuPOTrainer overrides.
-_require("GRPOTrainer._generate_and_score_completions", GRPOTrainer, ("self", "inputs"))
-_require("GRPOTrainer._get_per_token_logps_and_entropies", GRPOTrainer, ("self", "model"))
-_require("trl.trainer.utils._ChunkedLogProbFunction.forward", getattr(utils, "_ChunkedLogProbFunction", None), HEAD)
+require(TRL, "GRPOTrainer._generate_and_score_completions", GRPOTrainer, ("self", "inputs"))
+require(TRL, "GRPOTrainer._get_per_token_logps_and_entropies", GRPOTrainer, ("self", "model"))
 
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _TRLS_OWN = utils._ChunkedLogProbFunction
@@ -115,8 +92,8 @@ def unpatch_trl() -> None:
 
 def _check_head() -> None:
     """Raises ImportError unless TRL's fused head looks up what :func:`patch_trl` replaces, and gives the values it would give."""
-    _require("trl.trainer.utils.add_fused_lm_head", utils, ("model", "temperature"))
-    _require("trl.trainer.utils._use_triton", utils, ("device",))
+    require(TRL, "trl.trainer.utils.add_fused_lm_head", utils, ("model",))
+    require(TRL, "trl.trainer.utils._use_triton", utils, ("device",))
     codes, names = [utils.add_fused_lm_head.__code__], set()
     while codes:  # that of the forward it makes is a constant of it
         code = codes.pop()
@@ -124,19 +101,12 @@ def _check_head() -> None:
         codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
     for name in ("_ChunkedLogProbFunction", "_use_triton", "DTensor"):
         if name not in names or not hasattr(utils, name):
-            raise ImportError(
-                f"trl: in {trl.__version__} add_fused_lm_head does not look up {name}, accepted is one that does; {RELEASES}"
-            )
-    options = {"dtype": torch.float32, "device": "cpu"}
-    hidden, weight = torch.arange(15, **options).view(3, 5).sin(), torch.arange(35, **options).view(7, 5).cos()
-    bias, targets = torch.arange(7, **options) / 7, torch.tensor([0, 6, 3], device="cpu")
+            raise ImportError(f"{TRL}: add_fused_lm_head does not look up {name}, accepted is one that does")
     for softcap, outputs in ((None, OUTPUTS), (0.9, tuple(name for name in OUTPUTS if name != "mean_logits"))):
-        given = (hidden, weight, bias, targets, 0.7, 4, softcap, 1.3, outputs)
+        given = (*small_input().values(), 0.7, 4, softcap, 1.3, outputs)
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            theirs, ours = _TRLS_OWN.apply(*given), _per_token(*given)
-        for name, a, b in zip(OUTPUTS, theirs, ours, strict=True):
-            if (a is None) != (b is None) or (a is not None and not torch.allclose(a.float(), b.float(), rtol=1e-4, atol=1e-5)):
-                raise ImportError(f"trl: in {trl.__version__} {name} of the fused head is {a}, accepted is {b}; {RELEASES}")
+            found, expected = (dict(zip(OUTPUTS, apply(*given), strict=True)) for apply in (_TRLS_OWN.apply, _per_token))
+        require_values(TRL, "_ChunkedLogProbFunction", found, expected)
 
 
 def _divergence() -> type | None:
