@@ -126,7 +126,8 @@ def _check_caller(head: nn.Module) -> None:
     if not isinstance(caller, nn.Module) or vars(caller).get("_modules", {}).get("base_layer") is not head:
         return
     if not any(getattr(caller, name, False) for name in ("takes_statistics", "disable_adapters", "merged")):
+        kind = type(caller)
         raise ValueError(
-            f"model: {type(caller).__name__} was put around its head after that was fused, accepted are heads fused with their "
-            "adapters; call apply_fused_head(model) again"
+            f"model: a {kind.__module__}.{kind.__name__} was put around its head after that was fused, accepted are heads fused "
+            "with their adapters; call apply_fused_head(model) again after LoRA, and leave the head out of what others target"
         )

@@ -73,8 +73,10 @@ def measure_readout(model: nn.Module, head: nn.Module, linear: nn.Linear) -> Rea
             raise Unmeasured(f"its forward raises {type(error).__name__}: {error}") from error
     if not states:
         raise Unmeasured("its forward does not call its head")
-    if len(answers[-1]) < len(VALUES) or not isinstance(logits, Tensor):
-        raise Unmeasured(f"its head was given {len(answers[-1])} rows of {len(VALUES)}")
+    if len(answers[-1]) < len(VALUES):
+        raise Unmeasured(f"its head is given {len(answers[-1])} rows of {len(VALUES)}")
+    if not isinstance(logits, Tensor) or not logits.is_floating_point():
+        raise Unmeasured("its logits are no floating-point tensor")
     return Readout(_scale_of(states[-1], hidden), _options(model, answers[-1], logits))
 
 

@@ -226,8 +226,10 @@ def _is_lora(module: nn.Module) -> bool:
 
 def _check_lora(layer: nn.Module) -> None:
     beyond = [name for name in ("lora_variant", "use_dora") if any(dict(getattr(layer, name, {})).values())]
+    parts = (*layer.lora_A.values(), *layer.lora_B.values())
+    beyond += [type(layer).__name__] if not all(isinstance(part, nn.Linear) for part in parts) else []  # AdaLoRA
     beyond += ["target_parameters"] if hasattr(layer, "parameter_name") else []
-    beyond += ["lora_bias"] if any(module.bias is not None for module in layer.lora_B.values()) else []
+    beyond += ["lora_bias"] if any(getattr(part, "bias", None) is not None for part in parts) else []
     if beyond or not layer.lora_A:
         raise ValueError(
             f"model: its head has an adapter with {', '.join(beyond) or 'no lora_A'}, accepted is plain LoRA; "
@@ -244,13 +246,17 @@ def _check_linear(linear: nn.Module) -> None:
         )
     if _plain(type(linear)) not in (nn.Linear, FusedLMHead):
         remedy = "leave it out of target_modules" if hasattr(linear, "base_layer") else "do not quantise or replace it"
-        raise TypeError(f"model: its head is a {type(linear).__name__}, accepted are nn.Linear and LoRA on it; {remedy}")
+        kind = type(linear)
+        name = f"{kind.__module__}.Linear" if kind.__name__ == "Linear" else kind.__name__  # peft has several
+        raise TypeError(f"model: its head is a {name}, accepted are nn.Linear and LoRA on it; {remedy}")
     weight = linear.weight
     sharded = hasattr(weight, "full_tensor")
     if not weight.is_floating_point() or not (sharded or type(weight) is nn.Parameter):
+        flat = type(weight) is Tensor  # FSDP1 with use_orig_params=False has views instead of parameters
+        remedy = "call apply_fused_head before FSDP wraps the model" if flat else "leave the head out of what is quantised"
         raise TypeError(
             f"model: the weight of its head is a {type(weight).__name__} of {weight.dtype}, accepted is a Parameter of floating "
-            "point; leave the head out of what is quantised"
+            f"point; {remedy}"
         )
     if sharded and not getattr(linear, "_is_fsdp_managed_module", False):
         raise ValueError("model: the weight of its head is a DTensor, accepted are those that FSDP2 gathers, and whole weights")
