@@ -328,6 +328,14 @@ def with_weight(weight):
     return model
 
 
+def with_view():
+    """As FSDP1 leaves a head with use_orig_params=False."""
+    model = tiny_model()
+    del model.lm_head._parameters["weight"]
+    model.lm_head.weight = torch.zeros(61, 32)
+    return model
+
+
 class OtherAdapter(nn.Module):
     def __init__(self):
         super().__init__()
@@ -353,6 +361,7 @@ class OtherAdapter(nn.Module):
             TypeError,
             "weight of its head is a Quantised",
         ),
+        (with_view, TypeError, r"is a Tensor of torch\.float32, .* call apply_fused_head before FSDP wraps the model"),
     ],
     ids=lambda x: x if isinstance(x, str) else None,
 )

@@ -127,6 +127,7 @@ STEPS = {
     "save_pretrained": saved_and_loaded,
     "load_state_dict": lambda model, _: assigned(model),
     "FSDP2 head": lambda model, _: sharded(model, head_of),
+    "FSDP2 layers": lambda model, _: sharded(model, lambda model: model.model.layers[0]),
     "FSDP2 root": lambda model, _: sharded(model, lambda model: model),
     "compile": lambda model, _: torch.compile(model, backend="eager"),
     "head.compile": lambda model, _: compiled_head(model),
@@ -173,6 +174,7 @@ ORDERS += [
     if (a, b) not in NOT_OURS
     for order in ((a, "apply", b), ("apply", a, b, "apply"))
 ]
+ORDERS += [("FSDP2 layers", "apply", "FSDP2 root"), ("FSDP2 layers", "FSDP2 head", "apply", "FSDP2 root")]
 ORDERS += [("offload", "lora", "apply"), ("lora", "apply", "offload"), ("offload", "lora merged", "apply")]
 
 

@@ -418,12 +418,13 @@ class OtherArguments:
 
 
 class OtherValues(torch.nn.Module):
-    def __init__(self, impl_backend):
-        super().__init__()
-
     def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
         logp = (hidden_states @ vocab_weights.T).log_softmax(-1)  # the temperature is forgotten
         return logp.gather(-1, input_ids[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+
+
+def fails(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
+    raise RuntimeError("needs a GPU")
 
 
 HEAD = "verl.utils.experimental.torch_functional.FusedLinearForPPO"
@@ -436,6 +437,7 @@ HEAD = "verl.utils.experimental.torch_functional.FusedLinearForPPO"
         ("verl.utils.kernel.linear_cross_entropy.LinearCrossEntropy", None, r"has no linear_cross_entropy\.LinearCrossEntropy"),
         (HEAD, OtherArguments, r"FusedLinearForPPO\.forward takes \(self, hidden_states, vocab_weights, input_ids, mask,"),
         (HEAD, OtherValues, "log_probs of FusedLinearForPPO is .* on a small input, accepted is"),
+        (HEAD + ".forward", fails, "FusedLinearForPPO raises RuntimeError on a small input: needs a GPU"),
     ],
 )
 def test_a_verl_that_lacks_what_is_replaced_is_refused_by_name_and_left_alone_by_the_plugin(

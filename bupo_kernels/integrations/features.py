@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -22,10 +22,17 @@ def require(peer: str, function: str, owner: object, expected: Sequence[str]) ->
         raise ImportError(f"{peer}: {function} takes ({', '.join(found)}), accepted is one that takes ({', '.join(expected)})")
 
 
-def require_values(peer: str, function: str, found: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
-    """Raises ImportError unless ``function`` has ``found`` what is ``expected`` of it, up to the rounding of 32 bits."""
-    for name, want in expected.items():
-        got = found[name]
+@torch.no_grad()
+def require_values(peer: str, function: str, names: Sequence[str], theirs: Callable, ours: Callable, *given) -> None:
+    """Raises ImportError unless ``theirs``, which is the ``function``, answers ``given`` with the values that ``ours`` does, which
+    are called ``names``, up to the rounding of 32 bits."""
+    with torch.autocast("cpu", enabled=False):
+        expected = ours(*given)
+        try:
+            found = dict(zip(names, theirs(*given), strict=True))
+        except Exception as error:
+            raise ImportError(f"{peer}: {function} raises {type(error).__name__} on a small input: {error}") from error
+    for (name, got), want in zip(found.items(), expected, strict=True):
         if (got is None) != (want is None) or (want is not None and not torch.allclose(got.float(), want.float(), 1e-4, 1e-5)):
             raise ImportError(f"{peer}: {name} of {function} is {got} on a small input, accepted is {want}")
 

@@ -47,7 +47,8 @@ def measure_readout(model: nn.Module, head: nn.Module, linear: nn.Linear) -> Rea
     device = torch.device("cpu") if weight.is_meta else weight.device
     columns = getattr(weight, "ds_shape", weight.shape)[0]  # the shape that ZeRO-3 has partitioned
     values = torch.tensor(VALUES, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    width = getattr(model.config.get_text_config(decoder=True), "hidden_size", linear.in_features)
+    config = model.config.get_text_config(decoder=True) if hasattr(model.config, "get_text_config") else model.config
+    width = getattr(config, "hidden_size", linear.in_features)
     hidden = torch.arange(len(VALUES) * width, dtype=values.dtype, device=device).sin().to(weight.dtype).view(1, -1, width)
 
     def instead_of_the_head(given: Tensor, *_, **__) -> Tensor:
@@ -118,7 +119,7 @@ def _scale_of(state: Tensor, hidden: Tensor) -> float | None:
     if state.shape != hidden.shape:
         return None
     tolerance = 4 * torch.finfo(hidden.dtype).eps
-    state, hidden = state.double(), hidden.double()
+    state, hidden = state.cpu().double(), hidden.cpu().double()
     scale = ((state * hidden).sum() / (hidden * hidden).sum()).item()
     if not torch.allclose(state, scale * hidden, rtol=tolerance, atol=0):
         return None
