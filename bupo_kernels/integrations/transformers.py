@@ -56,7 +56,8 @@ def apply_fused_head(model: nn.Module) -> nn.Module:
     for module in modules:
         if isinstance(module, FusedLMHead):
             vars(module).pop("readout", None)
-            vars(module).update({"readout": options} if options else {})
+            if options:
+                module.readout = options
     base = _base(model)
     if not isinstance(vars(base).get("set_output_embeddings"), _SetFusedHead):
         vars(base)["set_output_embeddings"] = _SetFusedHead(base)
