@@ -253,7 +253,12 @@ def _head(model: nn.Module, hidden: Tensor | list[Tensor], *arguments, **options
         return FusedLMHead.forward(head, hidden, *arguments, **options)
     if not any(isinstance(part, FusedLMHead) for part in head.modules()):  # peft wraps it
         raise TypeError(f"model: its head is a {type(head).__name__}, accepted are nn.Linear and FusedLMHead")
-    return head(hidden, *arguments, **options)
+    answer = head(hidden, *arguments, **options)
+    if isinstance(answer, Tensor) and answer.dim() == hidden.dim():  # an adapter that hands on no more than hidden
+        raise TypeError(
+            f"model: its head is a {type(head).__name__}, which answers with logits; accepted are LoRA and modules_to_save"
+        )
+    return answer
 
 
 def _backbone(model: nn.Module) -> nn.Module:

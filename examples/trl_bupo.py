@@ -1,4 +1,4 @@
-"""Bottom-up Policy Optimization with TRL, on a CPU in under a minute: pip install 'trl==1.16.*', then python examples/trl_bupo.py
+"""Bottom-up Policy Optimization with TRL, on a CPU in under a minute: pip install 'trl>=1.16', then python examples/trl_bupo.py
 
 The model is small and of random weights, and learns to write even digits. To train one of yours, give its name or folder as
 ``model``, a data set with a "prompt" column and your reward, and leave out what is marked as the toy's.

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from models import FAMILIES, tiny_model, token_batch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -16,13 +17,24 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    ChameleonConfig,
+    ChameleonForConditionalGeneration,
     CohereConfig,
+    FalconH1Config,
     Gemma2Config,
+    Gemma3TextConfig,
     GPT2Config,
+    GraniteConfig,
+    NanoChatConfig,
     PhiConfig,
+    PreTrainedModel,
+    RecurrentGemmaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
+    xLSTMConfig,
 )
 
-from bupo_kernels import FusedLMHead, linear_divergence, linear_policy_loss, policy_logprobs
+from bupo_kernels import FusedLMHead, linear_divergence, linear_logprobs, linear_policy_loss, logit_lens, policy_logprobs
 from bupo_kernels.integrations import transformers as integration
 from bupo_kernels.integrations.transformers import apply_fused_head, remove_fused_head
 
@@ -70,36 +82,41 @@ def test_all_that_changes_is_what_the_head_can_answer(family, tied, tmp_path, ca
 
 SMALL = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
-OTHERS = {  # config, what its statistics need, the name that is warned of
-    "gpt2": (GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=1), {}, None),
-    "phi": (PhiConfig(**SMALL), {}, None),  # a bias
-    "gemma2": (
-        Gemma2Config(**SMALL, num_key_value_heads=2, head_dim=8, final_logit_softcapping=2.0),
-        {"softcap": 2.0},
-        "final_logit_softcapping",
-    ),
-    "cohere": (CohereConfig(**SMALL, logit_scale=0.25), {"logit_scale": 0.25}, "logit_scale"),
+HEADS = {"num_key_value_heads": 2, "head_dim": 8}
+OTHERS = {  # config, and what is measured of it
+    "gpt2": (GPT2Config(vocab_size=61, n_embd=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=1), {}),
+    "phi": (PhiConfig(**SMALL), {}),  # a bias
+    "gemma2": (Gemma2Config(**SMALL, **HEADS, final_logit_softcapping=2.0), {"softcap": 2.0}),
+    "gemma3": (Gemma3TextConfig(**SMALL, **HEADS, final_logit_softcapping=None), {}),
+    "recurrent_gemma": (RecurrentGemmaConfig(**SMALL | {"num_hidden_layers": 3}, logits_soft_cap=3.0), {"softcap": 3.0}),
+    "cohere": (CohereConfig(**SMALL, logit_scale=0.25), {"logit_scale": 0.25}),
+    "granite": (GraniteConfig(**SMALL, logits_scaling=13.0), {"logit_scale": 1 / 13}),
+    "falcon_h1": (FalconH1Config(**SMALL, **HEADS, lm_head_multiplier=0.3, mamba_d_ssm=32, mamba_n_heads=4), {"logit_scale": 0.3}),
+    "nanochat": (NanoChatConfig(**SMALL, final_logit_softcapping=4.0), {"softcap": 4.0}),
 }
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_statistics_are_those_of_the_models_own_logits_with_the_gradients_of_plain_torch(name, caplog):
-    config, options, warned = OTHERS[name]
+    config, measured = OTHERS[name]
     model = AutoModelForCausalLM.from_config(config).double().eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
     apply_fused_head(model)
-    warnings = [record for record in caplog.records if record.levelno == logging.WARNING and record.name == "bupo_kernels"]
-    assert len(warnings) == (warned is not None)
-    assert warned is None or warned in warnings[0].message
+    assert model.get_output_embeddings().readout == pytest.approx(measured)
+    assert not warnings_in(caplog)
     hidden = []
     model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))
     ids = torch.randint(2, 61, (2, 9))
     targets = torch.randint(0, 61, (2, 9))
     logits = model(ids).logits
-    statistics = model.get_output_embeddings()(hidden[0], targets, **options)
+    statistics = model.get_output_embeddings()(hidden[0], targets)
     assert_answers_for(logits, statistics, targets)
+    # What is given stands in the place of what was measured.
+    given = {"softcap": 1.5, "logit_scale": 0.5}
+    plain = linear_logprobs(hidden[0], model.lm_head.weight, targets, bias=model.lm_head.bias, **given)
+    assert all(map(torch.equal, model.lm_head(hidden[0], targets, **given), plain))
     parameters = dict(model.named_parameters())
     upstream = torch.randn(2, 2, 9)
     found = []
@@ -110,9 +127,182 @@ def test_statistics_are_those_of_the_models_own_logits_with_the_gradients_of_pla
         torch.testing.assert_close(got, want, atol=1e-6 * max(g.abs().max() for g in found[1]), rtol=0, msg=lambda m, n=of: n + m)
 
 
-def test_a_masked_language_model_has_a_fused_head_too():
+def warnings_in(caplog):
+    return [r.message for r in caplog.records if r.levelno == logging.WARNING and r.name == "bupo_kernels"]
+
+
+def test_every_statistic_is_of_the_capped_and_scaled_logits():
+    model = AutoModelForCausalLM.from_config(OTHERS["gemma2"][0]).double()
+    head, options = apply_fused_head(model).lm_head, {"softcap": 2.0}
+    (hidden, targets), advantages = rows(), torch.randn(3, 7)
+    hidden, weight = 9 * hidden, head.weight
+    for found, want in (
+        (head(hidden, targets, advantages)[0], linear_policy_loss(hidden, weight, targets, advantages, **options)[0]),
+        (head(hidden, reference=2 * hidden), linear_divergence(hidden, 2 * hidden, weight, **options)),
+        (head([hidden], outputs=("entropy",)).entropy, logit_lens([hidden], weight, **options).entropy),
+    ):
+        assert torch.equal(found, want)
+    assert torch.equal(head(hidden), hidden @ weight.T)  # the model caps these itself
+
+
+def chameleon():
+    images = {f"IMGIMG{letter}Z": 10 + number for number, letter in enumerate("ABCD")}
+    vision = {"embed_dim": 8, "num_embeddings": 16, "base_channels": 32, "channel_multiplier": [1], "num_res_blocks": 1}
+    vision |= {"latent_channels": 32, "resolution": 8}
+    return ChameleonForConditionalGeneration(ChameleonConfig(**SMALL, vq_config=vision, vocabulary_map={"<image>": 4} | images))
+
+
+def minicpm():
+    if not hasattr(transformers, "MiniCPM3Config"):
+        pytest.skip("this transformers has no MiniCPM3")
+    return AutoModelForCausalLM.from_config(transformers.MiniCPM3Config(**SMALL))
+
+
+def t5(tied):
+    sizes = {"vocab_size": 61, "d_model": 16, "d_ff": 48, "num_layers": 1, "num_heads": 4, "d_kv": 8}
+    return T5ForConditionalGeneration(T5Config(**sizes, tie_word_embeddings=tied))
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (chameleon, r"4 of 61 \(ids 10, 11, 12, 13\) by more than a scale and a softcap, accepted is softcap\(scale · logits\)"),
+        (lambda: t5(tied=True), "multiplies its last hidden state by 0.25 before its head, accepted are models that hand it on"),
+        (minicpm, "multiplies its last hidden state by 8 before its head"),
+        (
+            lambda: with_logits(lambda z: z.log_softmax(-1)),
+            "logits by up to .*, and 61 of 61 .ids 0, 1, 2, 3, 4, …",
+        ),
+        (lambda: with_logits(lambda z: z[..., :60]), "has 60 logits where its head has 61"),
+    ],
+)
+def test_a_model_that_does_more_than_scale_and_cap_is_refused_with_what_was_measured(model, says):
+    model = model()
+    with pytest.raises(ValueError, match=says):
+        apply_fused_head(model)
+    assert type(model.get_output_embeddings()) is nn.Linear
+    assert "set_output_embeddings" not in vars(model)
+
+
+def with_logits(change):
+    """A model that makes something else of its head's logits."""
+    model = tiny_model()
+    forward = model.forward
+
+    def changed(input_ids, use_cache=None):
+        output = forward(input_ids, use_cache=use_cache)
+        output.logits = change(output.logits)
+        return output
+
+    model.forward = changed
+    return model
+
+
+def test_an_encoder_decoder_that_scales_nothing_is_fused(caplog):
+    model = apply_fused_head(t5(tied=False)).eval()
+    assert not warnings_in(caplog)
+    ids, targets = torch.randint(2, 61, (2, 5)), torch.randint(0, 61, (2, 5))
+    out = model(ids, decoder_input_ids=ids, output_hidden_states=True)
+    assert_answers_for(out.logits, model.lm_head(out.decoder_hidden_states[-1], targets), targets, 4e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_measured_does_not_depend_on_a_dtype_that_logits_are_rounded_to(dtype):
+    model = apply_fused_head(with_logits(lambda z: (3 * torch.tanh(0.5 * z / 3)).to(dtype)))
+    assert model.lm_head.readout == {"logit_scale": 0.5, "softcap": 3.0}
+
+
+def test_a_model_is_measured_without_reading_running_or_drawing_anything():
+    model = AutoModelForCausalLM.from_config(OTHERS["gemma2"][0]).train()
+    model.model.eval()
+    model.gradient_checkpointing_enable()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    for module in model.modules():
+        if module is not model:
+            module.register_forward_pre_hook(lambda module, _: pytest.fail(f"{type(module).__name__} ran"))
+    modes, state = [module.training for module in model.modules()], torch.random.get_rng_state()
+    modules = list(model.modules())
+    apply_fused_head(model)
+    assert model.lm_head.readout == {"softcap": 2.0}
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert [module.training for module in model.modules()] == modes
+    assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
+
+
+def test_a_model_on_the_meta_device_is_measured_and_so_is_one_under_other_defaults():
+    with torch.device("meta"):
+        model = apply_fused_head(AutoModelForCausalLM.from_config(OTHERS["gemma2"][0]))
+    assert model.lm_head.readout == {"softcap": 2.0}
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = apply_fused_head(AutoModelForCausalLM.from_config(OTHERS["granite"][0]))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert model.lm_head.readout == {"logit_scale": 1 / 13}
+
+
+def test_a_cap_that_its_model_applies_in_chunks_is_measured():
+    config = xLSTMConfig(vocab_size=61, hidden_size=32, num_blocks=1, num_heads=4, output_logit_soft_cap=3.0)
+    assert apply_fused_head(AutoModelForCausalLM.from_config(config)).lm_head.readout == pytest.approx({"softcap": 3.0})
+
+
+def test_what_is_measured_follows_the_model_when_it_is_applied_again():
+    model = apply_fused_head(AutoModelForCausalLM.from_config(OTHERS["gemma2"][0]))
+    model.config.final_logit_softcapping = None
+    assert apply_fused_head(model).lm_head.readout == {}
+
+
+class Flat(PreTrainedModel):
+    """Its layers are its own, and would run."""
+
+    config_class = PhiConfig
+
+    def __init__(self):
+        super().__init__(PhiConfig(**SMALL))
+        self.layer, self.head = nn.Embedding(61, 32), nn.Linear(32, 61)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids):
+        return SimpleNamespace(logits=self.head(self.layer(input_ids)))
+
+
+def test_what_would_run_layers_or_fsdp2_units_is_not_measured(caplog, one_process):
+    masked = BertForMaskedLM(BertConfig(**SMALL))
+    fully_shard(masked.cls.predictions.transform, mesh=dist.init_device_mesh("cpu", (1,)))
+    for model, reason in ((Flat(), "none of its children is a model"), (masked, "FSDP2 shards its cls.predictions.transform")):
+        caplog.clear()
+        for module in model.modules():
+            module.register_forward_pre_hook(lambda *_: pytest.fail("it ran"))
+        apply_fused_head(model)
+        (warning,) = warnings_in(caplog)
+        assert f"could not be measured ({reason}" in warning
+
+
+@pytest.mark.parametrize("reason", ["raises", "does not call its head"])
+def test_a_model_that_cannot_be_measured_is_fused_with_a_warning(reason, caplog):
+    model = tiny_model()
+    weight = model.lm_head.weight
+    model.forward = {
+        "raises": lambda pixels: pixels.shape,
+        "does not call its head": lambda input_ids: SimpleNamespace(logits=model.model(input_ids).last_hidden_state @ weight.T),
+    }[reason]
+    apply_fused_head(model)
+    (warning,) = warnings_in(caplog)
+    assert f"its forward {reason}" in warning
+    assert "give softcap or logit_scale with targets" in warning
+    hidden, targets = rows(torch.float32)
+    assert_answers_for(hidden @ weight.T, model.lm_head(hidden, targets), targets, 4e-6)
+
+
+def test_a_masked_language_model_has_a_fused_head_too(caplog):
     model = BertForMaskedLM(BertConfig(**SMALL)).eval()
     apply_fused_head(model)
+    (warning,) = warnings_in(caplog)
+    assert "something stands between its last hidden state and its head" in warning
     hidden, targets = torch.randn(2, 5, 32), torch.randint(0, 61, (2, 5))
     decoder = model.cls.predictions.decoder
     assert_answers_for(decoder(hidden), decoder(hidden, targets), targets, 4e-6)
@@ -135,6 +325,14 @@ def with_head(head):
 def with_weight(weight):
     model = tiny_model()
     model.lm_head._parameters["weight"] = weight
+    return model
+
+
+def with_view():
+    """As FSDP1 leaves a head with use_orig_params=False."""
+    model = tiny_model()
+    del model.lm_head._parameters["weight"]
+    model.lm_head.weight = torch.zeros(61, 32)
     return model
 
 
@@ -163,6 +361,7 @@ class OtherAdapter(nn.Module):
             TypeError,
             "weight of its head is a Quantised",
         ),
+        (with_view, TypeError, r"is a Tensor of torch\.float32, .* call apply_fused_head before FSDP wraps the model"),
     ],
     ids=lambda x: x if isinstance(x, str) else None,
 )

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 
 from bupo_kernels import policy_logprobs
 
-pytest.importorskip("trl", reason="trl is not installed (pip install 'trl==1.16.*')")
+pytest.importorskip("trl", reason="trl is not installed (pip install 'trl>=1.16')")
 
 import transformers
 from datasets import Dataset
@@ -236,22 +236,100 @@ def test_patching_says_once_what_it_replaces_and_unpatching_restores_it_exactly(
     unpatch_trl()
 
 
-@pytest.mark.parametrize("version", ["1.15.3", "1.17.0", "2.0.0"])
-def test_other_releases_of_trl_are_refused(monkeypatch, version):
-    monkeypatch.setattr("trl.__version__", version)
-    with pytest.raises(ImportError, match=rf"trl: {version} is installed, accepted is 1\.16\.x"):
+def test_another_release_with_the_same_head_is_accepted(monkeypatch):
+    monkeypatch.setattr("trl.__version__", "1.17.0")
+    fresh = fresh_import(monkeypatch)
+    fresh.patch_trl()
+    assert utils._ChunkedLogProbFunction.apply is fresh._per_token
+    fresh.unpatch_trl()
+
+
+class OtherArguments(utils._ChunkedLogProbFunction):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        raise AssertionError
+
+
+class OtherValues(utils._ChunkedLogProbFunction):
+    """As one whose entropy is in bits."""
+
+    @staticmethod
+    def apply(*given):
+        log_probs, entropy, *others = utils._ChunkedLogProbFunction.apply(*given)
+        return log_probs, entropy / 0.693, *others
+
+
+def add_another_head(model, temperature=1.0):
+    return utils._ChunkedLogProbFunction, utils._use_triton
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "instead", "says"),
+    [
+        (utils, "_ChunkedLogProbFunction", None, r"has no trl\.trainer\.utils\._ChunkedLogProbFunction, accepted"),
+        (utils, "_ChunkedLogProbFunction", OtherArguments, r"takes \(ctx, hidden, weight, targets\), accepted is one .* bias"),
+        (GRPOTrainer, "_get_per_token_logps_and_entropies", None, r"has no GRPOTrainer\._get_per_token_logps_and_entropies"),
+        (GRPOTrainer, "_generate_and_score_completions", lambda self: None, r"takes \(self\), accepted is .* \(self, inputs\)"),
+    ],
+)
+def test_a_release_that_lacks_what_is_used_is_refused_by_its_name(monkeypatch, where, name, instead, says):
+    monkeypatch.delattr(where, name) if instead is None else monkeypatch.setattr(where, name, instead)
+    with pytest.raises(ImportError, match=r"^trl 1\.\d+\.\d+ \(tested is 1\.16\).*" + says):
         fresh_import(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "instead", "says"),
+    [
+        (utils, "_use_triton", None, r"has no trl\.trainer\.utils\._use_triton"),
+        (utils, "add_fused_lm_head", add_another_head, "add_fused_lm_head does not look up DTensor"),
+        (
+            integration,
+            "_TRLS_OWN",
+            OtherValues,
+            r"entropy of _ChunkedLogProbFunction is .* on a small input, accepted is",
+        ),
+    ],
+)
+def test_a_head_that_works_otherwise_is_refused_and_left_alone(monkeypatch, where, name, instead, says):
+    with monkeypatch.context() as patch:
+        patch.delattr(where, name) if instead is None else patch.setattr(where, name, instead)
+        with pytest.raises(ImportError, match=r"^trl 1\.\d+\.\d+ \(tested is 1\.16\).*" + says):
+            patch_trl()
+    assert utils._ChunkedLogProbFunction is integration._TRLS_OWN
+
+
+def test_distillation_says_that_it_keeps_trl_s_own_head(patched, caplog):
+    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+    integration.log_once.cache_clear()
+    states, weight = torch.randn(2, 1, 9, 8), torch.randn(31, 8, requires_grad=True)
+    arguments = {
+        "student_hidden_states": states[0],
+        "student_lm_head_weight": weight,
+        "student_lm_head_bias": None,
+        "teacher_hidden_states": states[1],
+        "teacher_lm_head_weight": weight.detach() * 2,
+        "teacher_lm_head_bias": None,
+        "completion_mask": torch.ones(1, 9),
+        "beta": 0.5,
+    }
+    found = [_chunked_divergence_loss(**arguments)[0] for _ in range(2)]
+    assert ["TRL's own head runs for DistillationTrainer" in record.message for record in caplog.records] == [True]
+    unpatch_trl()
+    assert "apply" not in vars(integration._divergence())
+    assert torch.equal(_chunked_divergence_loss(**arguments)[0], found[0])
 
 
 def test_without_trl_the_import_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "trl", None)
-    with pytest.raises(ImportError, match=r"pip install 'trl==1\.16\.\*'"):
+    with pytest.raises(ImportError, match=r"pip install 'trl>=1\.16'"):
         fresh_import(monkeypatch)
 
 
 def fresh_import(monkeypatch):
     monkeypatch.delitem(sys.modules, integration.__name__)
-    importlib.import_module(integration.__name__)
+    return importlib.import_module(integration.__name__)
 
 
 # TRL's trainers

@@ -413,20 +413,45 @@ def test_unpatch_restores_heads_and_engines(plugin):
     assert function.__self__ is LinearCrossEntropy
 
 
-def test_another_verl_is_refused_by_name_and_left_alone_by_the_plugin(plugin, monkeypatch, caplog):
+class OtherArguments:
+    def forward(self, hidden_states, vocab_weights, input_ids, mask, temperature=1.0): ...
+
+
+class OtherValues(torch.nn.Module):
+    def forward(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
+        logp = (hidden_states @ vocab_weights.T).log_softmax(-1)  # the temperature is forgotten
+        return logp.gather(-1, input_ids[..., None])[..., 0], -(logp.exp() * logp).sum(-1)
+
+
+def fails(self, hidden_states, vocab_weights, input_ids, temperature=1.0):
+    raise RuntimeError("needs a GPU")
+
+
+HEAD = "verl.utils.experimental.torch_functional.FusedLinearForPPO"
+
+
+@pytest.mark.parametrize(
+    ("name", "instead", "says"),
+    [
+        ("verl.utils.fsdp_utils._select_fsdp2_wrap_targets", None, r"has no fsdp_utils\._select_fsdp2_wrap_targets,"),
+        ("verl.utils.kernel.linear_cross_entropy.LinearCrossEntropy", None, r"has no linear_cross_entropy\.LinearCrossEntropy"),
+        (HEAD, OtherArguments, r"FusedLinearForPPO\.forward takes \(self, hidden_states, vocab_weights, input_ids, mask,"),
+        (HEAD, OtherValues, "log_probs of FusedLinearForPPO is .* on a small input, accepted is"),
+        (HEAD + ".forward", fails, "FusedLinearForPPO raises RuntimeError on a small input: needs a GPU"),
+    ],
+)
+def test_a_verl_that_lacks_what_is_replaced_is_refused_by_name_and_left_alone_by_the_plugin(
+    name, instead, says, plugin, monkeypatch, caplog
+):
     plugin.unpatch_verl()
-    own = heads()
     monkeypatch.setattr("verl.__version__", "1.0.0")
-    with pytest.raises(ImportError, match=r"^verl: 1\.0\.0 is installed, accepted is 0\.9\.x from 0\.9\.1"):
+    monkeypatch.delattr(name) if instead is None else monkeypatch.setattr(name, instead)
+    own = heads()
+    with pytest.raises(ImportError, match=r"^verl 1\.0\.0 \(tested is 0\.9\.1\).*" + says) as refused:
         plugin.patch_verl()
     with caplog.at_level(logging.INFO, "bupo_kernels"):
         importlib.reload(plugin)
-        assert "nothing of verl is replaced: verl: 1.0.0 is installed" in caplog.text
-        assert heads() == own
-        monkeypatch.undo()
-        monkeypatch.delattr("verl.utils.fsdp_utils._select_fsdp2_wrap_targets")
-        importlib.reload(plugin)
-        assert "'verl.utils.fsdp_utils' has no attribute '_select_fsdp2_wrap_targets'" in caplog.text
+        assert f"nothing of verl is replaced: {refused.value}" in caplog.text
         assert heads() == own
         monkeypatch.undo()
         caplog.clear()

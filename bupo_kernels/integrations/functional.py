@@ -6,7 +6,7 @@
 | :func:`liger_fused_linear_cross_entropy` | ``liger_kernel.transformers.functional`` 0.8.5 |
 | :func:`verl_linear_cross_entropy` | ``verl.utils.kernel.linear_cross_entropy.linear_cross_entropy`` 0.9.1 |
 | :class:`FusedLinearForPPO` | ``verl.utils.experimental.torch_functional`` 0.9.1 |
-| :func:`apple_linear_cross_entropy` | ``cut_cross_entropy.linear_cross_entropy`` 25.6.4 |
+| :func:`apple_linear_cross_entropy` | ``cut_cross_entropy.linear_cross_entropy`` of its repository |
 | :func:`torch_linear_cross_entropy` | ``torch.nn.functional.linear_cross_entropy`` 2.13 |
 
 Names, order, defaults and meaning of the arguments are theirs, and so are the shapes returned; the peer need not be installed. An
@@ -233,7 +233,7 @@ def apple_linear_cross_entropy(
     impl: str = "cce",
     vocab_parallel_options: object | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross entropy, with Apple's options of 25.6.4; the one on PyPI, 25.1.1, has no ``bias`` and takes ``ignore_index`` there.
+    """Cross entropy, with the options of Apple's repository; PyPI's 25.1.1 has no ``bias`` and takes ``ignore_index`` in its place.
 
     Args:
         shift: ``targets`` are those of ``shift`` tokens further on, as in ``e[..., :-shift, :]`` with ``targets[..., shift:]``.

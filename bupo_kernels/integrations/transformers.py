@@ -2,77 +2,127 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
+import weakref
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
-from bupo_kernels.modules import FusedLMHead
+from bupo_kernels.integrations.readout import Unmeasured, measure_readout
+from bupo_kernels.modules import FusedLMHead, change_class, check_forward
 
 log = logging.getLogger("bupo_kernels")
 
 STATISTICS = ("targets", "advantages", "reference", "outputs")  # what makes a call of the head ask for more than logits
-# Of configs whose models go on with the logits after their head.
-AFTER_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
 
 
 def apply_fused_head(model: nn.Module) -> nn.Module:
     """Turns the output embedding of ``model`` into a :class:`FusedLMHead`, in place, and returns ``model``.
 
     ``model.get_output_embeddings()(hidden, targets, ...)`` then answers as :meth:`FusedLMHead.forward` does, and logits, generation
-    and saving are what they were: only classes change, so parameters, state-dict keys, ties and hooks stay. To be called before
-    or after ``fully_shard`` (also transformers' own, ``DistributedConfig(fsdp_size=...)``), before DDP and DeepSpeed wrap the
-    model. The head is to be called within the forward of what they wrap: they gather and reduce its weight there.
+    and saving are what they were: only classes change, so parameters, state-dict keys, ties and hooks stay. ``hidden`` is what the
+    model hands its head: its last hidden state. To be called before or after ``fully_shard`` (also transformers' own,
+    ``DistributedConfig(fsdp_size=...)``), before DDP and DeepSpeed wrap the model. The head is to be called within the forward of
+    what they wrap: they gather and reduce its weight there.
+
+    Before it or after it, in any order: a ``device_map``, casts, copies, pickling, ``torch.compile``, resized token embeddings. It
+    is to be called again after an adapter was put on the head (statistics raise until then), and on a model that was loaded again.
 
     Adapters that peft has put on the head before (LoRA, ``modules_to_save``): statistics are those of the adapted logits, whatever
     is active, merged or disabled at the time of the call. An active LoRA costs a copy of the weight, r columns wider, and a
     gradient of that size, also where the weight is frozen.
 
-    A model that scales or caps its logits after its head (Gemma, Cohere, Granite) is told in a warning: statistics of those
-    logits need ``logit_scale`` or ``softcap`` in the call.
+    Of a model that scales or caps its logits after its head (Gemma, Cohere, Granite) statistics are those of *its* logits: what it
+    does is measured on its own forward, with stand-ins for its layers and its head, so that no weight is read, nothing gathered and
+    nothing random drawn. ``logit_scale`` or ``softcap`` in a call stands in the place of what was measured. A forward that does not
+    run that way is told of in a warning, and what it does is left to the caller.
 
     Raises:
         ImportError: a release of transformers other than 5.
         TypeError: no model of transformers; a head that is not an ``nn.Linear`` with a floating-point weight (quantised, or an
-            adapter other than LoRA and ``modules_to_save``).
-        ValueError: no output embedding; a head split by tensor parallelism; a LoRA beyond ``scaling · B A`` (DoRA, bias).
+            adapter other than LoRA and ``modules_to_save``), or one that is parametrized.
+        ValueError: no output embedding; a head split by tensor parallelism; a LoRA beyond ``scaling · B A`` (DoRA, bias); a head
+            whose ``forward`` was replaced by one that calls what it was before; and, with what was measured, models that do more to
+            their logits than scale and cap them (Chameleon masks ids), or scale the hidden state before the head (T5, MiniCPM).
     """
-    changed = [f"{kind} -> {type(module).__name__}" for module, kind in _fuse(_modules(model))]
+    modules, head = _modules(model), _head(model)
+    options = _readout(model, head, modules)
+    changed = [f"{kind} -> {type(module).__name__}" for module, kind in _fuse(modules)]
+    for module in modules:
+        if isinstance(module, FusedLMHead):
+            vars(module).pop("readout", None)
+            if options:
+                module.readout = options
+    base = _base(model)
+    if not isinstance(vars(base).get("set_output_embeddings"), _SetFusedHead):
+        vars(base)["set_output_embeddings"] = _SetFusedHead(base)
     if changed:
-        log.info("output embedding of %s: %s", type(model).__name__, ", ".join(changed))
-        config = model.config.get_text_config(decoder=True)
-        for name in AFTER_THE_HEAD:
-            if getattr(config, name, None) not in (None, 1):
-                log.warning(
-                    "%s=%s: logits change after the head; give it logit_scale or softcap with targets", name, getattr(config, name)
-                )
+        told = "".join(f"; {name}={value:g} after it" for name, value in options.items())
+        log.info("output embedding of %s: %s%s", type(model).__name__, ", ".join(changed), told)
     return model
 
 
 def remove_fused_head(model: nn.Module) -> nn.Module:
     """Undoes :func:`apply_fused_head`, in place, and returns ``model``; one without a fused head stays as it is."""
-    for module in _parts(_head(model)):
+    modules = _parts(_head(model))
+    if any(map(is_parametrized, modules)):
+        raise TypeError("model: its head is parametrized, accepted is one without; remove its parametrizations first")
+    for module in modules:
         kind = type(module)
         if issubclass(kind, (FusedLMHead, _FusedLoRA)):
-            module.__class__ = _like(kind, nn.Linear if issubclass(kind, FusedLMHead) else _plain(kind).__bases__[1])
+            change_class(module, _like(kind, nn.Linear if issubclass(kind, FusedLMHead) else _plain(kind).__bases__[1]))
+            vars(module).pop("readout", None)
+    if isinstance(vars(_base(model)).get("set_output_embeddings"), _SetFusedHead):
+        del vars(_base(model))["set_output_embeddings"]
     return model
+
+
+class _SetFusedHead:
+    """``set_output_embeddings`` of a model with a fused head, on the instance: the new one, of :meth:`resize_token_embeddings` for
+    one, is fused too. It does not keep the model alive, and is copied and pickled with it."""
+
+    def __init__(self, model: nn.Module):
+        self.model = weakref.ref(model)
+
+    def __call__(self, new_embeddings: nn.Module | None) -> None:
+        model = self.model()
+        if new_embeddings is not None:
+            _check_parts(_parts(new_embeddings))
+        type(model).set_output_embeddings(model, new_embeddings)
+        if new_embeddings is not None:
+            apply_fused_head(model)
+
+    def __deepcopy__(self, memo: dict) -> _SetFusedHead:
+        return _SetFusedHead(copy.deepcopy(self.model(), memo))
+
+    def __reduce__(self):
+        return _SetFusedHead, (self.model(),)
 
 
 class _FusedLoRA:
     """Before the class of a LoRA ``Linear`` of peft, whose ``base_layer`` is a :class:`FusedLMHead`: statistics of its logits."""
 
+    takes_statistics = True  # from its base layer, where other adapters take logits
+
     def forward(self, hidden: Tensor, *arguments, **options):
         if not arguments and not any(name in options for name in STATISTICS):
             return super().forward(hidden, **options)
         active = [] if self.disable_adapters or self.merged else [name for name in self.active_adapters if name in self.lora_A]
-        if not active:
-            return super().forward(hidden, *arguments, **options)
+        if not active:  # peft's own unmerges what is disabled
+            return (super().forward if self.disable_adapters else self.base_layer)(hidden, *arguments, **options)
         if options.get("outputs") is not None:
             raise ValueError("outputs: given with an active LoRA on the head, accepted once it is merged (merge_adapter())")
         _check_lora(self)  # adapters can be added at any time
+        if self.base_layer.weight.is_meta:
+            raise ValueError(
+                "model: the weight of its head is offloaded and has an active LoRA, accepted is one on its device, or a merged one "
+                "(merge_adapter())"
+            )
         # W h + s B A h = [W B] [h; s A h]: exact, dropout and 16-bit weights included, which rounding W + s B A is not.
         weights = [self.base_layer.weight, *(self.lora_B[name].weight.to(self.base_layer.weight.dtype) for name in active)]
         if options.get("reference") is not None:
@@ -80,6 +130,13 @@ class _FusedLoRA:
         return torch.func.functional_call(
             self.base_layer, {"weight": torch.cat(weights, 1)}, (self._extended(hidden, active), *arguments), options
         )
+
+    def __reduce_ex__(self, protocol):
+        kind = type(self)
+        if _plain(kind) is not kind:  # sharded: whether that can be pickled is for FSDP2 to say
+            return super().__reduce_ex__(protocol)
+        # Its class is made at run time: what is pickled is how to make it.
+        return _new_fused_lora, (kind.__bases__[1],), super().__reduce_ex__(2)[2]
 
     def _extended(self, hidden: Tensor, active: Sequence[str]) -> Tensor:  # [..., D] -> [..., D + r]
         parts = [hidden]
@@ -96,16 +153,53 @@ def _modules(model: nn.Module) -> list[nn.Module]:
     modules = _parts(_head(model))
     if (size := getattr(model, "tp_size", None)) not in (None, 1):
         raise ValueError(f"model: split over {size} ranks by tensor parallelism, accepted is a model whose head is whole")
+    _check_parts(modules)
+    return modules
+
+
+def _check_parts(modules: list[nn.Module]) -> None:
     for module in modules:
         _check_lora(module) if _is_lora(module) else _check_linear(module)
-    return modules
+        if not isinstance(module, (FusedLMHead, _FusedLoRA)):
+            check_forward("model", module)
+
+
+def _readout(model: nn.Module, head: nn.Module, modules: list[nn.Module]) -> dict[str, float]:
+    """What ``model`` does with the logits of ``head``, as options of the ops."""
+    linear = next(module for module in modules if isinstance(module, nn.Linear))
+    try:
+        readout = measure_readout(_base(model), head, linear)
+    except Unmeasured as reason:
+        log.warning(
+            "%s: what it does to its head's logits could not be measured (%s); should it cap or scale them, give softcap or "
+            "logit_scale with targets",
+            *(type(model).__name__, reason),
+        )
+        return {}
+    if readout.scale is None:
+        log.warning(
+            "%s: something stands between its last hidden state and its head; give the head, with targets, what that makes of it",
+            type(model).__name__,
+        )
+    elif readout.scale != 1:
+        raise ValueError(
+            f"model: {type(model).__name__} multiplies its last hidden state by {readout.scale:.6g} before its head, accepted are "
+            "models that hand it on as it is; call linear_logprobs on that product and the weight of the head"
+        )
+    return readout.options
+
+
+def _base(model: nn.Module) -> nn.Module:
+    """Without what peft and ``torch.compile`` put around it."""
+    model = getattr(model, "_orig_mod", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _fuse(modules: list[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
     for module in modules:
         kind = type(module)
         if not issubclass(kind, (FusedLMHead, _FusedLoRA)):
-            module.__class__ = _like(kind, _fused_lora(_plain(kind)) if _is_lora(module) else FusedLMHead)
+            change_class(module, _like(kind, _fused_lora(_plain(kind)) if _is_lora(module) else FusedLMHead))
             yield module, kind.__name__
 
 
@@ -122,6 +216,8 @@ def _parts(head: nn.Module) -> list[nn.Module]:
     """The linears of an output embedding and the LoRA layers around them."""
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
         return [part for module in (head.original_module, *head.modules_to_save.values()) for part in _parts(module)]
+    if hasattr(head, "_orig_mod"):  # torch.compile
+        return _parts(head._orig_mod)
     return [head.base_layer, head] if _is_lora(head) else [head]
 
 
@@ -131,7 +227,10 @@ def _is_lora(module: nn.Module) -> bool:
 
 def _check_lora(layer: nn.Module) -> None:
     beyond = [name for name in ("lora_variant", "use_dora") if any(dict(getattr(layer, name, {})).values())]
-    beyond += ["lora_bias"] if any(module.bias is not None for module in layer.lora_B.values()) else []
+    parts = (*layer.lora_A.values(), *layer.lora_B.values())
+    beyond += [type(layer).__name__] if not all(isinstance(part, nn.Linear) for part in parts) else []  # AdaLoRA
+    beyond += ["target_parameters"] if hasattr(layer, "parameter_name") else []
+    beyond += ["lora_bias"] if any(getattr(part, "bias", None) is not None for part in parts) else []
     if beyond or not layer.lora_A:
         raise ValueError(
             f"model: its head has an adapter with {', '.join(beyond) or 'no lora_A'}, accepted is plain LoRA; "
@@ -140,15 +239,25 @@ def _check_lora(layer: nn.Module) -> None:
 
 
 def _check_linear(linear: nn.Module) -> None:
+    if is_parametrized(linear):
+        if isinstance(linear, FusedLMHead):
+            return
+        raise TypeError(
+            "model: its head is parametrized, accepted is one that is fused first; parametrize it after apply_fused_head"
+        )
     if _plain(type(linear)) not in (nn.Linear, FusedLMHead):
         remedy = "leave it out of target_modules" if hasattr(linear, "base_layer") else "do not quantise or replace it"
-        raise TypeError(f"model: its head is a {type(linear).__name__}, accepted are nn.Linear and LoRA on it; {remedy}")
+        kind = type(linear)
+        name = f"{kind.__module__}.Linear" if kind.__name__ == "Linear" else kind.__name__  # peft has several
+        raise TypeError(f"model: its head is a {name}, accepted are nn.Linear and LoRA on it; {remedy}")
     weight = linear.weight
     sharded = hasattr(weight, "full_tensor")
     if not weight.is_floating_point() or not (sharded or type(weight) is nn.Parameter):
+        flat = type(weight) is Tensor  # FSDP1 with use_orig_params=False has views instead of parameters
+        remedy = "call apply_fused_head before FSDP wraps the model" if flat else "leave the head out of what is quantised"
         raise TypeError(
             f"model: the weight of its head is a {type(weight).__name__} of {weight.dtype}, accepted is a Parameter of floating "
-            "point; leave the head out of what is quantised"
+            f"point; {remedy}"
         )
     if sharded and not getattr(linear, "_is_fsdp_managed_module", False):
         raise ValueError("model: the weight of its head is a DTensor, accepted are those that FSDP2 gathers, and whole weights")
@@ -172,3 +281,7 @@ def _fsdp_class(mixin: type, plain: type, deepcopy) -> type:
 @functools.cache
 def _fused_lora(kind: type) -> type:
     return type(f"Fused{kind.__name__}", (_FusedLoRA, kind), {})
+
+
+def _new_fused_lora(kind: type) -> nn.Module:
+    return _fused_lora(kind).__new__(_fused_lora(kind))

@@ -1,11 +1,18 @@
-"""TRL 1.16: its trainers on this library's head, and BuPO (arXiv 2512.19673) as a trainer of theirs.
+"""TRL: its trainers on this library's head, and BuPO (arXiv 2512.19673) as a trainer of theirs. Tested with TRL 1.16.
 
 :func:`patch_trl` before a trainer runs is all it takes; it reaches every trainer that scores tokens through TRL's fused head, which
-are GRPO, RLOO, KTO, DPO, SFT and the experimental asynchronous GRPO. :class:`BuPOTrainer` works with and without it.
+are GRPO, RLOO, KTO, DPO, SFT and the experimental asynchronous GRPO. It does not reach the distillation of one model into another
+(``DistillationTrainer`` and the experimental asynchronous one), which compares two heads. :class:`BuPOTrainer` works with and
+without it.
+
+Not the release of TRL decides but what is replaced: a release where it is not there, takes other arguments or gives other values is
+refused by name.
 """
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Literal
@@ -16,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from bupo_kernels.dispatch import log, log_once
 from bupo_kernels.functional import gathered, prepare
+from bupo_kernels.integrations.features import require, require_values, small_input
 from bupo_kernels.internal_policy import internal_policy
 
 try:
@@ -24,12 +32,19 @@ try:
     from trl import GRPOConfig, GRPOTrainer
     from trl.trainer import utils
 except ImportError as error:
-    raise ImportError(f"trl: accepted is 1.16.x (pip install 'trl==1.16.*'); its import says: {error}") from error
-if not trl.__version__.startswith("1.16."):
-    raise ImportError(f"trl: {trl.__version__} is installed, accepted is 1.16.x (pip install 'trl==1.16.*')")
+    raise ImportError(f"trl: accepted are releases from 1.16 (pip install 'trl>=1.16'); its import says: {error}") from error
 
+TRL = f"trl {trl.__version__} (tested is 1.16)"
+HEAD = ("hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping", "logit_scale", "outputs")
+require(TRL, "trl.trainer.utils._ChunkedLogProbFunction", utils, ())
+require(TRL, "trl.trainer.utils._ChunkedLogProbFunction.forward", utils._ChunkedLogProbFunction, ("ctx", *HEAD))
+# What BuPOTrainer overrides.
+require(TRL, "GRPOTrainer._generate_and_score_completions", GRPOTrainer, ("self", "inputs"))
+require(TRL, "GRPOTrainer._get_per_token_logps_and_entropies", GRPOTrainer, ("self", "model"))
+
+OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _TRLS_OWN = utils._ChunkedLogProbFunction
-_originals: dict[str, object] = {}
+_originals: list[tuple[object, str, object]] = []  # owner, name, what was there
 
 
 def patch_trl() -> None:
@@ -43,27 +58,70 @@ def patch_trl() -> None:
     The other outputs cost next to nothing, but for ``log_sum_sq_probs`` (DPO with ``use_weighting``: one more pass over the head).
     ``is_top1`` counts every label of maximal logit, TRL's only the first id of such.
 
-    TRL's own function still runs, which a warning says once, where DeepSpeed ZeRO-3 shards the head, and where ``mean_logits`` are
-    asked for under a softcap (DPO and KTO of Gemma 2).
+    TRL's own function still runs, which a warning says once, where DeepSpeed ZeRO-3 shards the head, where ``mean_logits`` are
+    asked for under a softcap (DPO and KTO of Gemma 2), and in ``DistillationTrainer``.
+
+    Raises ``ImportError`` where TRL's head does not work as those that this was written for.
     """
     if _originals:
         return
+    _check_head()
     replacements = {
         "_ChunkedLogProbFunction": SimpleNamespace(apply=_per_token),
         "_use_triton": lambda device: True,  # which there says: leave out positions without a label
         "DTensor": (),  # nothing is an instance: the shards arrive here, instead of a copy whose gradient is never reduced
     }
-    for name, replacement in replacements.items():
-        _originals[name] = getattr(utils, name)
-        setattr(utils, name, replacement)
-    log.info("patch_trl: trl.trainer.utils.%s replaced; its trainers use bupo_kernels.linear_logprobs", ", ".join(replacements))
+    replaced = [(utils, name, replacement) for name, replacement in replacements.items()]
+    if (divergence := _divergence()) is not None:
+        replaced.append((divergence, "apply", _told_of(divergence.apply)))
+    for owner, name, replacement in replaced:
+        _originals.append((owner, name, vars(owner).get(name)))
+        setattr(owner, name, replacement)
+    log.info(
+        "patch_trl: trl.trainer.utils.%s replaced; its trainers, but for DistillationTrainer, use bupo_kernels.linear_logprobs",
+        ", ".join(replacements),
+    )
 
 
 def unpatch_trl() -> None:
     """Gives TRL back what :func:`patch_trl` replaced; without it nothing happens."""
-    for name, original in _originals.items():
-        setattr(utils, name, original)
-    _originals.clear()
+    while _originals:
+        owner, name, original = _originals.pop()
+        delattr(owner, name) if original is None else setattr(owner, name, original)
+
+
+def _check_head() -> None:
+    """Raises ImportError unless TRL's fused head looks up what :func:`patch_trl` replaces, and gives the values it would give."""
+    require(TRL, "trl.trainer.utils.add_fused_lm_head", utils, ("model",))
+    require(TRL, "trl.trainer.utils._use_triton", utils, ("device",))
+    codes, names = [utils.add_fused_lm_head.__code__], set()
+    while codes:  # that of the forward it makes is a constant of it
+        code = codes.pop()
+        names |= set(code.co_names)
+        codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
+    for name in ("_ChunkedLogProbFunction", "_use_triton", "DTensor"):
+        if name not in names or not hasattr(utils, name):
+            raise ImportError(f"{TRL}: add_fused_lm_head does not look up {name}, accepted is one that does")
+    for softcap, outputs in ((None, OUTPUTS), (0.9, tuple(name for name in OUTPUTS if name != "mean_logits"))):
+        given = (*small_input().values(), 0.7, 4, softcap, 1.3, outputs)
+        require_values(TRL, "_ChunkedLogProbFunction", OUTPUTS, _TRLS_OWN.apply, _per_token, *given)
+
+
+def _divergence() -> type | None:
+    """The function of ``DistillationTrainer`` in the place of the fused head, if there is one."""
+    try:
+        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+    except ImportError:
+        return None
+    return ChunkedDivergenceFunction
+
+
+def _told_of(apply: Callable) -> staticmethod:
+    def told(*arguments):
+        log_once("patch_trl: TRL's own head runs for DistillationTrainer, whose divergence is between two heads")
+        return apply(*arguments)
+
+    return staticmethod(told)
 
 
 def _per_token(

@@ -1,4 +1,4 @@
-"""verl 0.9.1: its fused head runs this library, and BuPO is an engine that a verl configuration chooses.
+"""verl: its fused head runs this library, and BuPO is an engine that a verl configuration chooses. Tested with verl 0.9.1.
 
 **The head.** Importing this module calls :func:`patch_verl`. As the entry point ``verl.plugins`` of this package it is imported by
 verl in every process, so that ``actor_rollout_ref.model.use_fused_kernels: True``, with any ``impl_backend``, is all there is to
@@ -26,17 +26,17 @@ import os
 from dataclasses import dataclass
 from functools import partial
 
-from packaging.version import Version
 from torch import Tensor, nn
 
 from bupo_kernels.dispatch import log
 from bupo_kernels.functional import linear_logprobs
+from bupo_kernels.integrations.features import require, require_values, small_input
 from bupo_kernels.internal_policy import MODULES, internal_policy
 
 try:
     import verl
 except ImportError as error:
-    raise ImportError(f"verl: accepted is 0.9.x from 0.9.1 (pip install 'verl~=0.9.1'); its import says: {error}") from error
+    raise ImportError(f"verl: accepted are releases from 0.9.1 (pip install 'verl>=0.9.1'); its import says: {error}") from error
 
 _originals: list[tuple[object, str, object]] = []  # owner, name, what was there
 
@@ -44,14 +44,26 @@ _originals: list[tuple[object, str, object]] = []  # owner, name, what was there
 def patch_verl() -> None:
     """verl's fused heads run :func:`bupo_kernels.linear_logprobs`; a second call changes nothing.
 
-    Raises ``ImportError`` where verl is not of a version that this was written for.
+    Raises ``ImportError`` where verl's heads are not there, take other arguments or give other values than those that this was
+    written for, whatever the release.
     """
-    _check_version()
     if _originals:
         return
     from verl.utils import fsdp_utils
     from verl.utils.experimental.torch_functional import FusedLinearForPPO
     from verl.utils.kernel import linear_cross_entropy
+
+    own, kernel = _release(), linear_cross_entropy
+    fused = ("hidden_states", "vocab_weights", "input_ids", "temperature")
+    require(own, "FusedLinearForPPO.forward", FusedLinearForPPO, ("self", *fused))
+    require(own, "linear_cross_entropy.linear_cross_entropy", kernel, ())
+    require(own, "linear_cross_entropy.LinearCrossEntropy", kernel, ())
+    arguments = ("hidden", "weight", "labels", "temperature", "reduction", "dist_process_group")
+    require(own, "LinearCrossEntropy.forward", kernel.LinearCrossEntropy, ("ctx", *arguments))
+    require(own, "fsdp_utils._select_fsdp2_wrap_targets", fsdp_utils, ("model",))
+    hidden, weight, _, targets = small_input().values()
+    given = (hidden[None], weight, targets[None], 0.7)
+    require_values(own, "FusedLinearForPPO", ("log_probs", "entropy"), FusedLinearForPPO(), _linear_cross_entropy, *given)
 
     # verl looks all three up when it calls them, but for Megatron's models, which import the second once.
     replaced = (
@@ -78,9 +90,8 @@ def unpatch_verl() -> None:
                 del engines[key]
 
 
-def _check_version() -> None:
-    if not (0, 9, 1) <= Version(verl.__version__).release < (0, 10):
-        raise ImportError(f"verl: {verl.__version__} is installed, accepted is 0.9.x from 0.9.1 (pip install 'verl~=0.9.1')")
+def _release() -> str:
+    return f"verl {verl.__version__} (tested is 0.9.1)"
 
 
 def _linear_cross_entropy(
@@ -128,10 +139,12 @@ def __getattr__(name: str):
 
 def _define_engine() -> None:
     global BuPOEngine, BuPOEngineConfig
-    _check_version()
     from verl.utils.device import get_device_name, get_vendor
     from verl.workers.config import FSDPEngineConfig
     from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead, FSDPTurboEngineWithLMHead
+
+    arguments = ("self", "data", "loss_function", "forward_only")
+    require(_release(), "FSDPEngineWithLMHead.forward_backward_batch", FSDPEngineWithLMHead, arguments)
 
     backends = {"fsdp": FSDPEngineWithLMHead, "fsdp2": FSDPEngineWithLMHead, "fsdp_turbo": FSDPTurboEngineWithLMHead}
 
