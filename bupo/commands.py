@@ -23,7 +23,8 @@ def evaluate_command(config: TrainConfig, out: Path | None) -> Accuracy:
     with process_group(config.hardware) as world, RewardPool(**config.reward.model_dump()) as pool:
         check_fits(load_architecture(config), config)
         tokenizer = load_tokenizer(config.model)
-        examples = [e for where in config.heldout for e in load_examples(where, config.data, tokenizer, "--data")]
+        asked = {"columns": pool.columns}
+        examples = [e for where in config.heldout for e in load_examples(where, config.data, tokenizer, "--data", **asked)]
         model = load_model(config.model, config.hardware, world)
         rollout = configured_rollout(config, model, tokenizer, world, config.evaluation.temperature)
         numbers = {"samples": config.evaluation.samples, "ks": config.evaluation.k, "seed": config.seed}

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from bupo.config import ConfigError, Data
+from bupo.rewards import Columns, Question
 
 
 @dataclass(frozen=True)
@@ -24,15 +25,19 @@ class Example:
     prompt_ids: tuple[int, ...]
     answer: str
     source: str  # accuracy is reported by it
+    row: dict[str, Any] = field(default_factory=dict, hash=False)  # what the reward is called with besides
 
 
-def load_examples(where: str, data: Data, tokenizer: PreTrainedTokenizerBase, key: str) -> list[Example]:
+def load_examples(
+    where: str, data: Data, tokenizer: PreTrainedTokenizerBase, key: str, *, columns: Columns | None = None
+) -> list[Example]:
     """The examples of a JSONL or parquet file, of a folder saved by `datasets`, or of a dataset on the Hugging Face hub.
 
-    Columns, template and limit are those of ``data``. Answers that are numbers become text, whole ones without a point.
+    Columns, template and limit are those of ``data``; ``columns`` are those that the reward asks for besides. Answers that are
+    numbers become text, whole ones without a point.
     Raises :class:`ConfigError` with the configuration ``key`` and the first row that is not as it must be.
     """
-    name, rows = _read(where, data, key)
+    name, rows = _read(where, data, columns, key)
     if not rows:
         raise ConfigError(f"{key}: {where} is empty, accepted is at least one example")
     _check_special_tokens(data.template, tokenizer)
@@ -62,8 +67,14 @@ def load_examples(where: str, data: Data, tokenizer: PreTrainedTokenizerBase, ke
             "%s: %d of %d prompts in %s have more than %d tokens and are left out",
             *(key, len(too_long), len(rows), where, data.max_prompt_tokens),
         )
-    examples = [Example(*example) for example in zip(texts, map(tuple, ids), answers, sources, strict=True)]
+    told = [_told(row, prompt, columns) for row, prompt in zip(rows, prompts, strict=True)]
+    examples = [Example(*example) for example in zip(texts, map(tuple, ids), answers, sources, told, strict=True)]
     return [example for example in examples if len(example.prompt_ids) <= data.max_prompt_tokens]
+
+
+def question(example: Example, response: str, response_ids: Sequence[int]) -> Question:
+    """What the reward of a response to ``example`` is asked with."""
+    return Question(response, example.answer, response_ids, example.source, example.row)
 
 
 # ---- rows
@@ -130,25 +141,48 @@ def _prompt(value: Any) -> str | list[dict[str, str]] | None:
     return chat if chat and chat[-1]["role"] != "assistant" else None
 
 
+def _told(row: _Row, prompt: str | list[dict[str, str]], columns: Columns | None) -> dict[str, Any]:
+    """What of the row a reward is called with that asks for ``columns``: they, and the prompt as it was before the template."""
+    if columns is None:
+        return {}
+    for name in columns.required:
+        if name not in row.values:
+            there = ", ".join(row.columns)
+            raise ConfigError(f"{row.place} has no {name!r}, which reward.function asks for; its columns are {there}")
+        if not _is_json(row.values[name]):
+            value = row.values[name]
+            raise ConfigError(f"{row.place}: {name!r} is {value!r:.100}, accepted for reward.function is what JSON can hold")
+    optional = row.values if columns.optional is None else columns.optional
+    found = {name: row.values[name] for name in optional if name in row.values and _is_json(row.values[name])}
+    return found | {name: row.values[name] for name in columns.required} | {"prompt": prompt}
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return bool(json.dumps(value))
+    except (TypeError, ValueError):
+        return False
+
+
 # ---- files and datasets
 
 
-def _read(where: str, data: Data, key: str) -> tuple[str, list[_Row]]:
+def _read(where: str, data: Data, asked: Columns | None, key: str) -> tuple[str, list[_Row]]:
     """The name of the dataset, and its rows."""
     path = Path(where)
     suffix = path.suffix.lower()
     if path.is_dir():
-        return path.resolve().name, _datasets_rows(where, data, key)
+        return path.resolve().name, _datasets_rows(where, data, asked, key)
     if path.is_file() and suffix in (".jsonl", ".parquet"):
         try:
-            return path.stem, jsonl_rows(where, key) if suffix == ".jsonl" else _parquet_rows(where, data, key)
+            return path.stem, jsonl_rows(where, key) if suffix == ".jsonl" else _parquet_rows(where, data, asked, key)
         except OSError as error:
             raise ConfigError(f"{key}: {where} cannot be read ({error.strerror or error}), accepted is {_PLACES}") from None
     if path.exists():
         raise ConfigError(f"{key}: {where} is a file of another kind, accepted is {_PLACES}")
     if suffix in (".jsonl", ".json", ".parquet"):
         raise ConfigError(f"{key}: {where} does not exist, accepted is {_PLACES}")
-    return where.partition(":")[0].split("/")[:2][-1], _datasets_rows(where, data, key)
+    return where.partition(":")[0].split("/")[:2][-1], _datasets_rows(where, data, asked, key)
 
 
 def jsonl_rows(where: str, key: str) -> list[_Row]:
@@ -171,7 +205,7 @@ def jsonl_rows(where: str, key: str) -> list[_Row]:
     return rows
 
 
-def _parquet_rows(where: str, data: Data, key: str) -> list[_Row]:
+def _parquet_rows(where: str, data: Data, asked: Columns | None, key: str) -> list[_Row]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -180,13 +214,13 @@ def _parquet_rows(where: str, data: Data, key: str) -> list[_Row]:
     try:
         with parquet.ParquetFile(where) as file:
             columns = file.schema_arrow.names
-            values = file.read(columns=_needed(columns, data)).to_pylist()
+            values = file.read(columns=_needed(columns, data, asked)).to_pylist()
     except pyarrow.ArrowException as error:
         raise ConfigError(f"{key}: {where} is not a parquet file: {_first_line(error)}") from None
     return _table_rows(values, columns, where, key)
 
 
-def _datasets_rows(where: str, data: Data, key: str) -> list[_Row]:
+def _datasets_rows(where: str, data: Data, asked: Columns | None, key: str) -> list[_Row]:
     """The rows of a folder that `datasets` saved, or else of a dataset on the hub."""
     name, _, split = where.partition(":")
     parts = name.split("/")
@@ -207,16 +241,18 @@ def _datasets_rows(where: str, data: Data, key: str) -> list[_Row]:
     if isinstance(dataset, dict):
         raise ConfigError(f"{key}: {where} holds the splits {', '.join(dataset)}, accepted is the folder of one of them")
     columns = dataset.column_names
-    return _table_rows(dataset.select_columns(_needed(columns, data)).to_list(), columns, where, key)
+    return _table_rows(dataset.select_columns(_needed(columns, data, asked)).to_list(), columns, where, key)
 
 
 def _table_rows(values: list[dict[str, Any]], columns: list[str], where: str, key: str) -> list[_Row]:
     return [_Row(f"{key}: {where} row {number}", row, columns) for number, row in enumerate(values, 1)]
 
 
-def _needed(columns: list[str], data: Data) -> list[str]:
+def _needed(columns: list[str], data: Data, asked: Columns | None) -> list[str]:
     """Those of a table's columns that are looked into: others can be gigabytes. At least one: `datasets` has no rows without."""
-    wanted = (data.prompt, *_answer_columns(data), data.source or "data_source")
+    wanted = [data.prompt, *_answer_columns(data), data.source or "data_source"]
+    if asked is not None:
+        wanted += [*asked.required, *(columns if asked.optional is None else asked.optional)]
     return [name for name in columns if any(column == name or column.startswith(f"{name}.") for column in wanted)] or columns[:1]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import json
 import logging
 import math
@@ -19,12 +20,30 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from functools import cache
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, NamedTuple
 
 from bupo.config import ConfigError
 
-Reward = Callable[[str, str], float]
+Reward = Callable[..., Any]  # of (response, answer), or as TRL or verl calls it: see convention
+
+
+class Question(NamedTuple):
+    """A response, and all that a reward may be told about it."""
+
+    response: str
+    answer: str
+    ids: Sequence[int] = ()  # tokens of the response
+    source: str = ""  # as in :class:`bupo.data.Example`
+    row: dict[str, Any] | None = None  # the same; what the reward asks for
+
+
+class Columns(NamedTuple):
+    """Columns of the data that a reward is called with."""
+
+    required: Sequence[str]
+    optional: Sequence[str] | None  # None: all there are
 
 
 def exact_match(response: str, answer: str) -> float:
@@ -147,6 +166,63 @@ def load_reward(path: str) -> Reward:
     return reward
 
 
+_TRL = ("prompts", "completions", "completion_ids")
+_ONLY_TRL = {"trainer_state", "log_extra", "log_metric", "environments"}  # which TRL gives a reward, and nobody else can
+_VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
+
+
+def convention(path: str, reward: Reward) -> tuple[Callable[[Question], Any], Columns | None]:
+    """How ``reward`` is called, and what it asks of the data; None: nothing, it is a function of (response, answer).
+
+    Told by the names of its parameters: those of TRL are called with lists of one, columns of the data among them, those of verl
+    with the answer as their ``ground_truth``. Raises :class:`ConfigError` for any other signature.
+    """
+    accepted = (
+        "accepted are (response, answer), TRL's (prompts, completions, **columns), "
+        "and verl's (data_source, solution_str, ground_truth, extra_info)"
+    )
+    try:
+        signature = inspect.signature(reward)
+    except (TypeError, ValueError):  # written in C: it has none to look at
+        return lambda question: reward(*question[:2]), None
+    parameters = {name: p for name, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+
+    def call(arguments: dict[str, Any]) -> Any:
+        return reward(**{name: value for name, value in arguments.items() if takes_all or name in parameters})
+
+    def as_trl(question: Question) -> list[Any]:
+        columns = {"answer": question.answer, **(question.row or {})}
+        prompt, completion = columns.pop("prompt", ""), question.response
+        if isinstance(prompt, list):
+            completion = [{"role": "assistant", "content": completion}]
+        given = dict(zip(_TRL, (prompt, completion, question.ids), strict=True))
+        return call({name: [value] for name, value in (columns | given).items()})
+
+    def as_verl(question: Question) -> Any:
+        extra_info = (question.row or {}).get("extra_info") or {}
+        return call(dict(zip(_VERL, (question.source, question.response, question.answer, extra_info), strict=True)))
+
+    given = f"reward.function: {path!r} takes {signature}"
+    if parameters.keys() & {"completions", "completion_ids"}:
+        if unknown := sorted(needed & _ONLY_TRL):
+            raise ConfigError(f"{given}, accepted are TRL's rewards without {', '.join(unknown)}")
+        optional = None if takes_all else sorted(parameters.keys() - needed - {*_TRL})
+        return as_trl, Columns(sorted(needed - {*_TRL, "answer"}), optional)
+    if "solution_str" in parameters:
+        if unknown := sorted(needed - {*_VERL}):
+            raise ConfigError(f"{given}, accepted are verl's rewards without {', '.join(unknown)}")
+        return as_verl, Columns((), ("extra_info",))
+    try:
+        signature.bind("", "")
+    except TypeError:
+        raise ConfigError(f"{given}, {accepted}") from None
+    if plural := sorted(parameters.keys() & {"solution_strs", "ground_truths", "queries", "prompts"}):
+        raise ConfigError(f"{given}, whole batches by {', '.join(plural)}; {accepted}")
+    return lambda question: reward(*question[:2]), None
+
+
 class RewardPool:
     """Processes that compute rewards, and that are killed when one takes too long. One thread at a time may use it, any thread.
 
@@ -156,6 +232,10 @@ class RewardPool:
     Args:
         function: ``module:function``, imported once by each process, found as here or in the current folder.
         timeout: seconds of a call, the import not included.
+
+    Attributes:
+        columns: of the data, that the function is called with (:attr:`Question.row`); None before the processes have started, and
+            for a function of (response, answer).
     """
 
     start_timeout = 60.0  # seconds for the import
@@ -164,6 +244,7 @@ class RewardPool:
         self.function, self.timeout, self.workers = function, timeout, workers
         self.failures: Counter[str] = Counter()
         self.last_failure: str | None = None
+        self.columns: Columns | None = None
         self._pool: list[_Worker] = []
 
     def __enter__(self) -> RewardPool:
@@ -178,10 +259,10 @@ class RewardPool:
         while self._pool:
             self._pool.pop().kill()
 
-    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """The reward of each (response, answer), in order; nan where it failed."""
-        rewards = [math.nan] * len(pairs)
-        pending = deque(enumerate(pairs))
+    def score(self, questions: Sequence[Question | tuple[str, str]]) -> list[float]:
+        """The reward of each question, or (response, answer), in order; nan where it failed."""
+        rewards = [math.nan] * len(questions)
+        pending = deque(enumerate(questions))
         try:
             for worker in wait(self._pool, 0):
                 self._hear(worker, rewards)  # of its end: it was idle
@@ -208,11 +289,11 @@ class RewardPool:
             self._pool.append(_Worker(self.function, self.start_timeout))
 
     def _limit(self, worker: _Worker) -> float:
-        return self.start_timeout if worker.pair is None else self.timeout
+        return self.start_timeout if worker.question is None else self.timeout
 
-    def _ask(self, worker: _Worker, index: int, pair: tuple[str, str]) -> None:
+    def _ask(self, worker: _Worker, index: int, question: Sequence[Any]) -> None:
         try:
-            worker.ask(index, pair, self.timeout)
+            worker.ask(index, question[:2] if self.columns is None else question, self.timeout)
         except OSError as error:
             self._lose(worker, "died", f"the process takes no question ({type(error).__name__})")
 
@@ -224,10 +305,12 @@ class RewardPool:
             return
         if kind == "error":
             raise ConfigError(value)
-        if kind == "reward":
+        if kind == "ready":
+            self.columns = value and Columns(*value)
+        elif kind == "reward":
             rewards[worker.index] = value
-        elif kind != "ready":
-            self._count(kind, value, worker.pair)
+        else:
+            self._count(kind, value, worker.question)
         worker.busy = False
 
     def _lose(self, worker: _Worker, reason: str, detail: str) -> None:
@@ -235,15 +318,15 @@ class RewardPool:
         self._pool.remove(worker)
         worker.kill()
         detail = f"{detail} (exit code {worker.process.returncode})" if reason == "died" else detail
-        if worker.busy and worker.pair is None:
+        if worker.busy and worker.question is None:
             reason = f"while it was imported: {detail}"
             raise ConfigError(f"reward.function: {self.function!r} given, accepted is an importable module:function ({reason})")
         if worker.busy:
-            self._count(reason, detail, worker.pair)
+            self._count(reason, detail, worker.question)
 
-    def _count(self, reason: str, detail: str, pair: tuple[str, str]) -> None:
+    def _count(self, reason: str, detail: str, question: Sequence[Any]) -> None:
         self.failures[reason] += 1
-        self.last_failure = f"{reason}: {detail}; response {pair[0]!r:.200}, answer {pair[1]!r:.80}"
+        self.last_failure = f"{reason}: {detail}; response {question[0]!r:.200}, answer {question[1]!r:.80}"
 
 
 # A process of its own kind instead of multiprocessing's: that runs the parent's __main__ again, and it talks through pickles.
@@ -251,7 +334,7 @@ _BOOT = "import sys; sys.path[:] = sys.argv[3:]; from bupo.rewards import _work;
 
 
 class _Worker:
-    """A process, and what it is busy with until the deadline: the import, or a pair."""
+    """A process, and what it is busy with until the deadline: the import, or a question."""
 
     def __init__(self, function: str, timeout: float) -> None:
         self.socket, other = socket.socketpair()
@@ -266,17 +349,17 @@ class _Worker:
             )
         self.busy = True
         self.index: int | None = None
-        self.pair: tuple[str, str] | None = None
+        self.question: Sequence[Any] | None = None
         self.deadline = time.monotonic() + timeout
 
     def fileno(self) -> int:
         return self.socket.fileno()
 
-    def ask(self, index: int, pair: tuple[str, str], timeout: float) -> None:
+    def ask(self, index: int, question: Sequence[Any], timeout: float) -> None:
         """Raises ``OSError`` when the process does not take it."""
-        self.busy, self.index, self.pair, self.deadline = True, index, pair, time.monotonic() + timeout
+        self.busy, self.index, self.question, self.deadline = True, index, question, time.monotonic() + timeout
         self.socket.settimeout(timeout)
-        self.socket.sendall(json.dumps(pair).encode() + b"\n")
+        self.socket.sendall(json.dumps(question).encode() + b"\n")
 
     def hear(self) -> list[Any]:
         """A message; so short that it comes in one piece. Raises ``ValueError`` or ``OSError`` when the process ended instead."""
@@ -299,30 +382,46 @@ def _work(function: str, descriptor: int) -> None:
     with socket.socket(fileno=descriptor) as connection:
         connection.set_inheritable(False)
 
-        def send(kind: str, value: float | str | None) -> None:
+        def send(kind: str, value: Any) -> None:
             connection.sendall(json.dumps([kind, value]).encode() + b"\n")
 
         try:
-            reward = load_reward(function)
+            call, columns = convention(function, load_reward(function))
         except ConfigError as error:
             return send("error", str(error)[:1000])
-        send("ready", None)
+        send("ready", columns)
         for question in connection.makefile("rb"):
-            send(*_outcome(reward, *json.loads(question)))
+            send(*_outcome(call, Question(*json.loads(question))))
 
 
-def _outcome(reward: Reward, response: str, answer: str) -> tuple[str, float | str]:
+def _outcome(call: Callable[[Question], Any], question: Question) -> tuple[str, float | str]:
     """("reward", its value), or why there is none and a description."""
     try:
-        value = reward(response, answer)
+        value = call(question)
+        if inspect.isawaitable(value):
+            value = _event_loop().run_until_complete(value)
     except (Exception, SystemExit) as error:
         return "exception", " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    number = value
+    if isinstance(value, dict):
+        number = value.get("score")
+    elif isinstance(value, (list, tuple)) and len(value) == 1:
+        number = value[0]
     try:
-        if math.isfinite(value):
-            return "reward", float(value)
+        if math.isfinite(number):
+            return "reward", float(number)
     except Exception:  # whatever the value's class raises
         pass
-    return "not finite", f"{value!r:.100} ({type(value).__name__}) returned, accepted are finite numbers"
+    accepted = "accepted are finite numbers, a list of one, or a dictionary with one as its score"
+    return "not finite", f"{value!r:.100} ({type(value).__name__}) returned, {accepted}"
+
+
+@cache
+def _event_loop() -> Any:
+    """Of the coroutines that a reward is: one for all of this process, since what they keep open belongs to it."""
+    import asyncio
+
+    return asyncio.new_event_loop()
 
 
 def _die_with_parent() -> None:

@@ -106,6 +106,11 @@ def test_token_weights_are_those_of_the_mini_batch(aggregation, expected):
 # ---- attention
 
 
+@pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean-token-mean"])
+def test_a_mini_batch_without_a_valid_sample_has_no_weights(aggregation):
+    assert token_weights([], aggregation) == []
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("policy", [{}, {"layer": 2}, {"layer": 3, "module": "attention"}, {"layer": 2, "module": "ffn"}])

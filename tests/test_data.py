@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from bupo.config import ConfigError, Data
 from bupo.data import Example, PromptOrder, load_examples, stream_seed
+from bupo.rewards import Columns
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -270,6 +271,28 @@ def test_columns_are_named_and_dots_reach_into_structs(tmp_path):
     columns = {"prompt": "q.en.text", "answer": "a.b", "source": "meta.level"}
     assert load(path, **columns)[0] == Example("a", tuple(TOKENIZER("a").input_ids), "literal", "hard")
     assert load(parquet(tmp_path / "x.parquet", row), **columns) == load(path, **columns)
+
+
+def test_what_a_reward_asks_for_comes_with_the_example(tmp_path):
+    row = bupo_row(level=3, bytes=None)
+    paths = [jsonl(tmp_path / "x.jsonl", row), parquet(tmp_path / "x.parquet", row)]
+
+    def told(path, columns):
+        where = str(path)
+        (example,) = load_examples(where, Data(train=where), TOKENIZER, "data.train", columns=columns)
+        return example.row
+
+    for path in paths:
+        assert told(path, None) == {}
+        assert told(path, Columns([], ["extra_info", "absent"])) == {"prompt": CHAT, "extra_info": row["extra_info"]}
+        assert told(path, Columns(["level"], [])) == {"prompt": CHAT, "level": 3}
+        assert told(path, Columns([], None)) == row
+        with pytest.raises(ConfigError, match=r"(line|row) 1 has no 'solution', which reward.function asks for; its columns are "):
+            told(path, Columns(["solution"], []))
+    binary = parquet(tmp_path / "binary.parquet", {"prompt": "a", "answer": "b", "image": b"\xff"})
+    assert told(binary, Columns([], None)) == {"prompt": "a", "answer": "b"}
+    with pytest.raises(ConfigError, match=r"row 1: 'image' is b'\\xff', accepted for reward.function is what JSON can hold"):
+        told(binary, Columns(["image"], []))
 
 
 def test_answer_comes_before_ground_truth(tmp_path):

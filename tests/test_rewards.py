@@ -16,7 +16,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bupo.config import ConfigError
-from bupo.rewards import RewardPool, boxed_string, exact_match, last_boxed, load_reward, math_verify, normalise_math
+from bupo.rewards import (
+    Columns,
+    Question,
+    RewardPool,
+    boxed_string,
+    exact_match,
+    last_boxed,
+    load_reward,
+    math_verify,
+    normalise_math,
+)
 
 # ---- graders
 
@@ -291,6 +301,7 @@ def misbehave(response, answer):
         with open(answer, "w") as file: file.write(str(sleeper.pid))
         while True: pass
     values = {"nan": float("nan"), "inf": float("-inf"), "none": None, "text": "1.0", "huge": 10**400, "complex": 1j}
+    values |= {"list": [1.0, 2.0], "empty": [], "dictionary": {"accuracy": 1.0}, "unscored": {"score": None}}
     return Spiteful() if response == "spite" else values.get(response, 1.0)
 """
 
@@ -358,6 +369,10 @@ def test_rewards_come_in_order_and_fast(folder):
         ("huge", "not finite", "1000"),
         ("complex", "not finite", "complex"),
         ("spite", "not finite", "Spiteful"),
+        ("list", "not finite", r"\[1.0, 2.0\] \(list\) returned"),
+        ("empty", "not finite", r"\[\] \(list\) returned"),
+        ("dictionary", "not finite", r"\(dict\) returned, accepted are .* a dictionary with one as its score"),
+        ("unscored", "not finite", r"\(dict\) returned"),
     ],
 )
 def test_a_failure_costs_its_own_sample_and_is_counted(misbehaving, response, reason, detail):
@@ -426,6 +441,105 @@ def test_a_reward_that_cannot_be_imported_is_named_before_training(folder, monke
     if function == "slow_rewards:one":
         monkeypatch.setattr(RewardPool, "start_timeout", 0.2)
     with pytest.raises(ConfigError, match=f"^reward.function: '{function}' .*{reason}"), RewardPool(function, timeout=5, workers=2):
+        pass
+
+
+CONVENTIONS = r"""
+import asyncio
+seen = []
+
+def trl(prompts, completions, completion_ids, solution, level=0, **columns):
+    (prompt,), (completion,), (ids,), (solution,) = prompts, completions, completion_ids, solution
+    chat = isinstance(prompt, list)
+    assert prompt == ([{"role": "user", "content": "1+1"}] if chat else "1+1") and columns == {"answer": ["2"], "other": [None]}
+    content = completion[0]["content"] if chat and completion[0]["role"] == "assistant" else completion
+    return [float(content == solution) + len(ids) + 10 * level[0]]
+
+def trl_small(completions, answer): return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+def trl_none(completions, **_): return [None for _ in completions]
+def trl_default(completions, level=(7,)): return list(level)
+def trl_state(completions, trainer_state): return [0.0]
+def verl(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": float(solution_str == ground_truth) + 10 * extra_info.get("index", 0), "source": data_source}
+def verl_small(solution_str, ground_truth): return solution_str == ground_truth
+def verl_batch(data_sources, solution_strs, ground_truths, extra_infos): return [0.0] * len(solution_strs)
+def verl_batch_small(solution_strs, ground_truths): return [0.0] * len(solution_strs)
+def verl_more(solution_str, ground_truth, sandbox): return 0.0
+def openrlhf(queries, prompts, labels): return [0.0]
+def nothing(): return 0.0
+def scored(response, answer): return {"score": response == answer}
+
+async def later(response, answer):  # what it keeps lives in the loop of the first call
+    if not seen: seen.append(asyncio.Lock())
+    async with seen[0]:
+        await asyncio.sleep(0.001)
+    return float(response == answer)
+
+class Grader:
+    async def __call__(self, completions, **columns): return [float(len(completions[0]))]
+grader = Grader()
+"""
+
+
+@pytest.fixture(scope="module")
+def conventions(folder):
+    (folder / "written_for_others.py").write_text(CONVENTIONS)
+
+
+ROW = {"prompt": "1+1", "solution": "2", "level": 3, "other": None}
+CHAT_ROW = ROW | {"prompt": [{"role": "user", "content": "1+1"}]}
+
+
+@pytest.mark.usefixtures("conventions")
+@pytest.mark.parametrize(
+    ("function", "columns", "row", "reward"),
+    [
+        ("trl", Columns(["solution"], None), ROW, 1.0 + 4 + 30),
+        ("trl", Columns(["solution"], None), CHAT_ROW, 1.0 + 4 + 30),
+        ("trl_small", Columns([], []), {"prompt": "1+1"}, 1.0),
+        ("trl_default", Columns([], ["level"]), {"prompt": "1+1"}, 7.0),
+        ("trl_default", Columns([], ["level"]), {"prompt": "1+1", "level": 3}, 3.0),
+        ("grader", Columns([], None), {"prompt": "1+1"}, 1.0),
+        ("verl", Columns([], ["extra_info"]), {"prompt": "1+1", "extra_info": {"index": 3}}, 31.0),
+        ("verl", Columns([], ["extra_info"]), {"prompt": "1+1", "extra_info": None}, 1.0),
+        ("verl_small", Columns([], ["extra_info"]), {}, 1.0),
+        ("scored", None, {}, 1.0),
+        ("later", None, {}, 1.0),
+    ],
+)
+def test_rewards_of_other_trainers_are_called_as_those_call_them(function, columns, row, reward):
+    with RewardPool(f"written_for_others:{function}", timeout=5, workers=1) as pool:
+        asked = [Question("2", "2", (5, 6, 7, 8), "sums", row)] * 2
+        assert (pool.score(asked), pool.columns, pool.last_failure) == ([reward] * 2, columns, None)
+
+
+@pytest.mark.usefixtures("conventions")
+def test_no_reward_from_trl_is_a_failure_that_is_counted():
+    with RewardPool("written_for_others:trl_none", timeout=5, workers=1) as pool:
+        assert math.isnan(*pool.score([Question("2", "2", (5,), "sums", ROW)]))
+        assert pool.failures == {"not finite": 1}
+
+
+@pytest.mark.usefixtures("conventions")
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        ("nothing", r"takes \(\), accepted are \(response, answer\), TRL's \(prompts, completions, \*\*columns\), and verl's"),
+        ("openrlhf", r"takes \(queries, prompts, labels\), accepted are \(response, answer\), TRL's"),
+        ("verl_batch", r"takes \(data_sources, solution_strs, ground_truths, extra_infos\), accepted are"),
+        (
+            "verl_batch_small",
+            r"takes \(solution_strs, ground_truths\), whole batches by ground_truths, solution_strs; accepted are",
+        ),
+        ("verl_more", r"takes \(solution_str, ground_truth, sandbox\), accepted are verl's rewards without sandbox"),
+        ("trl_state", r"takes \(completions, trainer_state\), accepted are TRL's rewards without trainer_state"),
+    ],
+)
+def test_a_reward_that_cannot_be_called_is_refused_by_its_signature_at_the_start(function, reason):
+    with (
+        pytest.raises(ConfigError, match=f"^reward.function: 'written_for_others:{function}' {reason}"),
+        RewardPool(f"written_for_others:{function}", timeout=5, workers=1),
+    ):
         pass
 
 

@@ -175,6 +175,23 @@ def test_rewards_that_fail_cost_their_samples_only_and_are_counted(config_file, 
     assert row["active"] <= 1 - row["reward_failures"] / 16
 
 
+def test_a_mini_batch_of_failed_rewards_is_no_update_and_the_run_goes_on(config_file, tmp_path):
+    overrides = ["reward.function=toy_rewards:failing_for_zero", "optimizer.mini_batch=1", "data.heldout=[]", "rollout.prompts=16"]
+    train(load_config(config_file, [*overrides, "steps=2", "telemetry.lens_every=0"]))  # 16 prompts: one of them has the answer 0
+    rows = metrics_of(tmp_path / "run")
+    assert [row["reward_failures"] for row in rows] == [4, 4]
+    assert all(1 <= row["updates"] <= 15 for row in rows)
+
+
+def test_rewards_that_all_fail_end_the_run_with_their_own_message(config_file, tmp_path, capsys):
+    overrides = ["reward.function=toy_rewards:always_failing", "data.heldout=[]", "steps=9", "telemetry.lens_every=0"]
+    assert main(["train", str(config_file), *overrides]) == 2
+    expected = "bupo train: reward.function: 'toy_rewards:always_failing' failed for every response since step 1: "
+    assert capsys.readouterr().err.startswith(expected + "exception: RuntimeError: never; response ")
+    rows = metrics_of(tmp_path / "run")
+    assert [(row["step"], row["reward"], row["updates"]) for row in rows] == [(step, None, 0) for step in (1, 2, 3)]
+
+
 @pytest.mark.parametrize("guard", ["kl=1e-6", "perplexity=1.0000001"])
 def test_a_guard_ends_phase_one_early_for_good_and_says_so(config_file, tmp_path, guard, capsys):
     overrides = ["bupo.internal_steps=5", "steps=5", f"bupo.guards.{guard}", "bupo.guards.window=1", "optimizer.learning_rate=0.05"]
