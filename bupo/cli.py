@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.do(options)
     except ConfigError as error:
-        if int(os.environ.get("RANK", 0)) == 0:  # under torchrun all say the same
+        if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:  # under torchrun all say the same
             print(f"bupo {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

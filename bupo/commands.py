@@ -21,9 +21,9 @@ def evaluate_command(config: TrainConfig, out: Path | None) -> Accuracy:
     if out is not None:
         check_new_folder(out, "--out")
     with process_group(config.hardware) as world, RewardPool(**config.reward.model_dump()) as pool:
-        check_fits(load_architecture(config), config)
+        check_fits(architecture := load_architecture(config), config)
         tokenizer = load_tokenizer(config.model)
-        asked = {"columns": pool.columns}
+        asked = {"columns": pool.columns, "vocab": architecture.vocab_size}
         examples = [e for where in config.heldout for e in load_examples(where, config.data, tokenizer, "--data", **asked)]
         model = load_model(config.model, config.hardware, world)
         rollout = configured_rollout(config, model, tokenizer, world, config.evaluation.temperature)

@@ -29,13 +29,20 @@ class Example:
 
 
 def load_examples(
-    where: str, data: Data, tokenizer: PreTrainedTokenizerBase, key: str, *, columns: Columns | None = None
+    where: str,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    key: str,
+    *,
+    vocab: int | None = None,
+    columns: Columns | None = None,
 ) -> list[Example]:
     """The examples of a JSONL or parquet file, of a folder saved by `datasets`, or of a dataset on the Hugging Face hub.
 
     Columns, template and limit are those of ``data``; ``columns`` are those that the reward asks for besides. Answers that are
     numbers become text, whole ones without a point.
-    Raises :class:`ConfigError` with the configuration ``key`` and the first row that is not as it must be.
+    Raises :class:`ConfigError` with the configuration ``key`` and the first row that is not as it must be; one with a token from
+    ``vocab`` on, for which the model has no embedding, is not.
     """
     name, rows = _read(where, data, columns, key)
     if not rows:
@@ -55,6 +62,7 @@ def load_examples(
     for row, text, prompt_ids in zip(rows, texts, ids, strict=True):
         if not prompt_ids:
             raise ConfigError(f"{row.place}: the prompt {text!r:.100} has no tokens, accepted is at least one")
+        require_known(row.place, prompt_ids, tokenizer, vocab)
     too_long = [i for i, prompt_ids in enumerate(ids) if len(prompt_ids) > data.max_prompt_tokens]
     if too_long and (data.too_long == "error" or len(too_long) == len(rows)):
         first = too_long[0]
@@ -326,6 +334,13 @@ def encode(texts: list[str], whole: list[bool], tokenizer: PreTrainedTokenizerBa
     if not all(whole) and tokenizer("1").input_ids[-1:] == [tokenizer.eos_token_id]:  # it appends one, but no prompt ends there
         ids = [tokens if is_whole else tokens[:-1] for tokens, is_whole in zip(ids, whole, strict=True)]
     return ids
+
+
+def require_known(place: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocab: int | None) -> None:
+    """Raises :class:`ConfigError` when one of the tokens is beyond the ``vocab`` that the model's embedding has rows for."""
+    if vocab is not None and (unknown := next((i for i in ids if i >= vocab), None)) is not None:
+        token = tokenizer.convert_ids_to_tokens(unknown)
+        raise ConfigError(f"{place} has the token {token!r} ({unknown}), accepted are those below {vocab} (the model's embedding)")
 
 
 # ---- order

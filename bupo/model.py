@@ -30,8 +30,6 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
         raise unusable(name, error) from None
     if tokenizer.eos_token_id is None:
         raise unusable(name, "its tokenizer has no end-of-sequence token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
@@ -57,6 +55,8 @@ def load_model(name: str, hardware: Hardware, world: World) -> PreTrainedModel:
         FusedLMHead.adopt(model.get_output_embeddings())
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise unusable(name, error) from None
+    if world.main:
+        require_finite(name, model)
     if hardware.liger:
         _apply_liger(model, world)
     make_trainable(model, hardware, METHODS)
@@ -66,6 +66,14 @@ def load_model(name: str, hardware: Hardware, world: World) -> PreTrainedModel:
         set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     # In training mode activations are checkpointed; there is no dropout.
     return model.train()
+
+
+def require_finite(name: str, model: PreTrainedModel) -> None:
+    """Raises :class:`ConfigError` with the first of the model's tensors that holds a NaN or an infinity."""
+    for tensor, parameter in model.named_parameters():
+        # One pass and no copy: both ends are NaN where any element is.
+        if not torch.stack(parameter.detach().aminmax()).isfinite().all():
+            raise unusable(name, f"its tensor {tensor} holds NaN or infinity")
 
 
 def make_trainable(model: PreTrainedModel, hardware: Hardware, methods: dict[str, Callable]) -> None:

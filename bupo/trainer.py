@@ -155,7 +155,7 @@ def prepare(config: TrainConfig, world: World, pool: RewardPool) -> Setup:
     check_fits(architecture, config)
     require_space(config.output_dir, space_needed(parameters(architecture).total, config.checkpoints.keep))
     tokenizer = load_tokenizer(config.model)
-    asked = {"columns": pool.columns}
+    asked = {"columns": pool.columns, "vocab": architecture.vocab_size}
     examples = load_examples(config.data.train, config.data, tokenizer, "data.train", **asked)
     heldout = [e for where in config.heldout for e in load_examples(where, config.data, tokenizer, "data.heldout", **asked)]
     model = load_model(config.model, config.hardware, world)

@@ -69,6 +69,13 @@ def test_bad_responses_are_named(tmp_path, rows, message):
         load_responses(str(responses_file(tmp_path / "r.jsonl", rows)), character_tokenizer("0123456789+="), "--responses")
 
 
+def test_a_response_with_a_token_beyond_the_embedding_is_named(tmp_path):
+    tokenizer, path = character_tokenizer("0123456789+="), responses_file(tmp_path / "r.jsonl", [{"prompt": "1", "response": "="}])
+    (equals,) = tokenizer("=").input_ids
+    with pytest.raises(ConfigError, match=rf"^--responses: .* line 1 has the token '=' \({equals}\), accepted are those below"):
+        load_responses(str(path), tokenizer, "--responses", equals)
+
+
 SMALL = ("rollout.max_new_tokens=4", "rollout.engine=generate", "data.max_prompt_tokens=8")
 
 

@@ -390,6 +390,17 @@ def test_an_end_of_sequence_that_is_written_in_the_text_stays(tmp_path):
     assert load(path, characters(after="<eos>"))[0].prompt_ids[-2:] == (TOKENIZER("a").input_ids[0], EOS)
 
 
+def test_a_token_beyond_the_embedding_is_named_with_its_row(tmp_path):
+    path = str(jsonl(tmp_path / "x.jsonl", {"prompt": "a", "answer": "b"}, {"prompt": "a<|im_end|>", "answer": "b"}))
+    tokenizer = characters(special=[*SPECIAL[:4], *SPECIAL[5:]])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    vocab = len(tokenizer) - 1
+    message = rf"^data.train: .*x.jsonl line 2 has the token '<\|im_end\|>' \({vocab}\), accepted are those below {vocab} \("
+    with pytest.raises(ConfigError, match=message):
+        load_examples(path, Data(train=path), tokenizer, "data.train", vocab=vocab)
+    assert len(load_examples(path, Data(train=path), tokenizer, "data.train", vocab=vocab + 1)) == 2
+
+
 def test_all_rows_are_tokenised_in_a_call(tmp_path):
     sizes = []
 

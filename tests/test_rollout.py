@@ -122,6 +122,16 @@ def test_all_the_tokens_that_end_a_sequence_end_it(model, name):
         assert sample.finished or len(sample.response_ids) == 20
 
 
+def test_tokens_beyond_the_embedding_neither_pad_nor_end_a_response(model, name, monkeypatch):
+    """As of a tokenizer to which a [PAD] was added, the embedding left as it was. Prompts and responses have different lengths."""
+    expected = engine(name, model).generate(random_prompts(4, 9), 4, 1)
+    assert len({len(sample.response_ids) for sample in expected}) > 1
+    monkeypatch.setattr(TOKENIZER, "pad_token_id", 61)
+    monkeypatch.setattr(TOKENIZER, "eos_token_id", 62)
+    assert engine(name, model).ends == [1]  # the checkpoint's own
+    assert engine(name, model).generate(random_prompts(4, 9), 4, 1) == expected
+
+
 def test_settings_of_the_checkpoint_do_not_bend_the_policy(model, name):
     own = model.generation_config
     plain = {t: engine(name, model, temperature=t).generate([[5, 6]], 8, 1) for t in (0.0, 1.0)}

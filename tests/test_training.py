@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from models import tiny_model
+from safetensors.torch import load_file, save_file
 from test_batching import random_samples
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -432,6 +433,31 @@ def test_a_model_of_another_kind_is_refused(config_file, tmp_path, capsys):
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "gpt2"}))
     assert main(["train", str(config_file)]) == 2
     assert "of type 'gpt2', accepted are llama, mistral, qwen2, qwen3" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "analyze"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_named_before_anything_runs(config_file, tmp_path, capsys, command, value):
+    weights = load_file(tmp_path / "start" / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][3, 4] = value
+    save_file(weights, tmp_path / "start" / "model.safetensors", metadata={"format": "pt"})
+    data = ["--data", str(tmp_path / "sums.jsonl"), "--out", str(tmp_path / "run")]
+    arguments = [str(config_file)] if command == "train" else [str(tmp_path / "start"), *data, "--set", "rollout.max_new_tokens=3"]
+    assert main([command, *arguments, "data.max_prompt_tokens=6"]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("start cannot be used: its tensor model.layers.2.mlp.up_proj.weight holds NaN or infinity\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_end_a_response_is_refused(config_file, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "start")
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.save_pretrained(tmp_path / "start")
+    for path in (tmp_path / "start").glob("*config.json"):
+        path.write_text(path.read_text().replace('"eos_token_id": 1', '"eos_token_id": null'))
+    assert main(["train", str(config_file)]) == 2
+    assert "its end-of-sequence token '<end>' (14) has no row in its embedding" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

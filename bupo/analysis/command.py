@@ -22,9 +22,9 @@ from bupo.analysis.report import write_report
 from bupo.analysis.statistics import Statistics, layer_table, require_pyarrow, write_statistics
 from bupo.config import ConfigError, TrainConfig, check_new_folder
 from bupo.cost import load_architecture
-from bupo.data import encode, jsonl_rows, load_examples
+from bupo.data import encode, jsonl_rows, load_examples, require_known
 from bupo.distributed import World, process_group
-from bupo.model import load_tokenizer, unusable
+from bupo.model import load_tokenizer, require_finite, unusable
 from bupo.output import progress_bar, replace_file
 from bupo.rollout import Sample, configured_rollout
 from bupo_kernels import FusedLMHead
@@ -59,13 +59,14 @@ def analyze_command(
             raise ConfigError(f"analyze: started on {world.size} devices, accepted is one process")
         architecture = load_architecture(config)
         _check_blocks(config.model, architecture)
-        tokenizer, greedy = load_tokenizer(config.model), 0
+        tokenizer, greedy, vocab = load_tokenizer(config.model), 0, architecture.get_text_config().vocab_size
         if responses:
-            loaded = [load_responses(where, tokenizer, "--responses") for where in responses]
+            loaded = [load_responses(where, tokenizer, "--responses", vocab) for where in responses]
             samples, greedy = [sample for some, _ in loaded for sample in some], sum(left_out for _, left_out in loaded)
             lengths = [len(sample.prompt_ids) + len(sample.response_ids) for sample in samples]
         else:
-            found = [e.prompt_ids for where in config.heldout for e in load_examples(where, config.data, tokenizer, "--data")]
+            loaded = (load_examples(where, config.data, tokenizer, "--data", vocab=vocab) for where in config.heldout)
+            found = [example.prompt_ids for examples in loaded for example in examples]
             chosen = np.sort(np.random.default_rng(config.seed).permutation(len(found))[:prompts])
             asked = [found[i] for i in chosen]
             lengths = [len(prompt) + config.rollout.max_new_tokens for prompt in asked]
@@ -101,12 +102,13 @@ def analyze_command(
     return statistics
 
 
-def load_responses(where: str, tokenizer: PreTrainedTokenizerBase, key: str) -> tuple[list[Sample], int]:
+def load_responses(where: str, tokenizer: PreTrainedTokenizerBase, key: str, vocab: int | None = None) -> tuple[list[Sample], int]:
     """The prompts and responses of a JSONL file as ``bupo evaluate --out`` writes it, and how many greedy ones were left out.
 
     A row needs ``prompt``, the text the model saw, and ``response``. With ``finished: true`` the end-of-sequence token follows;
     with ``greedy: true`` the row is left out: it is no sample of the policy. Texts become tokens again, which need not be the very
-    ones that were sampled. Raises :class:`ConfigError` with ``key`` and the line that is not as it must be.
+    ones that were sampled. Raises :class:`ConfigError` with ``key`` and the line that is not as it must be, ids from ``vocab`` on
+    included.
     """
     if not Path(where).is_file():
         raise ConfigError(f"{key}: {where} is not a file, accepted is a JSONL file with prompt and response in each line")
@@ -125,6 +127,7 @@ def load_responses(where: str, tokenizer: PreTrainedTokenizerBase, key: str) -> 
         ids = [*response, tokenizer.eos_token_id] if finished else response
         if not ids or not prompt:
             raise ConfigError(f"{row.place}: its {'prompt' if ids else 'response'} has no tokens, accepted is at least one")
+        require_known(row.place, [*prompt, *ids], tokenizer, vocab)
         samples.append(Sample(prompt, ids, None, finished))
     return samples, len(rows) - len(sampled)
 
@@ -145,6 +148,7 @@ def _load_for_reading(config: TrainConfig, world: World) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(config.model, dtype=getattr(torch, config.hardware.precision))
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise unusable(config.model, error) from None
+    require_finite(config.model, model)
     FusedLMHead.adopt(model.get_output_embeddings())
     return model.to(world.device).eval()
 
