@@ -324,16 +324,23 @@ def _is_whole(prompt: str | list[dict[str, str]], template: str) -> bool:
 
 
 def encode(texts: list[str], whole: list[bool], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The tokens of each text, with the special tokens that the tokenizer puts before it unless it is ``whole``."""
-    ids: list[list[int]] = [[]] * len(texts)
-    for is_whole in set(whole):
-        chosen = [i for i, this in enumerate(whole) if this == is_whole]
-        encoded = tokenizer([texts[i] for i in chosen], add_special_tokens=not is_whole, return_attention_mask=False, verbose=False)
-        for i, tokens in zip(chosen, encoded.input_ids, strict=True):
-            ids[i] = tokens
-    if not all(whole) and tokenizer("1").input_ids[-1:] == [tokenizer.eos_token_id]:  # it appends one, but no prompt ends there
-        ids = [tokens if is_whole else tokens[:-1] for tokens, is_whole in zip(ids, whole, strict=True)]
-    return ids
+    """The tokens of prompts. What the tokenizer puts before a text stands there once, also where the text has it already; where
+    the text is ``whole``, only if it has. What the tokenizer appends is left out: no prompt ends there."""
+    begin = _tokens_before(tokenizer)
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+    for i, ids in enumerate(encoded):
+        bare = ids
+        while begin and bare[: len(begin)] == begin:
+            bare = bare[len(begin) :]
+        if len(bare) < len(ids) or not whole[i]:
+            encoded[i] = [*begin, *bare]
+    return encoded
+
+
+def _tokens_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Such as a beginning-of-sequence token."""
+    bare, marked = (tokenizer("1", add_special_tokens=special).input_ids for special in (False, True))
+    return next(marked[:i] for i in range(len(marked) + 1) if marked[i : i + len(bare)] == bare)
 
 
 def require_known(place: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocab: int | None) -> None:

@@ -7,12 +7,14 @@ from html import unescape
 import numpy as np
 import pytest
 import torch
+from test_data import BOS, EOS, characters
 
 from bupo import cli
 from bupo.analysis import collect, read_statistics
 from bupo.analysis.collect import measure
 from bupo.analysis.command import load_responses
-from bupo.config import ConfigError
+from bupo.config import ConfigError, Data
+from bupo.data import load_examples
 from bupo.demo import character_tokenizer, small_model
 
 
@@ -67,6 +69,18 @@ def test_responses_are_read_as_an_evaluation_wrote_them(tmp_path):
 def test_bad_responses_are_named(tmp_path, rows, message):
     with pytest.raises(ConfigError, match=message):
         load_responses(str(responses_file(tmp_path / "r.jsonl", rows)), character_tokenizer("0123456789+="), "--responses")
+
+
+def test_prompts_are_read_with_the_beginning_that_training_gives_them(tmp_path):
+    tokenizer = characters("<bos>", "<eos>")
+    prompts = ["ab", "<bos>ab"]
+    rows = [{"prompt": prompt, "response": "<bos><bos>c", "finished": True, "answer": "c"} for prompt in prompts]
+    path = str(responses_file(tmp_path / "r.jsonl", rows))
+    trained = [list(example.prompt_ids) for example in load_examples(path, Data(train=path), tokenizer, "data.train")]
+    samples, _ = load_responses(path, tokenizer, "--responses")
+    assert [list(sample.prompt_ids) for sample in samples] == trained
+    c = tokenizer("c", add_special_tokens=False).input_ids
+    assert [list(sample.response_ids) for sample in samples] == [[BOS, BOS, *c, EOS]] * 2
 
 
 def test_a_response_with_a_token_beyond_the_embedding_is_named(tmp_path):

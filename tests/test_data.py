@@ -384,6 +384,18 @@ def test_special_tokens_come_from_the_tokenizer_unless_the_template_has_them(tmp
     )
 
 
+@pytest.mark.parametrize("after", ["", "<eos>"])
+def test_a_beginning_that_the_text_already_has_is_not_put_before_it_again(tmp_path, after):
+    tokenizer = characters("<bos>", after, chat_template="{{ bos_token }}{{ messages[-1].content }}")
+    texts = ["ab", "<bos>ab", "<bos><bos>ab", "a<bos>b"]
+    chats = [bupo_row(prompt=[{"role": "user", "content": text}]) for text in texts]
+    path = jsonl(tmp_path / "x.jsonl", *({"prompt": text, "answer": "b"} for text in texts), *chats)
+    a, b = tokenizer("ab", add_special_tokens=False).input_ids
+    expected = [(BOS, a, b)] * 3 + [(BOS, a, BOS, b)]
+    assert [example.prompt_ids for example in load(path, tokenizer)] == expected * 2
+    assert [example.prompt_ids for example in load(path)][:2] == [(a, b), (BOS, a, b)]  # a tokenizer that puts nothing there
+
+
 def test_an_end_of_sequence_that_is_written_in_the_text_stays(tmp_path):
     path = jsonl(tmp_path / "x.jsonl", {"prompt": "a<eos>", "answer": "b"})
     assert load(path)[0].prompt_ids[-1] == EOS

@@ -118,9 +118,8 @@ def load_responses(where: str, tokenizer: PreTrainedTokenizerBase, key: str, voc
         raise ConfigError(f"{key}: {where} has {len(rows)} lines, {len(rows)} of them greedy; accepted is at least one sample")
     prompts = [row.get(("prompt",), lambda x: x if isinstance(x, str) and x else None, "text that is not empty") for row in sampled]
     responses = [row.get(("response",), lambda x: x if isinstance(x, str) else None, "text") for row in sampled]
-    begin = tokenizer.bos_token
-    prompt_ids = encode(prompts, [begin is not None and prompt.startswith(begin) for prompt in prompts], tokenizer)
-    response_ids = encode(responses, [True] * len(responses), tokenizer)
+    prompt_ids = encode(prompts, [False] * len(prompts), tokenizer)
+    response_ids = tokenizer(responses, add_special_tokens=False, verbose=False).input_ids
     samples = []
     for row, prompt, response in zip(sampled, prompt_ids, response_ids, strict=True):
         finished = row.values.get("finished") is True
