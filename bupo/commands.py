@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from bupo.checkpoint import Checkpoints
@@ -13,7 +13,7 @@ from bupo.distributed import process_group
 from bupo.evaluation import Accuracy, evaluate_model
 from bupo.model import export, load_model, load_tokenizer
 from bupo.rewards import RewardPool
-from bupo.rollout import configured_rollout
+from bupo.rollout import configured_rollout, text_of
 
 
 def evaluate_command(config: TrainConfig, out: Path | None) -> Accuracy:
@@ -28,10 +28,7 @@ def evaluate_command(config: TrainConfig, out: Path | None) -> Accuracy:
         model = load_model(config.model, config.hardware, world)
         rollout = configured_rollout(config, model, tokenizer, world, config.evaluation.temperature)
         numbers = {"samples": config.evaluation.samples, "ks": config.evaluation.k, "seed": config.seed}
-
-        def decode(ids: Sequence[int]) -> str:
-            return tokenizer.decode(ids, skip_special_tokens=True)
-
+        decode = partial(text_of, tokenizer=tokenizer, ends=rollout.ends, skip_special_tokens=config.rollout.skip_special_tokens)
         return evaluate_model(rollout, decode, examples, pool, world, **numbers, out=out)
 
 

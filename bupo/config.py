@@ -98,6 +98,9 @@ class Rollout(Section):
     max_new_tokens: PositiveInt = 256
     temperature: PositiveFloat = Field(1.0, description="of sampling, and of every log-prob in the loss")
     sequences: PositiveInt = Field(512, description="generated at a time per device; bounds the cache of keys and values")
+    skip_special_tokens: bool = Field(
+        False, description="leave all special tokens out of the text that rewards and files have, not only end and padding"
+    )
     vllm_memory: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="share of the GPU's memory that vLLM may take")
 
 

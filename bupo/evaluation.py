@@ -99,6 +99,8 @@ class Response:
     tokens: int
     finished: bool
     greedy: bool
+    prompt_ids: Sequence[int]  # texts do not tell them: whoever reads the file needs what the model saw and said
+    response_ids: Sequence[int]
 
     @property
     def right(self) -> bool:
@@ -173,6 +175,8 @@ def evaluate(
                 tokens=len(sample.response_ids),
                 finished=sample.finished,
                 greedy=greedy,
+                prompt_ids=examples[i].prompt_ids,
+                response_ids=list(map(int, sample.response_ids)),
             )
             for i, text, reward, sample in zip(asked, texts, rewards, generated, strict=True)
         ]

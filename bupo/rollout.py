@@ -42,6 +42,14 @@ class Sampling:
 Response = tuple[list[int], list[float] | None]  # tokens, log-probs
 
 
+def text_of(
+    response_ids: Sequence[int], *, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], skip_special_tokens: bool
+) -> str:
+    """A response as rewards, episodes and files have it: what was generated, without the tokens that end and pad it."""
+    shown = [i for i in response_ids if i not in (*ends, tokenizer.pad_token_id)]
+    return tokenizer.decode(shown, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+
 class Rollout(Protocol):
     sampling: Sampling
     ends: Sequence[int]  # the tokens that end a response

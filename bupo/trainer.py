@@ -6,7 +6,6 @@ import math
 import random
 import resource
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ from bupo.guard import PerplexityGuard
 from bupo.model import export, load_model, load_tokenizer, make_optimizer
 from bupo.monitor import RunFolder
 from bupo.rewards import RewardPool
-from bupo.rollout import Rollout, Sample, configured_rollout
+from bupo.rollout import Rollout, Sample, configured_rollout, text_of
 from bupo.schedule import FINAL, OptimisedPolicy, Schedule, learning_rate
 from bupo_kernels import PolicyObjective
 
@@ -50,9 +49,7 @@ def train(config: TrainConfig) -> list[Accuracy]:
         prepared = prepare(config, world, pool)
         architecture, model, tokenizer, optimizer, schedule, rollout, order, heldout, checkpoints, last = prepared
         group, accuracies, scored = config.rollout.samples, [], 0
-
-        def decode(ids: Sequence[int]) -> str:
-            return tokenizer.decode(ids, skip_special_tokens=True)
+        decode = partial(text_of, tokenizer=tokenizer, ends=rollout.ends, skip_special_tokens=config.rollout.skip_special_tokens)
 
         with RunFolder(config, world, last) as run:
 

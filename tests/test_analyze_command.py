@@ -7,7 +7,7 @@ from html import unescape
 import numpy as np
 import pytest
 import torch
-from test_data import BOS, EOS, characters
+from test_data import BOS, END, EOS, START, characters
 
 from bupo import cli
 from bupo.analysis import collect, read_statistics
@@ -81,6 +81,27 @@ def test_prompts_are_read_with_the_beginning_that_training_gives_them(tmp_path):
     assert [list(sample.prompt_ids) for sample in samples] == trained
     c = tokenizer("c", add_special_tokens=False).input_ids
     assert [list(sample.response_ids) for sample in samples] == [[BOS, BOS, *c, EOS]] * 2
+
+
+def test_ids_that_stand_beside_a_text_are_what_is_read_if_they_are_this_tokenizers(tmp_path, caplog):
+    tokenizer = characters("<bos>")
+    a, c = tokenizer("ac", add_special_tokens=False).input_ids
+    texts = {"prompt": "a", "response": "c", "finished": True}
+    rows = [
+        texts | {"prompt_ids": [a], "response_ids": [START, c, END]},  # no beginning, another end, and a token the text lacks
+        texts | {"prompt_ids": [BOS, a], "response_ids": [c + 1, c, EOS]},
+        texts | {"prompt_ids": [BOS, a], "response_ids": [10**6]},
+        texts,
+    ]
+    path = responses_file(tmp_path / "r.jsonl", rows)
+    samples, _ = load_responses(str(path), tokenizer, "--responses")
+    found = [(list(sample.prompt_ids), list(sample.response_ids)) for sample in samples]
+    assert found == [([a], [START, c, END])] + [([BOS, a], [c, EOS])] * 3
+    (record,) = caplog.records
+    assert record.getMessage().endswith(f"in 2 of 4 rows of {path} the ids are not this tokenizer's, and the text is read")
+    responses_file(path, [texts | {"prompt_ids": [a], "response_ids": ["c"]}])
+    with pytest.raises(ConfigError, match=r"line 1: 'response_ids' is \['c'\], accepted is a list of token ids"):
+        load_responses(str(path), tokenizer, "--responses")
 
 
 def test_a_response_with_a_token_beyond_the_embedding_is_named(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 import torch
 from models import tiny_model
 from ranks import on_ranks
+from test_data import END, EOS, PAD, SPECIAL, START, characters
 from torch import nn
 from transformers import AttentionInterface, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
@@ -22,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bupo.config import ConfigError, Hardware
 from bupo.distributed import World, process_group, shard
-from bupo.rollout import Rollout, Sample, Sampling, make_rollout
+from bupo.rollout import Rollout, Sample, Sampling, make_rollout, text_of
 from bupo_kernels import policy_logprobs
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -290,6 +291,21 @@ def test_without_prompts_the_model_does_not_run(model, name):
 def test_an_unknown_engine_is_refused(model):
     with pytest.raises(ValueError, match="engine: 'sglang' given, accepted are continuous, generate, vllm"):
         engine("sglang", model)
+
+
+# ---- text
+
+
+def test_a_response_is_shown_as_it_was_generated_without_what_ends_and_pads_it():
+    tags = ["<think>", "</think>", "<answer>", "</answer>"]
+    tokenizer = characters("<bos>", special=[*SPECIAL, *tags])
+    tokenizer.clean_up_tokenization_spaces = True  # as a checkpoint may ask for: it would take the space before the full stop
+    response = "<think>a .</think><answer>3</answer>"
+    ids = [*tokenizer(response, add_special_tokens=False).input_ids, END, PAD, EOS]
+    options = {"tokenizer": tokenizer, "ends": [EOS, END]}
+    assert text_of(ids, **options, skip_special_tokens=False) == response
+    assert text_of(ids, **options, skip_special_tokens=True) == "a .3"
+    assert text_of([START, *ids], **options, skip_special_tokens=False) == "<|im_start|>" + response
 
 
 # ---- many ranks

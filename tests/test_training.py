@@ -556,6 +556,13 @@ def test_evaluate_grades_a_model_and_writes_every_response(config_file, tmp_path
     accuracy = json.loads((tmp_path / "out" / "accuracy.json").read_text())
     rows = [json.loads(line) for line in (tmp_path / "out" / "responses.jsonl").read_text().splitlines()]
     assert len(rows) == 16 * 5
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "start")
+    assert {row["finished"] for row in rows} == {True, False}
+    for row in rows:
+        assert tokenizer.decode(row["prompt_ids"]) == row["prompt"]
+        assert tokenizer.decode(row["response_ids"], skip_special_tokens=True) == row["response"]
+        assert len(row["response_ids"]) == row["tokens"]
+        assert row["finished"] == (row["response_ids"][-1] == tokenizer.eos_token_id)
     assert accuracy["avg@4"] == pytest.approx(sum(row["reward"] > 0.5 for row in rows if not row["greedy"]) / 64)
     assert main([*command, "--out", str(tmp_path / "out"), "--set", *how]) == 2
     assert "--out: " in capsys.readouterr().err

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,10 +108,10 @@ def analyze_command(
 def load_responses(where: str, tokenizer: PreTrainedTokenizerBase, key: str, vocab: int | None = None) -> tuple[list[Sample], int]:
     """The prompts and responses of a JSONL file as ``bupo evaluate --out`` writes it, and how many greedy ones were left out.
 
-    A row needs ``prompt``, the text the model saw, and ``response``. With ``finished: true`` the end-of-sequence token follows;
-    with ``greedy: true`` the row is left out: it is no sample of the policy. Texts become tokens again, which need not be the very
-    ones that were sampled. Raises :class:`ConfigError` with ``key`` and the line that is not as it must be, ids from ``vocab`` on
-    included.
+    A row needs ``prompt``, the text the model saw, and ``response``. With ``greedy: true`` it is left out: it is no sample of the
+    policy. Tokens are ``prompt_ids`` and ``response_ids`` where those are there and this tokenizer's. Else the texts become tokens
+    again, which need not be the very ones that were sampled; with ``finished: true`` the end-of-sequence token follows. Raises
+    :class:`ConfigError` with ``key`` and the line that is not as it must be, ids from ``vocab`` on included.
     """
     if not Path(where).is_file():
         raise ConfigError(f"{key}: {where} is not a file, accepted is a JSONL file with prompt and response in each line")
@@ -118,17 +121,33 @@ def load_responses(where: str, tokenizer: PreTrainedTokenizerBase, key: str, voc
         raise ConfigError(f"{key}: {where} has {len(rows)} lines, {len(rows)} of them greedy; accepted is at least one sample")
     prompts = [row.get(("prompt",), lambda x: x if isinstance(x, str) and x else None, "text that is not empty") for row in sampled]
     responses = [row.get(("response",), lambda x: x if isinstance(x, str) else None, "text") for row in sampled]
+    # What ids and text must agree in: special tokens may have been left out of the text.
+    plain = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     prompt_ids = encode(prompts, [False] * len(prompts), tokenizer)
     response_ids = tokenizer(responses, add_special_tokens=False, verbose=False).input_ids
-    samples = []
+    samples, foreign = [], 0
     for row, prompt, response in zip(sampled, prompt_ids, response_ids, strict=True):
         finished = row.values.get("finished") is True
         ids = [*response, tokenizer.eos_token_id] if finished else response
+        if "prompt_ids" in row.values and "response_ids" in row.values:
+            stored = [row.get((name,), _ids, "a list of token ids") for name in ("prompt_ids", "response_ids")]
+            if [plain(some) for some in stored] == [plain(prompt), plain(response)]:
+                prompt, ids = stored
+            else:
+                foreign += 1
         if not ids or not prompt:
             raise ConfigError(f"{row.place}: its {'prompt' if ids else 'response'} has no tokens, accepted is at least one")
         require_known(row.place, [*prompt, *ids], tokenizer, vocab)
         samples.append(Sample(prompt, ids, None, finished))
+    if foreign:
+        logging.getLogger("bupo").warning(
+            "%s: in %d of %d rows of %s the ids are not this tokenizer's, and the text is read", *(key, foreign, len(rows), where)
+        )
     return samples, len(rows) - len(sampled)
+
+
+def _ids(value: Any) -> list[int] | None:
+    return value if isinstance(value, list) and value and all(type(i) is int and i >= 0 for i in value) else None
 
 
 def _check_blocks(name: str, architecture: PretrainedConfig) -> None:
@@ -184,7 +203,10 @@ def _write_responses(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBa
     """As ``--responses`` reads them."""
     rows = []
     for sample in samples:
-        finished = sample.response_ids[-1] == tokenizer.eos_token_id
-        response = tokenizer.decode(sample.response_ids[:-1] if finished else sample.response_ids)
-        rows.append({"prompt": tokenizer.decode(sample.prompt_ids), "response": response, "finished": finished})
+        prompt, response = (list(map(int, ids)) for ids in (sample.prompt_ids, sample.response_ids))
+        texts = (
+            tokenizer.decode(x, clean_up_tokenization_spaces=False) for x in (prompt, response[: -1 if sample.finished else None])
+        )
+        row = dict(zip(("prompt", "response"), texts, strict=True)) | {"finished": sample.finished}
+        rows.append(row | {"prompt_ids": prompt, "response_ids": response})
     replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
