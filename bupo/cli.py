@@ -209,7 +209,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         "model": options.model,
         "output_dir": "unused",
         "policy": "grpo",
-        "data": {"train": options.data[0], "heldout": options.data},
+        "data": {"train": options.data, "heldout": options.data},
     }
     evaluation = {"evaluation": {"samples": options.samples, "k": options.k}}
     config = parse_config(override(tree | evaluation, options.set))
@@ -226,7 +226,7 @@ def _analyze(options: argparse.Namespace) -> int:
         "model": options.model,
         "output_dir": str(options.out),
         "policy": "grpo",
-        "data": {"train": files[0], "heldout": files},
+        "data": {"train": files, "heldout": files},
         "objective": {"advantage": "reinforce++"},  # the one that takes one sample per prompt; nothing is trained here
         "rollout": {"samples": options.samples},
     }

@@ -24,7 +24,7 @@ def evaluate_command(config: TrainConfig, out: Path | None) -> Accuracy:
         check_fits(architecture := load_architecture(config), config)
         tokenizer = load_tokenizer(config.model)
         asked = {"columns": pool.columns, "vocab": architecture.vocab_size}
-        examples = [e for where in config.heldout for e in load_examples(where, config.data, tokenizer, "--data", **asked)]
+        examples = load_examples(config.heldout, config.data, tokenizer, "--data", **asked)
         model = load_model(config.model, config.hardware, world)
         rollout = configured_rollout(config, model, tokenizer, world, config.evaluation.temperature)
         numbers = {"samples": config.evaluation.samples, "ks": config.evaluation.k, "seed": config.seed}

@@ -49,8 +49,10 @@ class Data(Section):
     """Files are JSONL or parquet, folders are what `datasets` saved, everything else is a dataset's name on the Hugging Face hub
     (``name:split`` or ``name/config:split``)."""
 
-    train: str = Field(description="JSONL or parquet file, folder saved by `datasets`, or name:split on the hub")
-    heldout: str | list[str] = Field([], description="the same, one or several, for evaluation only; [] = no evaluation")
+    train: str | list[str] = Field(
+        description="JSONL or parquet file, folder saved by `datasets`, or name:split on the hub; one or several"
+    )
+    heldout: str | list[str] = Field([], description="the same, for evaluation only; [] = no evaluation")
     prompt: str = Field("prompt", description="column: text, or a chat (a list of role and content); a.b reads b in the struct a")
     answer: str | None = Field(None, description="column; null = `answer`, or else `reward_model.ground_truth` (verl, BuPO)")
     source: str | None = Field(None, description="column to report accuracy by; null = `data_source`, or else the file's name")
@@ -62,7 +64,9 @@ class Data(Section):
 
 
 class Reward(Section):
-    function: str = Field("bupo.rewards:exact_match", description="`module:function` of (response, answer) -> float")
+    function: str = Field(
+        "bupo.rewards:math_answer", description="`module:function` of (response, answer) -> float, or as TRL or verl call one"
+    )
     timeout: PositiveFloat = Field(10.0, description="seconds; a response whose reward takes longer leaves the batch")
     workers: PositiveInt = Field(2, description="processes per device that compute rewards")
 
@@ -199,6 +203,7 @@ class TrainConfig(Section):
             if not holds:
                 raise ValueError(f"{key}: {value} given, accepted {accepted}")
 
+        require(self.data.train != [], "data.train", "is at least one")
         rollout, optimizer, guards = self.rollout, self.optimizer, self.bupo.guards if self.bupo else Guards()
         if self.policy == "bupo":
             if self.bupo is None:

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,27 +30,53 @@ class Example:
 
 
 def load_examples(
-    where: str,
+    where: str | Sequence[str],
     data: Data,
     tokenizer: PreTrainedTokenizerBase,
     key: str,
     *,
     vocab: int | None = None,
     columns: Columns | None = None,
+    answers: bool = True,
 ) -> list[Example]:
-    """The examples of a JSONL or parquet file, of a folder saved by `datasets`, or of a dataset on the Hugging Face hub.
+    """The examples of a JSONL or parquet file, of a folder saved by `datasets`, or of a dataset on the Hugging Face hub; or of
+    several of them, one after the other.
 
     Columns, template and limit are those of ``data``; ``columns`` are those that the reward asks for besides. Answers that are
-    numbers become text, whole ones without a point.
+    numbers become text, whole ones without a point; without ``answers`` there need be none, and they are empty.
     Raises :class:`ConfigError` with the configuration ``key`` and the first row that is not as it must be; one with a token from
     ``vocab`` on, for which the model has no embedding, is not.
     """
-    name, rows = _read(where, data, columns, key)
+    if not isinstance(where, str):
+        names = Counter(map(_name, dict.fromkeys(where)))  # of each other one, so that no two are reported as one
+        how = {"vocab": vocab, "columns": columns, "answers": answers}
+        parts = [_load(one, _name(one) if names[_name(one)] == 1 else one, data, tokenizer, key, **how) for one in where]
+        return [example for part in parts for example in part]
+    return _load(where, _name(where), data, tokenizer, key, vocab=vocab, columns=columns, answers=answers)
+
+
+def _load(
+    where: str,
+    name: str,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    key: str,
+    *,
+    vocab: int | None,
+    columns: Columns | None,
+    answers: bool,
+) -> list[Example]:
+    """The examples of one file or dataset; ``name`` is the source of those that name none."""
+    wanted = [data.prompt, data.source or "data_source", *(_answer_columns(data) if answers else ())]
+    if columns is not None:
+        wanted = None if columns.optional is None else [*wanted, *columns.required, *columns.optional]
+    rows = _read(where, wanted, key)
     if not rows:
         raise ConfigError(f"{key}: {where} is empty, accepted is at least one example")
     _check_special_tokens(data.template, tokenizer)
     prompts = [row.get((data.prompt,), _prompt, _PROMPT) for row in rows]
-    answers = [row.get(_answer_columns(data), _answer, "text that is not empty, or a number") for row in rows]
+    accepted = "text that is not empty, or a number"
+    solutions = [row.get(_answer_columns(data), _answer, accepted) if answers else "" for row in rows]
     sources = [
         name
         if data.source is None and _find(row.values, "data_source") in (_MISSING, None)
@@ -76,7 +103,7 @@ def load_examples(
             *(key, len(too_long), len(rows), where, data.max_prompt_tokens),
         )
     told = [_told(row, prompt, columns) for row, prompt in zip(rows, prompts, strict=True)]
-    examples = [Example(*example) for example in zip(texts, map(tuple, ids), answers, sources, told, strict=True)]
+    examples = [Example(*example) for example in zip(texts, map(tuple, ids), solutions, sources, told, strict=True)]
     return [example for example in examples if len(example.prompt_ids) <= data.max_prompt_tokens]
 
 
@@ -99,11 +126,17 @@ class _Row:
     columns: Sequence[str]  # all there are; `values` may have fewer
 
     def get(self, columns: Sequence[str], convert: Callable[[Any], Any], accepted: str) -> Any:
-        """What ``convert`` makes of the first of ``columns`` that is there. Raises :class:`ConfigError` where it makes None."""
+        """What ``convert`` makes of the first of ``columns`` that is there. Raises :class:`ConfigError` where it makes None, or
+        raises a ``ValueError`` that says what of the value is wrong."""
         for column in columns:
             if (value := _find(self.values, column)) is not _MISSING:
-                if (converted := convert(value)) is None:
-                    raise ConfigError(f"{self.place}: {column!r} is {value!r:.100}, accepted is {accepted}")
+                reason = ""
+                try:
+                    converted = convert(value)
+                except ValueError as error:
+                    converted, reason = None, f" ({error})"
+                if converted is None:
+                    raise ConfigError(f"{self.place}: {column!r} is {value!r:.100}, accepted is {accepted}{reason}")
                 return converted
         wanted, there = " or ".join(map(repr, columns)), ", ".join(self.columns)
         raise ConfigError(f"{self.place} has no {wanted}, accepted is {accepted}; its columns are {there}")
@@ -141,12 +174,18 @@ def _answer(value: Any) -> str | None:
 def _prompt(value: Any) -> str | list[dict[str, str]] | None:
     if not isinstance(value, list):
         return _text(value)
-    for message in value:
-        filled = {name for name, content in message.items() if content is not None} if isinstance(message, dict) else None
-        if filled != {"role", "content"} or _text(message["role"]) is None or _text(message["content"]) is None:
-            return None
-    chat = [{name: message[name] for name in ("role", "content")} for message in value]
-    return chat if chat and chat[-1]["role"] != "assistant" else None
+    for number, message in enumerate(value, 1):
+        if not isinstance(message, dict):
+            raise ValueError(f"message {number} is {message!r:.60}")
+        for name in ("role", "content"):
+            if _text(message.get(name)) is None:
+                raise ValueError(f"message {number} has {f'{message[name]!r:.60} as' if name in message else 'no'} {name}")
+        # A table has every column in every row: None is as good as nothing.
+        if more := [name for name, content in message.items() if name not in ("role", "content") and content is not None]:
+            raise ValueError(f"message {number} has {', '.join(map(repr, more))}, which templates would not see")
+    if value and value[-1]["role"] == "assistant":
+        raise ValueError(f"message {len(value)} is")
+    return [{name: message[name] for name in ("role", "content")} for message in value] or None
 
 
 def _told(row: _Row, prompt: str | list[dict[str, str]], columns: Columns | None) -> dict[str, Any]:
@@ -175,22 +214,30 @@ def _is_json(value: Any) -> bool:
 # ---- files and datasets
 
 
-def _read(where: str, data: Data, asked: Columns | None, key: str) -> tuple[str, list[_Row]]:
-    """The name of the dataset, and its rows."""
+def _name(where: str) -> str:
+    """What a dataset is called where its rows do not say."""
+    path = Path(where)
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if path.suffix.lower() in (".jsonl", ".parquet") else where.partition(":")[0].split("/")[:2][-1]
+
+
+def _read(where: str, wanted: Sequence[str] | None, key: str) -> list[_Row]:
+    """The rows of a dataset, with the columns in ``wanted`` at least; None: with all."""
     path = Path(where)
     suffix = path.suffix.lower()
     if path.is_dir():
-        return path.resolve().name, _datasets_rows(where, data, asked, key)
+        return _datasets_rows(where, wanted, key)
     if path.is_file() and suffix in (".jsonl", ".parquet"):
         try:
-            return path.stem, jsonl_rows(where, key) if suffix == ".jsonl" else _parquet_rows(where, data, asked, key)
+            return jsonl_rows(where, key) if suffix == ".jsonl" else _parquet_rows(where, wanted, key)
         except OSError as error:
             raise ConfigError(f"{key}: {where} cannot be read ({error.strerror or error}), accepted is {_PLACES}") from None
     if path.exists():
         raise ConfigError(f"{key}: {where} is a file of another kind, accepted is {_PLACES}")
     if suffix in (".jsonl", ".json", ".parquet"):
         raise ConfigError(f"{key}: {where} does not exist, accepted is {_PLACES}")
-    return where.partition(":")[0].split("/")[:2][-1], _datasets_rows(where, data, asked, key)
+    return _datasets_rows(where, wanted, key)
 
 
 def jsonl_rows(where: str, key: str) -> list[_Row]:
@@ -213,7 +260,7 @@ def jsonl_rows(where: str, key: str) -> list[_Row]:
     return rows
 
 
-def _parquet_rows(where: str, data: Data, asked: Columns | None, key: str) -> list[_Row]:
+def _parquet_rows(where: str, wanted: Sequence[str] | None, key: str) -> list[_Row]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -222,13 +269,14 @@ def _parquet_rows(where: str, data: Data, asked: Columns | None, key: str) -> li
     try:
         with parquet.ParquetFile(where) as file:
             columns = file.schema_arrow.names
-            values = file.read(columns=_needed(columns, data, asked)).to_pylist()
+            table = file.read(columns=_needed(columns, wanted))
+            values, schema = table.to_pylist(), table.schema
     except pyarrow.ArrowException as error:
         raise ConfigError(f"{key}: {where} is not a parquet file: {_first_line(error)}") from None
-    return _table_rows(values, columns, where, key)
+    return _table_rows(values, schema, columns, where, key)
 
 
-def _datasets_rows(where: str, data: Data, asked: Columns | None, key: str) -> list[_Row]:
+def _datasets_rows(where: str, wanted: Sequence[str] | None, key: str) -> list[_Row]:
     """The rows of a folder that `datasets` saved, or else of a dataset on the hub."""
     name, _, split = where.partition(":")
     parts = name.split("/")
@@ -249,18 +297,38 @@ def _datasets_rows(where: str, data: Data, asked: Columns | None, key: str) -> l
     if isinstance(dataset, dict):
         raise ConfigError(f"{key}: {where} holds the splits {', '.join(dataset)}, accepted is the folder of one of them")
     columns = dataset.column_names
-    return _table_rows(dataset.select_columns(_needed(columns, data, asked)).to_list(), columns, where, key)
+    table = dataset.select_columns(_needed(columns, wanted))
+    return _table_rows(table.to_list(), table.features.arrow_schema, columns, where, key)
 
 
-def _table_rows(values: list[dict[str, Any]], columns: list[str], where: str, key: str) -> list[_Row]:
+def _table_rows(values: list[dict[str, Any]], schema: Any, columns: list[str], where: str, key: str) -> list[_Row]:
+    for column in schema:
+        if re.search(r"\b(half)?float\b", str(column.type)):  # arrow's names of 16 and 32 bits
+            for row in values:
+                row[column.name] = _shortest(row[column.name], column.type)
     return [_Row(f"{key}: {where} row {number}", row, columns) for number, row in enumerate(values, 1)]
 
 
-def _needed(columns: list[str], data: Data, asked: Columns | None) -> list[str]:
+def _shortest(value: Any, kind: Any) -> Any:
+    """A value of an arrow type in which numbers of 16 and 32 bits are the decimals they were written as: 0.1, not the
+    0.10000000149011612 that the float of Python makes of it."""
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if types.is_float32(kind) or types.is_float16(kind):
+        return float(str((np.float32 if types.is_float32(kind) else np.float16)(value)))
+    if types.is_struct(kind):
+        return {part.name: _shortest(value[part.name], part.type) for part in kind}
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return [_shortest(entry, kind.value_type) for entry in value]
+    return value
+
+
+def _needed(columns: list[str], wanted: Sequence[str] | None) -> list[str]:
     """Those of a table's columns that are looked into: others can be gigabytes. At least one: `datasets` has no rows without."""
-    wanted = [data.prompt, *_answer_columns(data), data.source or "data_source"]
-    if asked is not None:
-        wanted += [*asked.required, *(columns if asked.optional is None else asked.optional)]
+    if wanted is None:
+        return columns
     return [name for name in columns if any(column == name or column.startswith(f"{name}.") for column in wanted)] or columns[:1]
 
 

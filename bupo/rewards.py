@@ -6,7 +6,7 @@ Worker processes import this module: it must stay light, without torch and numpy
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
 import inspect
 import json
 import logging
@@ -18,13 +18,18 @@ import socket
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from functools import cache
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
 from bupo.config import ConfigError
+
+MATH_VERIFY = importlib.util.find_spec("math_verify") is not None
+DEFAULT = "bupo.rewards:math_answer"
 
 Reward = Callable[..., Any]  # of (response, answer), or as TRL or verl calls it: see convention
 
@@ -94,14 +99,116 @@ def math_verify(response: str, answer: str) -> float:
 math_verify.package = "math_verify"  # for load_reward
 
 
+def math_answer(response: str, answer: str) -> float:
+    r"""The lenient grader: 1.0 when the response's answer is ``answer``, however the two are written.
+
+    The response's answer is what its last box holds, be it ``\boxed{42}``, ``\boxed {42}``, ``\boxed 42`` or ``\fbox{42}``; without
+    a box it is the whole text. Equal are the same strings in the spelling of :func:`boxed_string`, the same numbers, a choice such
+    as ``\textbf{(C)} 5`` and its letter or its value, and, where math-verify is installed, what :func:`math_verify` finds equal.
+    """
+    given = _last_box(response)
+    if given is None:
+        return 0.0
+    found, wanted = _plain(given), _plain(answer)
+    choice, right_choice = _choice(found), _choice(wanted)
+    if choice and right_choice:
+        return float(choice[0] == right_choice[0])
+    pairs = [(one, other) for one in (found, *choice) for other in (wanted, *right_choice)]
+    if any(_same(one, other) for one, other in pairs):
+        return 1.0
+    if not MATH_VERIFY:
+        return 0.0
+    if given is response:
+        return math_verify(response, wanted)
+    return max(math_verify(rf"\boxed{{{one}}}", other) for one, other in pairs)
+
+
+math_answer.package = "math_verify" if MATH_VERIFY else __name__
+
+_WRAP = r"\\(?:text\w*|math\w+|mbox|operatorname)\s*"  # the braces of what it wraps follow
+_ORDINAL = "(?:st|nd|rd|th)"
+_ORDINALS = (  # behind a number
+    rf"\^\s*\{{\s*{_WRAP}\{{{_ORDINAL}\}}\s*\}}",
+    rf"(?:\^\s*)?{_WRAP}\{{{_ORDINAL}\}}",
+    rf"\^\s*\{{{_ORDINAL}\}}",
+    rf"{_ORDINAL}(?![a-zA-Z])",
+)
+
+
+def _last_box(text: str) -> str | None:
+    r"""What the last box of any form holds; the text itself without one, None where the braces of the last do not close."""
+    for box in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text))):
+        before, rest = text[: box.start()], text[box.end() :]
+        if rest.startswith("{"):
+            return _braced(rest)
+        # Up to the end of the formula that it stands in, or else one word. A box that is only mentioned holds nothing.
+        in_formula = before.replace(r"\$", "").count("$") % 2
+        content = re.match(r"[^$\n]*" if in_formula else r"(?:(?!\\[)\]])[^\s$])*", rest)[0].strip().rstrip(".,;:!?")
+        if any(map(str.isalnum, content)):
+            return content
+    return text
+
+
+def _plain(answer: str) -> str:
+    r"""``answer`` without what only sets it: dollars around it, spaces that group digits, the ending of an ordinal number."""
+    text = "".join(map(_spelled_out, answer)).strip()
+    text = re.sub(r"^\$([^$]*)\$$", r"\1", text).strip()
+    text = re.sub(r"(?<=\d)(?:\\[,;:!]|\{,\}|[~\u00a0\u2009\u202f])(?=\d{3}(?!\d))", "", text)
+    return re.sub(rf"(?<=\d)\s*(?:{'|'.join(_ORDINALS)})", "", text)
+
+
+def _spelled_out(character: str) -> str:
+    """A fraction that is one character as LaTeX, and a minus sign as a hyphen."""
+    if unicodedata.decomposition(character).startswith("<fraction>"):
+        top, _, bottom = unicodedata.normalize("NFKC", character).partition("\u2044")
+        return rf"\frac{{{top}}}{{{bottom}}}" if bottom else character
+    return "-" if character == "\u2212" else character
+
+
+def _choice(answer: str) -> tuple[str, ...]:
+    r"""The letter, and the value if there is one, of an answer such as ``\textbf{(C)} 5``; nothing of any other."""
+    space = r"(?:[\s~:]|\\[,;:! ]|\\q?quad\b)*"
+    found = re.fullmatch(rf"(?:{_WRAP}\{{\s*\(?([A-Z])\)?[.:]?\s*\}}|\(([A-Z])\)){space}(.*)", answer, re.DOTALL)
+    return tuple(filter(None, found.groups())) if found else ()
+
+
+def _same(given: str, answer: str) -> bool:
+    """Whether the two are one string, one number, or one word."""
+    if normalise_math(given) == normalise_math(answer):
+        return True
+    number, word = _number(given), _unwrapped(given)
+    if number is not None:
+        return number == _number(answer)
+    return word == _unwrapped(answer) or (len(word) > 2 and word.isalpha() and word.casefold() == _word(answer))
+
+
+def _number(text: str) -> Fraction | None:
+    """Of an integer, a decimal, a fraction or a mixed number."""
+    text = re.sub(r",(?=\d{3}(?!\d))", "", text) if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text) else text
+    text = normalise_math(text)
+    mixed = re.fullmatch(r"([+-]?)(\d*)\\frac\{(\d+)\}\{(\d+)\}", text)
+    plain = re.fullmatch(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?|[+-]?\d+/\d+", text)
+    with contextlib.suppress(ValueError, ZeroDivisionError):  # more digits than Python reads; a denominator of 0
+        if mixed:
+            sign, whole, top, bottom = mixed.groups()
+            return int(f"{sign}1") * (int(whole or 0) + Fraction(int(top), int(bottom)))
+        return Fraction(text) if plain else None
+    return None
+
+
 def last_boxed(text: str) -> str | None:
     r"""What the last ``\boxed{}`` holds; None without one, or when its braces do not close."""
     _, found, rest = text.rpartition(r"\boxed")
+    return _braced(rest) if found and rest.startswith("{") else None
+
+
+def _braced(text: str) -> str | None:
+    """What the braces hold that ``text`` begins with; None when they do not close."""
     depth = 0
-    for brace in re.finditer(r"[{}]", rest if found and rest.startswith("{") else ""):
+    for brace in re.finditer(r"[{}]", text):
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return rest[1 : brace.start()]
+            return text[1 : brace.start()]
     return None
 
 
@@ -134,10 +241,15 @@ def normalise_math(text: str) -> str:
 
 
 def _word(text: str) -> str:
-    r"""``text`` in lower case without ``\text{}`` and its like, and without dollars, full stops and spaces around it."""
-    while (plain := re.sub(r"\\(?:text\w*|math\w+|mbox|operatorname)\s*\{([^{}]*)\}", r"\1", text)) != text:
+    """``text`` unwrapped and in lower case."""
+    return _unwrapped(text).casefold()
+
+
+def _unwrapped(text: str) -> str:
+    r"""``text`` without ``\text{}`` and its like, and without dollars, full stops and spaces around it."""
+    while (plain := re.sub(rf"{_WRAP}\{{([^{{}}]*)\}}", r"\1", text)) != text:
         text = plain
-    return text.strip("$. \t\n").casefold()
+    return text.strip("$. \t\n")
 
 
 def _decimals(answer: str, gold: Any) -> int:
@@ -249,6 +361,11 @@ class RewardPool:
 
     def __enter__(self) -> RewardPool:
         """Starts the processes. Raises :class:`ConfigError` when they cannot import the function."""
+        if self.function == DEFAULT and not MATH_VERIFY:
+            logging.getLogger("bupo").warning(
+                "reward.function: %s compares strings and numbers only: math-verify is not installed (pip install math-verify)",
+                DEFAULT,
+            )
         self.score([])
         return self
 

@@ -154,7 +154,7 @@ def prepare(config: TrainConfig, world: World, pool: RewardPool) -> Setup:
     tokenizer = load_tokenizer(config.model)
     asked = {"columns": pool.columns, "vocab": architecture.vocab_size}
     examples = load_examples(config.data.train, config.data, tokenizer, "data.train", **asked)
-    heldout = [e for where in config.heldout for e in load_examples(where, config.data, tokenizer, "data.heldout", **asked)]
+    heldout = load_examples(config.heldout, config.data, tokenizer, "data.heldout", **asked)
     model = load_model(config.model, config.hardware, world)
     optimizer, schedule = make_optimizer(model, config.optimizer), Schedule(config)
     if last:

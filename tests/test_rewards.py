@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bupo.config import ConfigError
+from bupo import rewards
+from bupo.config import ConfigError, Reward
 from bupo.rewards import (
     Columns,
     Question,
@@ -24,6 +25,7 @@ from bupo.rewards import (
     exact_match,
     last_boxed,
     load_reward,
+    math_answer,
     math_verify,
     normalise_math,
 )
@@ -228,6 +230,77 @@ def test_math_verify_rejects_what_is_not_equal(given, answer):
 def test_math_verify_reads_the_last_box_or_else_the_text(response, reward):
     pytest.importorskip("math_verify")
     assert math_verify(response, "7") == reward
+
+
+LENIENT = [
+    (r"So \boxed 42.", "42", 1.0),
+    (r"$x = \boxed 1 + y$, $2$", "1+y", 1.0),
+    (r"$\boxed \frac{1}{2}$", "0.5", 1.0),
+    (r"\(\boxed 42\)", "42", 1.0),
+    (r"\boxed {42}", "42", 1.0),
+    (r"\fbox{42}", "42", 1.0),
+    (r"\boxed{41}, no: \fbox{42}", "42", 1.0),
+    (r"\boxed{42}, no: \boxed{41}", "42", 0.0),
+    (r"\boxed{5}, as it must be in \boxed.", "5", 1.0),
+    (r"\boxed{5}, that is \boxed{", "5", 0.0),
+    (r"\boxed{1}, \boxed{2}", "1", 0.0),
+    (r"\boxed{12^{\text{th}}}", "12", 1.0),
+    (r"\boxed{21st}", "21^{\\mathrm{st}}", 1.0),
+    (r"\boxed{12^{\text{th}}}", "13", 0.0),
+    (r"\boxed{1\,000}", "1000", 1.0),
+    (r"\boxed{1\,234\,567}", "1,234,567", 1.0),
+    (r"\boxed{1\,0}", "1000", 0.0),
+    (r"\boxed{½}", "1/2", 1.0),
+    (r"\boxed{3½}", "3.5", 1.0),
+    (r"\boxed{⅓}", "0.5", 0.0),
+    (r"\boxed{−5}", "-5", 1.0),
+    (r"\boxed{\textbf{(C)} 5}", "5", 1.0),
+    (r"\boxed{\textbf{(C)}\ 5}", "C", 1.0),
+    (r"\boxed{(C)}", r"\textbf{(C)} 5", 1.0),
+    (r"\boxed{\textbf{(C)} 5}", r"\textbf{(D)} 5", 0.0),
+    (r"\boxed{\textbf{(C)} 5}", "6", 0.0),
+    (r"\boxed{\textbf{(C)} 5}", "D", 0.0),
+    (r"\boxed{evelyn}", r"\text{Evelyn}", 1.0),
+    (r"\boxed{0.1}", "0.1", 1.0),
+    (r"\boxed{1/0}", "0", 0.0),
+    (r"\boxed{5 third}", "5", 0.0),
+    (r"\boxed{}", "5", 0.0),
+    ("12 ", "12", 1.0),
+    ("12", "13", 0.0),
+    ("", "5", 0.0),
+]
+
+
+@pytest.mark.parametrize(("response", "answer", "reward"), LENIENT)
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_lenient_grader_sees_through_the_spelling(monkeypatch, response, answer, reward, installed):
+    if installed:
+        pytest.importorskip("math_verify")
+    monkeypatch.setattr(rewards, "MATH_VERIFY", installed)
+    assert math_answer(response, answer) == reward
+
+
+@pytest.mark.parametrize(("response", "answer"), [(r"\boxed 42", "42"), (r"\boxed {42}", "42"), (r"\boxed{½}", "1/2")])
+def test_the_references_grader_stays_as_strict_as_the_reference(response, answer):
+    assert boxed_string(response, answer) == 0.0
+
+
+def test_the_lenient_grader_accepts_what_the_others_accept_and_rejects_what_none_does():
+    pytest.importorskip("math_verify")
+    for written, answer in [*RIGHT, *RIGHT_AS_STRINGS]:
+        assert math_answer(boxed(written), answer) == 1.0, (written, answer)
+    for written, answer in WRONG:
+        assert math_answer(boxed(written), answer) == boxed_string(boxed(written), answer), (written, answer)
+
+
+def test_the_default_says_what_it_lacks_without_math_verify(monkeypatch, caplog):
+    monkeypatch.setattr(rewards, "MATH_VERIFY", False)
+    monkeypatch.setattr(RewardPool, "score", lambda *_: [])  # no processes
+    for function, count in ((rewards.DEFAULT, 1), ("bupo.rewards:exact_match", 0)):
+        caplog.clear()
+        with RewardPool(function, timeout=1, workers=1):
+            assert len(caplog.records) == count
+    assert Reward().function == rewards.DEFAULT
 
 
 def test_math_verify_sets_no_alarms(monkeypatch):

@@ -386,6 +386,7 @@ BAD_OVERRIDES = {
         "optimizer.mini_batch=3",
         "optimizer.mini_batch: 3 given, accepted are divisors of rollout.prompts (4)",
     ),
+    "no data": ("data.train=[]", "data.train: [] given, accepted is at least one"),
     "unknown module": ("bupo.module=mlp", "bupo.module: 'mlp' given, accepted is 'layer', 'attention' or 'ffn'"),
     "unknown policy": ("policy=ppo", "policy: 'ppo' given, accepted is 'bupo' or 'grpo'"),
     "not a number": ("steps=many", "steps: 'many' given, accepted is a valid integer"),

@@ -68,8 +68,8 @@ def analyze_command(
             samples, greedy = [sample for some, _ in loaded for sample in some], sum(left_out for _, left_out in loaded)
             lengths = [len(sample.prompt_ids) + len(sample.response_ids) for sample in samples]
         else:
-            loaded = (load_examples(where, config.data, tokenizer, "--data", vocab=vocab) for where in config.heldout)
-            found = [example.prompt_ids for examples in loaded for example in examples]
+            loaded = load_examples(config.heldout, config.data, tokenizer, "--data", vocab=vocab, answers=False)
+            found = [example.prompt_ids for example in loaded]
             chosen = np.sort(np.random.default_rng(config.seed).permutation(len(found))[:prompts])
             asked = [found[i] for i in chosen]
             lengths = [len(prompt) + config.rollout.max_new_tokens for prompt in asked]
