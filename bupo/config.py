@@ -177,7 +177,7 @@ class Telemetry(Section):
 
 
 class TrainConfig(Section):
-    model: str = Field(description="folder of a Hugging Face checkpoint, or a model's name on the hub")
+    model: str = Field(description="folder of a Hugging Face checkpoint, a GGUF file, or a model's name on the hub")
     architecture: Path | None = Field(None, description="a model's config.json, for --dry-run where the model is not at hand")
     output_dir: Path = Field(description="run folder: new, empty, or one to continue")
     data: Data

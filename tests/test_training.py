@@ -20,7 +20,7 @@ from bupo.cli import main
 from bupo.config import ConfigError, dump_config, load_config
 from bupo.demo import character_tokenizer
 from bupo.distributed import World
-from bupo.model import load_model
+from bupo.model import load_model, load_tokenizer, read_model
 from bupo.schedule import FINAL, OptimisedPolicy
 from bupo.trainer import look, look_at_layers, make_mini_batches, train, update, with_old_logprobs
 
@@ -206,6 +206,74 @@ def test_a_guard_ends_phase_one_early_for_good_and_says_so(config_file, tmp_path
     assert f"phase 1 ends after step {length}" in capsys.readouterr().out
     if guard.startswith("perplexity"):
         assert rows[length - 1]["perplexity"] > 1
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "model.layers": "blk",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write_gguf(path: Path) -> dict[str, torch.Tensor]:
+    """Writes a tiny model as a GGUF file, in blocks of 8 bits where its rows fill them; returns the weights these stand for."""
+    gguf = pytest.importorskip("gguf")
+    tokens = ["<pad>", "<eos>", *"0123456789+=", "12"]
+    model = tiny_model("qwen2", vocab=len(tokens), tied=True)
+    writer, config = gguf.GGUFWriter(path, "qwen2"), model.config
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * 13)
+    writer.add_token_merges(["1 2"])
+    writer.add_eos_token_id(1)
+    weights = {}
+    for name, weight in model.named_parameters():
+        data, kind = weight.detach().numpy(), gguf.GGMLQuantizationType.F32
+        if weight.dim() == 2 and weight.shape[1] % 32 == 0:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            data = gguf.quants.quantize(data, kind)
+        weights[name] = torch.tensor(gguf.quants.dequantize(data, kind))
+        for ours, theirs in GGUF_NAMES.items():
+            name = name.replace(ours, theirs)
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+def test_a_gguf_file_is_a_model_like_any_other_and_is_exported_as_one(config_file, tmp_path, capsys):
+    pytest.importorskip("accelerate")
+    weights, path = write_gguf(tmp_path / "tiny.gguf"), str(tmp_path / "tiny.gguf")
+    # A rate at which the weights stay as they are, but for zeros among them.
+    overrides = [f"model={path}", "steps=1", "data.heldout=[]", "telemetry.lens_every=0", "optimizer.learning_rate=1e-30"]
+    assert main(["train", str(config_file), *overrides]) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
+    assert all(torch.allclose(exported[name], weight, rtol=0, atol=1e-20) for name, weight in weights.items())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert tokenizer("1+2=").input_ids == load_tokenizer(path)("1+2=").input_ids == [3, 12, 4, 13]
+    narrow = read_model(path, dtype=torch.bfloat16).state_dict()  # as `bupo analyze` reads it
+    assert all(torch.equal(narrow[name], weight.bfloat16()) for name, weight in weights.items())
+    assert main(["train", str(config_file), f"model={tmp_path}/none.gguf"]) == 2
+    assert f"model: {tmp_path}/none.gguf cannot be used: it does not exist" in capsys.readouterr().err
 
 
 # ---- one update

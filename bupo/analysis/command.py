@@ -27,7 +27,7 @@ from bupo.config import ConfigError, TrainConfig, check_new_folder
 from bupo.cost import load_architecture
 from bupo.data import encode, jsonl_rows, load_examples, require_known
 from bupo.distributed import World, process_group
-from bupo.model import load_tokenizer, require_finite, unusable
+from bupo.model import load_tokenizer, read_model, require_finite, unusable
 from bupo.output import progress_bar, replace_file
 from bupo.rollout import Sample, configured_rollout
 from bupo_kernels import FusedLMHead
@@ -163,7 +163,7 @@ def _check_blocks(name: str, architecture: PretrainedConfig) -> None:
 
 def _load_for_reading(config: TrainConfig, world: World) -> PreTrainedModel:
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=getattr(torch, config.hardware.precision))
+        model = read_model(config.model, dtype=getattr(torch, config.hardware.precision))
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise unusable(config.model, error) from None
     require_finite(config.model, model)
