@@ -203,13 +203,15 @@ class TrainConfig(Section):
             if not holds:
                 raise ValueError(f"{key}: {value} given, accepted {accepted}")
 
-        require(self.data.train != [], "data.train", "is at least one")
         rollout, optimizer, guards = self.rollout, self.optimizer, self.bupo.guards if self.bupo else Guards()
         if self.policy == "bupo":
             if self.bupo is None:
                 raise ValueError("bupo: missing, accepted is a section with layer and internal_steps, or policy: grpo")
             require(self.bupo.internal_steps <= self.steps, "bupo.internal_steps", f"are 0 to {self.steps} (steps)")
             require(guards.perplexity is None or self.heldout, "bupo.guards.perplexity", "is null without data.heldout")
+        require(self.data.train != [], "data.train", "is at least one")
+        unpacked = rollout.engine != "vllm" or not self.model.lower().endswith(".gguf")
+        require(unpacked, "rollout.engine", "are continuous and generate for a GGUF file")
         require(
             rollout.prompts % optimizer.mini_batch == 0,
             "optimizer.mini_batch",

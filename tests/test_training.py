@@ -581,9 +581,17 @@ def test_overrides_replace_values_and_the_resolved_configuration_reads_back(conf
     config = load_config(config_file, ["optimizer.betas=[0.8, 0.9]", "objective.dual_clip=null", "optimizer.learning_rate=1e-3"])
     assert config.optimizer.betas == (0.8, 0.9)
     assert config.objective.dual_clip is None
+    several = [str(tmp_path / "sums.jsonl"), "gsm8k:train"]
+    assert load_config(config_file, [f"data.train={json.dumps(several)}"]).data.train == several
     assert config.optimizer.learning_rate == 1e-3
     (tmp_path / "resolved.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "resolved.yaml") == config
+
+
+def test_vllm_is_refused_for_a_gguf_file(config_file):
+    load_config(config_file, ["model=a.gguf"])
+    with pytest.raises(ConfigError, match=r"^rollout.engine: vllm given, accepted are continuous and generate for a GGUF file"):
+        load_config(config_file, ["model=a.gguf", "rollout.engine=vllm"])
 
 
 def test_yaml_cannot_run_code(tmp_path):
