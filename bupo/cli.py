@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("model", metavar="MODEL", help="folder of a Hugging Face checkpoint, or a model's name on the hub")
     analyze.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, or that of an unfinished analysis")
     what = analyze.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", nargs="+", metavar="FILE", help="problems to respond to, as data.train of `bupo train`")
+    what.add_argument("--data", nargs="+", metavar="FILE", help="problems, as data.train of `bupo train`; answers are not needed")
     what.add_argument(
         "--responses",
         nargs="+",

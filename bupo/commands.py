@@ -17,7 +17,10 @@ from bupo.rollout import configured_rollout, text_of
 
 
 def evaluate_command(config: TrainConfig, out: Path | None) -> Accuracy:
-    """Accuracy of ``config.model`` on ``data.heldout``, printed, and written into ``out`` if given. Raises :class:`ConfigError`."""
+    """Accuracy of ``config.model`` on ``data.heldout``, printed, and written into ``out`` if given.
+
+    Raises :class:`ConfigError`, also when there is no accuracy because every reward failed.
+    """
     if out is not None:
         check_new_folder(out, "--out")
     with process_group(config.hardware) as world, RewardPool(**config.reward.model_dump()) as pool:
@@ -29,7 +32,11 @@ def evaluate_command(config: TrainConfig, out: Path | None) -> Accuracy:
         rollout = configured_rollout(config, model, tokenizer, world, config.evaluation.temperature)
         numbers = {"samples": config.evaluation.samples, "ks": config.evaluation.k, "seed": config.seed}
         decode = partial(text_of, tokenizer=tokenizer, ends=rollout.ends, skip_special_tokens=config.rollout.skip_special_tokens)
-        return evaluate_model(rollout, decode, examples, pool, world, **numbers, out=out)
+        accuracy = evaluate_model(rollout, decode, examples, pool, world, **numbers, out=out)
+        if accuracy.reward_failures == len(examples) * (accuracy.samples + 1):
+            failure = next(filter(None, world.gather([pool.last_failure])))
+            raise ConfigError(f"reward.function: {config.reward.function!r} failed for every response: {failure}")
+        return accuracy
 
 
 def export_command(run: Path, output: Path, step: int | None) -> int:

@@ -47,12 +47,11 @@ def load_examples(
     Raises :class:`ConfigError` with the configuration ``key`` and the first row that is not as it must be; one with a token from
     ``vocab`` on, for which the model has no embedding, is not.
     """
-    if not isinstance(where, str):
-        names = Counter(map(_name, dict.fromkeys(where)))  # of each other one, so that no two are reported as one
-        how = {"vocab": vocab, "columns": columns, "answers": answers}
-        parts = [_load(one, _name(one) if names[_name(one)] == 1 else one, data, tokenizer, key, **how) for one in where]
-        return [example for part in parts for example in part]
-    return _load(where, _name(where), data, tokenizer, key, vocab=vocab, columns=columns, answers=answers)
+    wheres = [where] if isinstance(where, str) else where
+    sharing = Counter(map(_name, dict.fromkeys(wheres)))  # how many have a name: no two are to be reported as one
+    names = [_name(one) if sharing[_name(one)] == 1 else one for one in wheres]
+    parts = [_load(*one, data, tokenizer, key, vocab, columns, answers) for one in zip(wheres, names, strict=True)]
+    return [example for part in parts for example in part]
 
 
 def _load(
@@ -61,7 +60,6 @@ def _load(
     data: Data,
     tokenizer: PreTrainedTokenizerBase,
     key: str,
-    *,
     vocab: int | None,
     columns: Columns | None,
     answers: bool,

@@ -86,6 +86,8 @@ def load_model(name: str, hardware: Hardware, world: World) -> PreTrainedModel:
 def require_finite(name: str, model: PreTrainedModel) -> None:
     """Raises :class:`ConfigError` with the first of the model's tensors that holds a NaN or an infinity."""
     for tensor, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            continue
         # One pass and no copy: both ends are NaN where any element is.
         if not torch.stack(parameter.detach().aminmax()).isfinite().all():
             raise unusable(name, f"its tensor {tensor} holds NaN or infinity")

@@ -476,7 +476,7 @@ class _Worker:
         """Raises ``OSError`` when the process does not take it."""
         self.busy, self.index, self.question, self.deadline = True, index, question, time.monotonic() + timeout
         self.socket.settimeout(timeout)
-        self.socket.sendall(json.dumps(question).encode() + b"\n")
+        self.socket.sendall(json.dumps(question, default=int).encode() + b"\n")  # token ids may be numpy's
 
     def hear(self) -> list[Any]:
         """A message; so short that it comes in one piece. Raises ``ValueError`` or ``OSError`` when the process ended instead."""

@@ -46,7 +46,8 @@ def text_of(
     response_ids: Sequence[int], *, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], skip_special_tokens: bool
 ) -> str:
     """A response as rewards, episodes and files have it: what was generated, without the tokens that end and pad it."""
-    shown = [i for i in response_ids if i not in (*ends, tokenizer.pad_token_id)]
+    hidden = {*ends, tokenizer.pad_token_id}
+    shown = [i for i in response_ids if i not in hidden]
     return tokenizer.decode(shown, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
 

@@ -191,6 +191,13 @@ def test_rewards_that_all_fail_end_the_run_with_their_own_message(config_file, t
     assert capsys.readouterr().err.startswith(expected + "exception: RuntimeError: never; response ")
     rows = metrics_of(tmp_path / "run")
     assert [(row["step"], row["reward"], row["updates"]) for row in rows] == [(step, None, 0) for step in (1, 2, 3)]
+    how = [overrides[0], "rollout.engine=generate", "rollout.max_new_tokens=3", "data.max_prompt_tokens=6"]
+    command = ["evaluate", str(tmp_path / "start"), "--data", str(tmp_path / "sums.jsonl"), "--samples", "2", "--k", "1"]
+    assert main([*command, "--set", *how]) == 2
+    expected = (
+        "bupo evaluate: reward.function: 'toy_rewards:always_failing' failed for every response: exception: RuntimeError: never"
+    )
+    assert capsys.readouterr().err.startswith(expected)
 
 
 @pytest.mark.parametrize("guard", ["kl=1e-6", "perplexity=1.0000001"])

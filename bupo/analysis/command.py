@@ -147,7 +147,7 @@ def load_responses(where: str, tokenizer: PreTrainedTokenizerBase, key: str, voc
 
 
 def _ids(value: Any) -> list[int] | None:
-    return value if isinstance(value, list) and value and all(type(i) is int and i >= 0 for i in value) else None
+    return value if isinstance(value, list) and value and all(type(i) is int and 0 <= i < 2**32 for i in value) else None
 
 
 def _check_blocks(name: str, architecture: PretrainedConfig) -> None:
