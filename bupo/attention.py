@@ -34,27 +34,25 @@ def per_sequence_attention(
     sequence_lengths: Sequence[int] | None = None,
     **_,
 ) -> tuple[Tensor, None]:  # [1, T, heads, d]
-    """Causal attention within each of the sequences of ``sequence_lengths``, which add up to T.
+    """Causal attention within each of the sequences of ``sequence_lengths``, which add up to T; with a ``sliding_window`` to that
+    many tokens at most, the token itself among them.
 
-    Raises:
-        ValueError: no ``sequence_lengths``, or others than the batch holds; a sequence longer than the sliding window.
+    Raises ``ValueError`` without ``sequence_lengths``, or with others than the batch holds.
     """
     if sequence_lengths is None or sum(sequence_lengths) != query.shape[2] or len(query) != 1:
         given = None if sequence_lengths is None else sum(sequence_lengths)
         raise ValueError(f"sequence_lengths: sum {given} given, accepted is the sum {query.shape[2]}, of a batch of one packed row")
-    if sliding_window is not None and max(sequence_lengths) > sliding_window:
-        raise ValueError(
-            f"sequence_lengths: {max(sequence_lengths)} given, accepted are up to the sliding window, {sliding_window}"
-        )
     parts, start = [], 0
     for length, group in groupby(sequence_lengths):
         count = len(list(group))
         stop = start + count * length
         # [1, heads, count · length, d] -> [count, heads, length, d], a view
         q, k, v = (x[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
-        out = F.scaled_dot_product_attention(
-            q, k, v, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-        )
+        seen = None  # a mask [length, length] of what each token attends to, where that is not simply all before it
+        if sliding_window is not None and length > sliding_window:
+            seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - sliding_window)
+        options = {"attn_mask": seen, "is_causal": seen is None, "enable_gqa": query.shape[1] != key.shape[1]}
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, **options)
         parts.append(out.transpose(1, 2).flatten(0, 1))  # [count · length, heads, d]
         start = stop
     return torch.cat(parts).unsqueeze(0), None

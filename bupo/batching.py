@@ -94,8 +94,8 @@ def fill(lengths: Sequence[int], order: Iterable[int], bins: int, capacity: int)
 
 
 def token_weights(lengths: Sequence[int], aggregation: str) -> list[float]:
-    """The weight of each response token of each sequence, given the response lengths of a whole mini-batch (all ranks):
-    ``token-mean`` counts every token alike, ``sequence-mean-token-mean`` every sequence."""
+    """The weight of each response token of each sequence, given the response lengths of a whole mini-batch (all ranks), which may
+    have none: ``token-mean`` counts every token alike, ``sequence-mean-token-mean`` every sequence."""
     if aggregation == "token-mean":
-        return [1 / sum(lengths)] * len(lengths)
+        return [1 / sum(lengths) for _ in lengths]
     return [1 / (length * len(lengths)) for length in lengths]

@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return options.do(options)
     except ConfigError as error:
-        if int(os.environ.get("RANK", 0)) == 0:  # under torchrun all say the same
+        if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:  # under torchrun all say the same
             print(f"bupo {options.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -89,7 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("model", metavar="MODEL", help="folder of a Hugging Face checkpoint, or a model's name on the hub")
     analyze.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, or that of an unfinished analysis")
     what = analyze.add_mutually_exclusive_group(required=True)
-    what.add_argument("--data", nargs="+", metavar="FILE", help="problems to respond to, as data.train of `bupo train`")
+    what.add_argument("--data", nargs="+", metavar="FILE", help="problems, as data.train of `bupo train`; answers are not needed")
     what.add_argument(
         "--responses",
         nargs="+",
@@ -209,7 +209,7 @@ def _evaluate(options: argparse.Namespace) -> int:
         "model": options.model,
         "output_dir": "unused",
         "policy": "grpo",
-        "data": {"train": options.data[0], "heldout": options.data},
+        "data": {"train": options.data, "heldout": options.data},
     }
     evaluation = {"evaluation": {"samples": options.samples, "k": options.k}}
     config = parse_config(override(tree | evaluation, options.set))
@@ -226,7 +226,7 @@ def _analyze(options: argparse.Namespace) -> int:
         "model": options.model,
         "output_dir": str(options.out),
         "policy": "grpo",
-        "data": {"train": files[0], "heldout": files},
+        "data": {"train": files, "heldout": files},
         "objective": {"advantage": "reinforce++"},  # the one that takes one sample per prompt; nothing is trained here
         "rollout": {"samples": options.samples},
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from bupo.checkpoint import Checkpoints
@@ -13,25 +13,30 @@ from bupo.distributed import process_group
 from bupo.evaluation import Accuracy, evaluate_model
 from bupo.model import export, load_model, load_tokenizer
 from bupo.rewards import RewardPool
-from bupo.rollout import configured_rollout
+from bupo.rollout import configured_rollout, text_of
 
 
 def evaluate_command(config: TrainConfig, out: Path | None) -> Accuracy:
-    """Accuracy of ``config.model`` on ``data.heldout``, printed, and written into ``out`` if given. Raises :class:`ConfigError`."""
+    """Accuracy of ``config.model`` on ``data.heldout``, printed, and written into ``out`` if given.
+
+    Raises :class:`ConfigError`, also when there is no accuracy because every reward failed.
+    """
     if out is not None:
         check_new_folder(out, "--out")
     with process_group(config.hardware) as world, RewardPool(**config.reward.model_dump()) as pool:
-        check_fits(load_architecture(config), config)
+        check_fits(architecture := load_architecture(config), config)
         tokenizer = load_tokenizer(config.model)
-        examples = [e for where in config.heldout for e in load_examples(where, config.data, tokenizer, "--data")]
+        asked = {"columns": pool.columns, "vocab": architecture.vocab_size}
+        examples = load_examples(config.heldout, config.data, tokenizer, "--data", **asked)
         model = load_model(config.model, config.hardware, world)
         rollout = configured_rollout(config, model, tokenizer, world, config.evaluation.temperature)
         numbers = {"samples": config.evaluation.samples, "ks": config.evaluation.k, "seed": config.seed}
-
-        def decode(ids: Sequence[int]) -> str:
-            return tokenizer.decode(ids, skip_special_tokens=True)
-
-        return evaluate_model(rollout, decode, examples, pool, world, **numbers, out=out)
+        decode = partial(text_of, tokenizer=tokenizer, ends=rollout.ends, skip_special_tokens=config.rollout.skip_special_tokens)
+        accuracy = evaluate_model(rollout, decode, examples, pool, world, **numbers, out=out)
+        if accuracy.reward_failures == len(examples) * (accuracy.samples + 1):
+            failure = next(filter(None, world.gather([pool.last_failure])))
+            raise ConfigError(f"reward.function: {config.reward.function!r} failed for every response: {failure}")
+        return accuracy
 
 
 def export_command(run: Path, output: Path, step: int | None) -> int:

@@ -49,8 +49,10 @@ class Data(Section):
     """Files are JSONL or parquet, folders are what `datasets` saved, everything else is a dataset's name on the Hugging Face hub
     (``name:split`` or ``name/config:split``)."""
 
-    train: str = Field(description="JSONL or parquet file, folder saved by `datasets`, or name:split on the hub")
-    heldout: str | list[str] = Field([], description="the same, one or several, for evaluation only; [] = no evaluation")
+    train: str | list[str] = Field(
+        description="JSONL or parquet file, folder saved by `datasets`, or name:split on the hub; one or several"
+    )
+    heldout: str | list[str] = Field([], description="the same, for evaluation only; [] = no evaluation")
     prompt: str = Field("prompt", description="column: text, or a chat (a list of role and content); a.b reads b in the struct a")
     answer: str | None = Field(None, description="column; null = `answer`, or else `reward_model.ground_truth` (verl, BuPO)")
     source: str | None = Field(None, description="column to report accuracy by; null = `data_source`, or else the file's name")
@@ -62,7 +64,9 @@ class Data(Section):
 
 
 class Reward(Section):
-    function: str = Field("bupo.rewards:exact_match", description="`module:function` of (response, answer) -> float")
+    function: str = Field(
+        "bupo.rewards:math_answer", description="`module:function` of (response, answer) -> float, or as TRL or verl call one"
+    )
     timeout: PositiveFloat = Field(10.0, description="seconds; a response whose reward takes longer leaves the batch")
     workers: PositiveInt = Field(2, description="processes per device that compute rewards")
 
@@ -98,6 +102,9 @@ class Rollout(Section):
     max_new_tokens: PositiveInt = 256
     temperature: PositiveFloat = Field(1.0, description="of sampling, and of every log-prob in the loss")
     sequences: PositiveInt = Field(512, description="generated at a time per device; bounds the cache of keys and values")
+    skip_special_tokens: bool = Field(
+        False, description="leave all special tokens out of the text that rewards and files have, not only end and padding"
+    )
     vllm_memory: Annotated[float, Field(gt=0, lt=1)] = Field(0.5, description="share of the GPU's memory that vLLM may take")
 
 
@@ -170,7 +177,7 @@ class Telemetry(Section):
 
 
 class TrainConfig(Section):
-    model: str = Field(description="folder of a Hugging Face checkpoint, or a model's name on the hub")
+    model: str = Field(description="folder of a Hugging Face checkpoint, a GGUF file, or a model's name on the hub")
     architecture: Path | None = Field(None, description="a model's config.json, for --dry-run where the model is not at hand")
     output_dir: Path = Field(description="run folder: new, empty, or one to continue")
     data: Data
@@ -202,6 +209,9 @@ class TrainConfig(Section):
                 raise ValueError("bupo: missing, accepted is a section with layer and internal_steps, or policy: grpo")
             require(self.bupo.internal_steps <= self.steps, "bupo.internal_steps", f"are 0 to {self.steps} (steps)")
             require(guards.perplexity is None or self.heldout, "bupo.guards.perplexity", "is null without data.heldout")
+        require(self.data.train != [], "data.train", "is at least one")
+        unpacked = rollout.engine != "vllm" or not self.model.lower().endswith(".gguf")
+        require(unpacked, "rollout.engine", "are continuous and generate for a GGUF file")
         require(
             rollout.prompts % optimizer.mini_batch == 0,
             "optimizer.mini_batch",

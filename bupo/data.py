@@ -6,8 +6,9 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from bupo.config import ConfigError, Data
+from bupo.rewards import Columns, Question
 
 
 @dataclass(frozen=True)
@@ -24,20 +26,55 @@ class Example:
     prompt_ids: tuple[int, ...]
     answer: str
     source: str  # accuracy is reported by it
+    row: dict[str, Any] = field(default_factory=dict, hash=False)  # what the reward is called with besides
 
 
-def load_examples(where: str, data: Data, tokenizer: PreTrainedTokenizerBase, key: str) -> list[Example]:
-    """The examples of a JSONL or parquet file, of a folder saved by `datasets`, or of a dataset on the Hugging Face hub.
+def load_examples(
+    where: str | Sequence[str],
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    key: str,
+    *,
+    vocab: int | None = None,
+    columns: Columns | None = None,
+    answers: bool = True,
+) -> list[Example]:
+    """The examples of a JSONL or parquet file, of a folder saved by `datasets`, or of a dataset on the Hugging Face hub; or of
+    several of them, one after the other.
 
-    Columns, template and limit are those of ``data``. Answers that are numbers become text, whole ones without a point.
-    Raises :class:`ConfigError` with the configuration ``key`` and the first row that is not as it must be.
+    Columns, template and limit are those of ``data``; ``columns`` are those that the reward asks for besides. Answers that are
+    numbers become text, whole ones without a point; without ``answers`` there need be none, and they are empty.
+    Raises :class:`ConfigError` with the configuration ``key`` and the first row that is not as it must be; one with a token from
+    ``vocab`` on, for which the model has no embedding, is not.
     """
-    name, rows = _read(where, data, key)
+    wheres = [where] if isinstance(where, str) else where
+    sharing = Counter(map(_name, dict.fromkeys(wheres)))  # how many have a name: no two are to be reported as one
+    names = [_name(one) if sharing[_name(one)] == 1 else one for one in wheres]
+    parts = [_load(*one, data, tokenizer, key, vocab, columns, answers) for one in zip(wheres, names, strict=True)]
+    return [example for part in parts for example in part]
+
+
+def _load(
+    where: str,
+    name: str,
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    key: str,
+    vocab: int | None,
+    columns: Columns | None,
+    answers: bool,
+) -> list[Example]:
+    """The examples of one file or dataset; ``name`` is the source of those that name none."""
+    wanted = [data.prompt, data.source or "data_source", *(_answer_columns(data) if answers else ())]
+    if columns is not None:
+        wanted = None if columns.optional is None else [*wanted, *columns.required, *columns.optional]
+    rows = _read(where, wanted, key)
     if not rows:
         raise ConfigError(f"{key}: {where} is empty, accepted is at least one example")
     _check_special_tokens(data.template, tokenizer)
     prompts = [row.get((data.prompt,), _prompt, _PROMPT) for row in rows]
-    answers = [row.get(_answer_columns(data), _answer, "text that is not empty, or a number") for row in rows]
+    accepted = "text that is not empty, or a number"
+    solutions = [row.get(_answer_columns(data), _answer, accepted) if answers else "" for row in rows]
     sources = [
         name
         if data.source is None and _find(row.values, "data_source") in (_MISSING, None)
@@ -50,6 +87,7 @@ def load_examples(where: str, data: Data, tokenizer: PreTrainedTokenizerBase, ke
     for row, text, prompt_ids in zip(rows, texts, ids, strict=True):
         if not prompt_ids:
             raise ConfigError(f"{row.place}: the prompt {text!r:.100} has no tokens, accepted is at least one")
+        require_known(row.place, prompt_ids, tokenizer, vocab)
     too_long = [i for i, prompt_ids in enumerate(ids) if len(prompt_ids) > data.max_prompt_tokens]
     if too_long and (data.too_long == "error" or len(too_long) == len(rows)):
         first = too_long[0]
@@ -62,8 +100,14 @@ def load_examples(where: str, data: Data, tokenizer: PreTrainedTokenizerBase, ke
             "%s: %d of %d prompts in %s have more than %d tokens and are left out",
             *(key, len(too_long), len(rows), where, data.max_prompt_tokens),
         )
-    examples = [Example(*example) for example in zip(texts, map(tuple, ids), answers, sources, strict=True)]
+    told = [_told(row, prompt, columns) for row, prompt in zip(rows, prompts, strict=True)]
+    examples = [Example(*example) for example in zip(texts, map(tuple, ids), solutions, sources, told, strict=True)]
     return [example for example in examples if len(example.prompt_ids) <= data.max_prompt_tokens]
+
+
+def question(example: Example, response: str, response_ids: Sequence[int]) -> Question:
+    """What the reward of a response to ``example`` is asked with."""
+    return Question(response, example.answer, response_ids, example.source, example.row)
 
 
 # ---- rows
@@ -80,11 +124,17 @@ class _Row:
     columns: Sequence[str]  # all there are; `values` may have fewer
 
     def get(self, columns: Sequence[str], convert: Callable[[Any], Any], accepted: str) -> Any:
-        """What ``convert`` makes of the first of ``columns`` that is there. Raises :class:`ConfigError` where it makes None."""
+        """What ``convert`` makes of the first of ``columns`` that is there. Raises :class:`ConfigError` where it makes None, or
+        raises a ``ValueError`` that says what of the value is wrong."""
         for column in columns:
             if (value := _find(self.values, column)) is not _MISSING:
-                if (converted := convert(value)) is None:
-                    raise ConfigError(f"{self.place}: {column!r} is {value!r:.100}, accepted is {accepted}")
+                reason = ""
+                try:
+                    converted = convert(value)
+                except ValueError as error:
+                    converted, reason = None, f" ({error})"
+                if converted is None:
+                    raise ConfigError(f"{self.place}: {column!r} is {value!r:.100}, accepted is {accepted}{reason}")
                 return converted
         wanted, there = " or ".join(map(repr, columns)), ", ".join(self.columns)
         raise ConfigError(f"{self.place} has no {wanted}, accepted is {accepted}; its columns are {there}")
@@ -122,33 +172,70 @@ def _answer(value: Any) -> str | None:
 def _prompt(value: Any) -> str | list[dict[str, str]] | None:
     if not isinstance(value, list):
         return _text(value)
-    for message in value:
-        filled = {name for name, content in message.items() if content is not None} if isinstance(message, dict) else None
-        if filled != {"role", "content"} or _text(message["role"]) is None or _text(message["content"]) is None:
-            return None
-    chat = [{name: message[name] for name in ("role", "content")} for message in value]
-    return chat if chat and chat[-1]["role"] != "assistant" else None
+    for number, message in enumerate(value, 1):
+        if not isinstance(message, dict):
+            raise ValueError(f"message {number} is {message!r:.60}")
+        for name in ("role", "content"):
+            if _text(message.get(name)) is None:
+                raise ValueError(f"message {number} has {f'{message[name]!r:.60} as' if name in message else 'no'} {name}")
+        # A table has every column in every row: None is as good as nothing.
+        if more := [name for name, content in message.items() if name not in ("role", "content") and content is not None]:
+            raise ValueError(f"message {number} has {', '.join(map(repr, more))}, which templates would not see")
+    if value and value[-1]["role"] == "assistant":
+        raise ValueError(f"message {len(value)} is")
+    return [{name: message[name] for name in ("role", "content")} for message in value] or None
+
+
+def _told(row: _Row, prompt: str | list[dict[str, str]], columns: Columns | None) -> dict[str, Any]:
+    """What of the row a reward is called with that asks for ``columns``: they, and the prompt as it was before the template."""
+    if columns is None:
+        return {}
+    for name in columns.required:
+        if name not in row.values:
+            there = ", ".join(row.columns)
+            raise ConfigError(f"{row.place} has no {name!r}, which reward.function asks for; its columns are {there}")
+        if not _is_json(row.values[name]):
+            value = row.values[name]
+            raise ConfigError(f"{row.place}: {name!r} is {value!r:.100}, accepted for reward.function is what JSON can hold")
+    optional = row.values if columns.optional is None else columns.optional
+    found = {name: row.values[name] for name in optional if name in row.values and _is_json(row.values[name])}
+    return found | {name: row.values[name] for name in columns.required} | {"prompt": prompt}
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        return bool(json.dumps(value))
+    except (TypeError, ValueError):
+        return False
 
 
 # ---- files and datasets
 
 
-def _read(where: str, data: Data, key: str) -> tuple[str, list[_Row]]:
-    """The name of the dataset, and its rows."""
+def _name(where: str) -> str:
+    """What a dataset is called where its rows do not say."""
+    path = Path(where)
+    if path.is_dir():
+        return path.resolve().name
+    return path.stem if path.suffix.lower() in (".jsonl", ".parquet") else where.partition(":")[0].split("/")[:2][-1]
+
+
+def _read(where: str, wanted: Sequence[str] | None, key: str) -> list[_Row]:
+    """The rows of a dataset, with the columns in ``wanted`` at least; None: with all."""
     path = Path(where)
     suffix = path.suffix.lower()
     if path.is_dir():
-        return path.resolve().name, _datasets_rows(where, data, key)
+        return _datasets_rows(where, wanted, key)
     if path.is_file() and suffix in (".jsonl", ".parquet"):
         try:
-            return path.stem, jsonl_rows(where, key) if suffix == ".jsonl" else _parquet_rows(where, data, key)
+            return jsonl_rows(where, key) if suffix == ".jsonl" else _parquet_rows(where, wanted, key)
         except OSError as error:
             raise ConfigError(f"{key}: {where} cannot be read ({error.strerror or error}), accepted is {_PLACES}") from None
     if path.exists():
         raise ConfigError(f"{key}: {where} is a file of another kind, accepted is {_PLACES}")
     if suffix in (".jsonl", ".json", ".parquet"):
         raise ConfigError(f"{key}: {where} does not exist, accepted is {_PLACES}")
-    return where.partition(":")[0].split("/")[:2][-1], _datasets_rows(where, data, key)
+    return _datasets_rows(where, wanted, key)
 
 
 def jsonl_rows(where: str, key: str) -> list[_Row]:
@@ -171,7 +258,7 @@ def jsonl_rows(where: str, key: str) -> list[_Row]:
     return rows
 
 
-def _parquet_rows(where: str, data: Data, key: str) -> list[_Row]:
+def _parquet_rows(where: str, wanted: Sequence[str] | None, key: str) -> list[_Row]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -180,13 +267,14 @@ def _parquet_rows(where: str, data: Data, key: str) -> list[_Row]:
     try:
         with parquet.ParquetFile(where) as file:
             columns = file.schema_arrow.names
-            values = file.read(columns=_needed(columns, data)).to_pylist()
+            table = file.read(columns=_needed(columns, wanted))
+            values, schema = table.to_pylist(), table.schema
     except pyarrow.ArrowException as error:
         raise ConfigError(f"{key}: {where} is not a parquet file: {_first_line(error)}") from None
-    return _table_rows(values, columns, where, key)
+    return _table_rows(values, schema, columns, where, key)
 
 
-def _datasets_rows(where: str, data: Data, key: str) -> list[_Row]:
+def _datasets_rows(where: str, wanted: Sequence[str] | None, key: str) -> list[_Row]:
     """The rows of a folder that `datasets` saved, or else of a dataset on the hub."""
     name, _, split = where.partition(":")
     parts = name.split("/")
@@ -207,16 +295,38 @@ def _datasets_rows(where: str, data: Data, key: str) -> list[_Row]:
     if isinstance(dataset, dict):
         raise ConfigError(f"{key}: {where} holds the splits {', '.join(dataset)}, accepted is the folder of one of them")
     columns = dataset.column_names
-    return _table_rows(dataset.select_columns(_needed(columns, data)).to_list(), columns, where, key)
+    table = dataset.select_columns(_needed(columns, wanted))
+    return _table_rows(table.to_list(), table.features.arrow_schema, columns, where, key)
 
 
-def _table_rows(values: list[dict[str, Any]], columns: list[str], where: str, key: str) -> list[_Row]:
+def _table_rows(values: list[dict[str, Any]], schema: Any, columns: list[str], where: str, key: str) -> list[_Row]:
+    for column in schema:
+        if re.search(r"\b(half)?float\b", str(column.type)):  # arrow's names of 16 and 32 bits
+            for row in values:
+                row[column.name] = _shortest(row[column.name], column.type)
     return [_Row(f"{key}: {where} row {number}", row, columns) for number, row in enumerate(values, 1)]
 
 
-def _needed(columns: list[str], data: Data) -> list[str]:
+def _shortest(value: Any, kind: Any) -> Any:
+    """A value of an arrow type in which numbers of 16 and 32 bits are the decimals they were written as: 0.1, not the
+    0.10000000149011612 that the float of Python makes of it."""
+    from pyarrow import types
+
+    if value is None:
+        return None
+    if types.is_float32(kind) or types.is_float16(kind):
+        return float(str((np.float32 if types.is_float32(kind) else np.float16)(value)))
+    if types.is_struct(kind):
+        return {part.name: _shortest(value[part.name], part.type) for part in kind}
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return [_shortest(entry, kind.value_type) for entry in value]
+    return value
+
+
+def _needed(columns: list[str], wanted: Sequence[str] | None) -> list[str]:
     """Those of a table's columns that are looked into: others can be gigabytes. At least one: `datasets` has no rows without."""
-    wanted = (data.prompt, *_answer_columns(data), data.source or "data_source")
+    if wanted is None:
+        return columns
     return [name for name in columns if any(column == name or column.startswith(f"{name}.") for column in wanted)] or columns[:1]
 
 
@@ -280,16 +390,30 @@ def _is_whole(prompt: str | list[dict[str, str]], template: str) -> bool:
 
 
 def encode(texts: list[str], whole: list[bool], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The tokens of each text, with the special tokens that the tokenizer puts before it unless it is ``whole``."""
-    ids: list[list[int]] = [[]] * len(texts)
-    for is_whole in set(whole):
-        chosen = [i for i, this in enumerate(whole) if this == is_whole]
-        encoded = tokenizer([texts[i] for i in chosen], add_special_tokens=not is_whole, return_attention_mask=False, verbose=False)
-        for i, tokens in zip(chosen, encoded.input_ids, strict=True):
-            ids[i] = tokens
-    if not all(whole) and tokenizer("1").input_ids[-1:] == [tokenizer.eos_token_id]:  # it appends one, but no prompt ends there
-        ids = [tokens if is_whole else tokens[:-1] for tokens, is_whole in zip(ids, whole, strict=True)]
-    return ids
+    """The tokens of prompts. What the tokenizer puts before a text stands there once, also where the text has it already; where
+    the text is ``whole``, only if it has. What the tokenizer appends is left out: no prompt ends there."""
+    begin = _tokens_before(tokenizer)
+    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
+    for i, ids in enumerate(encoded):
+        bare = ids
+        while begin and bare[: len(begin)] == begin:
+            bare = bare[len(begin) :]
+        if len(bare) < len(ids) or not whole[i]:
+            encoded[i] = [*begin, *bare]
+    return encoded
+
+
+def _tokens_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Such as a beginning-of-sequence token."""
+    bare, marked = (tokenizer("1", add_special_tokens=special).input_ids for special in (False, True))
+    return next(marked[:i] for i in range(len(marked) + 1) if marked[i : i + len(bare)] == bare)
+
+
+def require_known(place: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocab: int | None) -> None:
+    """Raises :class:`ConfigError` when one of the tokens is beyond the ``vocab`` that the model's embedding has rows for."""
+    if vocab is not None and (unknown := next((i for i in ids if i >= vocab), None)) is not None:
+        token = tokenizer.convert_ids_to_tokens(unknown)
+        raise ConfigError(f"{place} has the token {token!r} ({unknown}), accepted are those below {vocab} (the model's embedding)")
 
 
 # ---- order

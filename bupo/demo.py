@@ -35,6 +35,7 @@ WARM_STEPS = 1500  # by which a healthy warm-up is long done
 CONFIG = {
     "bupo": {"layer": 3, "internal_steps": 15},
     "steps": 80,
+    "reward": {"function": "bupo.rewards:exact_match"},
     # Continuous batching, the default, takes half a second to set up: more than these few tokens.
     "rollout": {"engine": "generate", "prompts": 64, "samples": 8, "max_new_tokens": ANSWER_TOKENS},
     "optimizer": {"learning_rate": 1e-4, "mini_batch": 32},

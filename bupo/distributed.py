@@ -83,9 +83,9 @@ class World:
 def process_group(hardware: Hardware) -> Iterator[World]:
     """The world that ``torchrun`` describes in the environment, or one process by itself; gloo on CPU, NCCL on GPU.
 
-    Raises :class:`ConfigError` when the device is not there.
+    Raises :class:`ConfigError` when the device is not there, or the environment describes no world.
     """
-    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in _LAUNCH)
+    rank, size, local_rank = _launched()
     device = _device(hardware.device, local_rank if size > 1 else None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -102,7 +102,19 @@ def process_group(hardware: Hardware) -> Iterator[World]:
             time.sleep(0.1)
 
 
-_LAUNCH = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # as torchrun sets them
+def _launched() -> tuple[int, int, int]:
+    """Rank, number of ranks and rank on this machine, as torchrun puts them into the environment."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    given = {name: os.environ[name] for name in names if name in os.environ}
+    if not given.keys() & {"RANK", "WORLD_SIZE"}:
+        return 0, 1, 0
+    if all(given.get(name, "").isdecimal() for name in names):
+        rank, size, local_rank = (int(given[name]) for name in names)
+        if rank < size:
+            return rank, size, local_rank
+    shown = ", ".join(f"{name}={value}" for name, value in given.items())
+    accepted = "accepted are RANK, below WORLD_SIZE, and LOCAL_RANK, all as torchrun sets them, or none of them"
+    raise ConfigError(f"environment: {shown} given, {accepted}")
 
 
 def _device(name: str, local_rank: int | None) -> torch.device:

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from bupo.config import check_new_folder
-from bupo.data import Example, stream_seed
+from bupo.data import Example, question, stream_seed
 from bupo.distributed import World
 from bupo.output import progress_bar, replace_file
 from bupo.rewards import RewardPool
@@ -99,6 +99,8 @@ class Response:
     tokens: int
     finished: bool
     greedy: bool
+    prompt_ids: Sequence[int]  # texts do not tell them: whoever reads the file needs what the model saw and said
+    response_ids: Sequence[int]
 
     @property
     def right(self) -> bool:
@@ -160,7 +162,8 @@ def evaluate(
         asked = [i for i in problems for _ in range(n)]
         generated = policy.generate([examples[i].prompt_ids for i in problems], n, step)
         texts = [decode(sample.response_ids) for sample in generated]
-        rewards = pool.score([(text, examples[i].answer) for text, i in zip(texts, asked, strict=True)])
+        replies = zip(asked, texts, generated, strict=True)
+        rewards = pool.score([question(examples[i], text, sample.response_ids) for i, text, sample in replies])
         responses = [
             Response(
                 problem=i,
@@ -172,6 +175,8 @@ def evaluate(
                 tokens=len(sample.response_ids),
                 finished=sample.finished,
                 greedy=greedy,
+                prompt_ids=examples[i].prompt_ids,
+                response_ids=list(map(int, sample.response_ids)),
             )
             for i, text, reward, sample in zip(asked, texts, rewards, generated, strict=True)
         ]

@@ -7,14 +7,17 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from bupo.config import ConfigError, Hardware, Optimizer
+from bupo.cost import pretrained
 from bupo.distributed import World, shard, sharded_units
 from bupo_kernels import FusedLMHead, policy_divergence, policy_lens, policy_logprobs, policy_loss
 from bupo_kernels.internal_policy import MODEL_TYPES
@@ -25,31 +28,41 @@ METHODS = {f.__name__: f for f in (policy_logprobs, policy_loss, policy_divergen
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Raises :class:`ConfigError`."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(**pretrained(name))
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise unusable(name, error) from None
     if tokenizer.eos_token_id is None:
         raise unusable(name, "its tokenizer has no end-of-sequence token")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
+def read_model(name: str, **options: Any) -> PreTrainedModel:
+    """The model ``name`` with its weights; those of a GGUF file are unpacked, so that it is a model like any other."""
+    source = pretrained(name)
+    if "gguf_file" in source and hasattr(transformers, "GgufConfig"):  # without it, weights are always unpacked
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(**source, **options)
+    if "gguf_file" in source and getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # or nothing could be saved
+    return model
+
+
 def load_model(name: str, hardware: Hardware, world: World) -> PreTrainedModel:
-    """The model of a folder or a hub name, with float32 masters, a :class:`FusedLMHead`, and :data:`METHODS` bound to it; sharded.
+    """The model of a folder, a hub name or a GGUF file, with float32 masters, a :class:`FusedLMHead`, and :data:`METHODS` bound to
+    it; sharded.
 
     Only rank 0 reads the weights; the others make room and are sent their shards. Raises :class:`ConfigError`.
     """
     options = {"attn_implementation": "sdpa" if hardware.attention == "per-sequence" else hardware.attention}
     try:
-        architecture = AutoConfig.from_pretrained(name)
+        architecture = AutoConfig.from_pretrained(**pretrained(name))
         # internal_policy would refuse these too, but only after the weights have been read.
         if architecture.model_type not in MODEL_TYPES:
             raise ValueError(f"of type {architecture.model_type!r}, accepted are {', '.join(MODEL_TYPES)}")
         # The old and the new log-probs of a ratio must come from one and the same network.
         architecture.attention_dropout = 0.0
         if world.main:
-            model = AutoModelForCausalLM.from_pretrained(name, config=architecture, dtype=torch.float32, **options)
+            model = read_model(name, config=architecture, dtype=torch.float32, **options)
         else:
             with no_init_weights():  # memory that is never written is never taken
                 model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, **options)
@@ -57,6 +70,8 @@ def load_model(name: str, hardware: Hardware, world: World) -> PreTrainedModel:
         FusedLMHead.adopt(model.get_output_embeddings())
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise unusable(name, error) from None
+    if world.main:
+        require_finite(name, model)
     if hardware.liger:
         _apply_liger(model, world)
     make_trainable(model, hardware, METHODS)
@@ -66,6 +81,16 @@ def load_model(name: str, hardware: Hardware, world: World) -> PreTrainedModel:
         set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     # In training mode activations are checkpointed; there is no dropout.
     return model.train()
+
+
+def require_finite(name: str, model: PreTrainedModel) -> None:
+    """Raises :class:`ConfigError` with the first of the model's tensors that holds a NaN or an infinity."""
+    for tensor, parameter in model.named_parameters():
+        if parameter.numel() == 0:
+            continue
+        # One pass and no copy: both ends are NaN where any element is.
+        if not torch.stack(parameter.detach().aminmax()).isfinite().all():
+            raise unusable(name, f"its tensor {tensor} holds NaN or infinity")
 
 
 def make_trainable(model: PreTrainedModel, hardware: Hardware, methods: dict[str, Callable]) -> None:

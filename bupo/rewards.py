@@ -6,7 +6,8 @@ Worker processes import this module: it must stay light, without torch and numpy
 from __future__ import annotations
 
 import contextlib
-import importlib
+import importlib.util
+import inspect
 import json
 import logging
 import math
@@ -17,14 +18,37 @@ import socket
 import subprocess
 import sys
 import time
+import unicodedata
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from fractions import Fraction
+from functools import cache
 from multiprocessing.connection import wait
-from typing import Any
+from typing import Any, NamedTuple
 
 from bupo.config import ConfigError
 
-Reward = Callable[[str, str], float]
+MATH_VERIFY = importlib.util.find_spec("math_verify") is not None
+DEFAULT = "bupo.rewards:math_answer"
+
+Reward = Callable[..., Any]  # of (response, answer), or as TRL or verl calls it: see convention
+
+
+class Question(NamedTuple):
+    """A response, and all that a reward may be told about it."""
+
+    response: str
+    answer: str
+    ids: Sequence[int] = ()  # tokens of the response
+    source: str = ""  # as in :class:`bupo.data.Example`
+    row: dict[str, Any] | None = None  # the same; what the reward asks for
+
+
+class Columns(NamedTuple):
+    """Columns of the data that a reward is called with."""
+
+    required: Sequence[str]
+    optional: Sequence[str] | None  # None: all there are
 
 
 def exact_match(response: str, answer: str) -> float:
@@ -75,14 +99,116 @@ def math_verify(response: str, answer: str) -> float:
 math_verify.package = "math_verify"  # for load_reward
 
 
+def math_answer(response: str, answer: str) -> float:
+    r"""The lenient grader: 1.0 when the response's answer is ``answer``, however the two are written.
+
+    The response's answer is what its last box holds, be it ``\boxed{42}``, ``\boxed {42}``, ``\boxed 42`` or ``\fbox{42}``; without
+    a box it is the whole text. Equal are the same strings in the spelling of :func:`boxed_string`, the same numbers, a choice such
+    as ``\textbf{(C)} 5`` and its letter or its value, and, where math-verify is installed, what :func:`math_verify` finds equal.
+    """
+    given = _last_box(response)
+    if given is None:
+        return 0.0
+    found, wanted = _plain(given), _plain(answer)
+    choice, right_choice = _choice(found), _choice(wanted)
+    if choice and right_choice:
+        return float(choice[0] == right_choice[0])
+    pairs = [(one, other) for one in (found, *choice) for other in (wanted, *right_choice)]
+    if any(_same(one, other) for one, other in pairs):
+        return 1.0
+    if not MATH_VERIFY:
+        return 0.0
+    if given is response:
+        return math_verify(response, wanted)
+    return max(math_verify(rf"\boxed{{{one}}}", other) for one, other in pairs)
+
+
+math_answer.package = "math_verify" if MATH_VERIFY else __name__
+
+_WRAP = r"\\(?:text\w*|math\w+|mbox|operatorname)\s*"  # the braces of what it wraps follow
+_ORDINAL = "(?:st|nd|rd|th)"
+_ORDINALS = (  # behind a number
+    rf"\^\s*\{{\s*{_WRAP}\{{{_ORDINAL}\}}\s*\}}",
+    rf"(?:\^\s*)?{_WRAP}\{{{_ORDINAL}\}}",
+    rf"\^\s*\{{{_ORDINAL}\}}",
+    rf"{_ORDINAL}(?![a-zA-Z])",
+)
+
+
+def _last_box(text: str) -> str | None:
+    r"""What the last box of any form holds; the text itself without one, None where the braces of the last do not close."""
+    for box in reversed(list(re.finditer(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*", text))):
+        before, rest = text[: box.start()], text[box.end() :]
+        if rest.startswith("{"):
+            return _braced(rest)
+        # Up to the end of the formula that it stands in, or else one word. A box that is only mentioned holds nothing.
+        in_formula = before.replace(r"\$", "").count("$") % 2
+        content = re.match(r"[^$\n]*" if in_formula else r"(?:(?!\\[)\]])[^\s$])*", rest)[0].strip().rstrip(".,;:!?")
+        if any(map(str.isalnum, content)):
+            return content
+    return text
+
+
+def _plain(answer: str) -> str:
+    r"""``answer`` without what only sets it: dollars around it, spaces that group digits, the ending of an ordinal number."""
+    text = "".join(map(_spelled_out, answer)).strip()
+    text = re.sub(r"^\$([^$]*)\$$", r"\1", text).strip()
+    text = re.sub(r"(?<=\d)(?:\\[,;:!]|\{,\}|[~\u00a0\u2009\u202f])(?=\d{3}(?!\d))", "", text)
+    return re.sub(rf"(?<=\d)\s*(?:{'|'.join(_ORDINALS)})", "", text)
+
+
+def _spelled_out(character: str) -> str:
+    """A fraction that is one character as LaTeX, and a minus sign as a hyphen."""
+    if unicodedata.decomposition(character).startswith("<fraction>"):
+        top, _, bottom = unicodedata.normalize("NFKC", character).partition("\u2044")
+        return rf"\frac{{{top}}}{{{bottom}}}" if bottom else character
+    return "-" if character == "\u2212" else character
+
+
+def _choice(answer: str) -> tuple[str, ...]:
+    r"""The letter, and the value if there is one, of an answer such as ``\textbf{(C)} 5``; nothing of any other."""
+    space = r"(?:[\s~:]|\\[,;:! ]|\\q?quad\b)*"
+    found = re.fullmatch(rf"(?:{_WRAP}\{{\s*\(?([A-Z])\)?[.:]?\s*\}}|\(([A-Z])\)){space}(.*)", answer, re.DOTALL)
+    return tuple(filter(None, found.groups())) if found else ()
+
+
+def _same(given: str, answer: str) -> bool:
+    """Whether the two are one string, one number, or one word."""
+    if normalise_math(given) == normalise_math(answer):
+        return True
+    number, word = _number(given), _unwrapped(given)
+    if number is not None:
+        return number == _number(answer)
+    return word == _unwrapped(answer) or (len(word) > 2 and word.isalpha() and word.casefold() == _word(answer))
+
+
+def _number(text: str) -> Fraction | None:
+    """Of an integer, a decimal, a fraction or a mixed number."""
+    text = re.sub(r",(?=\d{3}(?!\d))", "", text) if re.fullmatch(r"[+-]?\d{1,3}(,\d{3})+(\.\d+)?", text) else text
+    text = normalise_math(text)
+    mixed = re.fullmatch(r"([+-]?)(\d*)\\frac\{(\d+)\}\{(\d+)\}", text)
+    plain = re.fullmatch(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3})?|[+-]?\d+/\d+", text)
+    with contextlib.suppress(ValueError, ZeroDivisionError):  # more digits than Python reads; a denominator of 0
+        if mixed:
+            sign, whole, top, bottom = mixed.groups()
+            return int(f"{sign}1") * (int(whole or 0) + Fraction(int(top), int(bottom)))
+        return Fraction(text) if plain else None
+    return None
+
+
 def last_boxed(text: str) -> str | None:
     r"""What the last ``\boxed{}`` holds; None without one, or when its braces do not close."""
     _, found, rest = text.rpartition(r"\boxed")
+    return _braced(rest) if found and rest.startswith("{") else None
+
+
+def _braced(text: str) -> str | None:
+    """What the braces hold that ``text`` begins with; None when they do not close."""
     depth = 0
-    for brace in re.finditer(r"[{}]", rest if found and rest.startswith("{") else ""):
+    for brace in re.finditer(r"[{}]", text):
         depth += 1 if brace[0] == "{" else -1
         if depth == 0:
-            return rest[1 : brace.start()]
+            return text[1 : brace.start()]
     return None
 
 
@@ -115,10 +241,15 @@ def normalise_math(text: str) -> str:
 
 
 def _word(text: str) -> str:
-    r"""``text`` in lower case without ``\text{}`` and its like, and without dollars, full stops and spaces around it."""
-    while (plain := re.sub(r"\\(?:text\w*|math\w+|mbox|operatorname)\s*\{([^{}]*)\}", r"\1", text)) != text:
+    """``text`` unwrapped and in lower case."""
+    return _unwrapped(text).casefold()
+
+
+def _unwrapped(text: str) -> str:
+    r"""``text`` without ``\text{}`` and its like, and without dollars, full stops and spaces around it."""
+    while (plain := re.sub(rf"{_WRAP}\{{([^{{}}]*)\}}", r"\1", text)) != text:
         text = plain
-    return text.strip("$. \t\n").casefold()
+    return text.strip("$. \t\n")
 
 
 def _decimals(answer: str, gold: Any) -> int:
@@ -147,6 +278,63 @@ def load_reward(path: str) -> Reward:
     return reward
 
 
+_TRL = ("prompts", "completions", "completion_ids")
+_ONLY_TRL = {"trainer_state", "log_extra", "log_metric", "environments"}  # which TRL gives a reward, and nobody else can
+_VERL = ("data_source", "solution_str", "ground_truth", "extra_info")
+
+
+def convention(path: str, reward: Reward) -> tuple[Callable[[Question], Any], Columns | None]:
+    """How ``reward`` is called, and what it asks of the data; None: nothing, it is a function of (response, answer).
+
+    Told by the names of its parameters: those of TRL are called with lists of one, columns of the data among them, those of verl
+    with the answer as their ``ground_truth``. Raises :class:`ConfigError` for any other signature.
+    """
+    accepted = (
+        "accepted are (response, answer), TRL's (prompts, completions, **columns), "
+        "and verl's (data_source, solution_str, ground_truth, extra_info)"
+    )
+    try:
+        signature = inspect.signature(reward)
+    except (TypeError, ValueError):  # written in C: it has none to look at
+        return lambda question: reward(*question[:2]), None
+    parameters = {name: p for name, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    needed = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    takes_all = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+
+    def call(arguments: dict[str, Any]) -> Any:
+        return reward(**{name: value for name, value in arguments.items() if takes_all or name in parameters})
+
+    def as_trl(question: Question) -> list[Any]:
+        columns = {"answer": question.answer, **(question.row or {})}
+        prompt, completion = columns.pop("prompt", ""), question.response
+        if isinstance(prompt, list):
+            completion = [{"role": "assistant", "content": completion}]
+        given = dict(zip(_TRL, (prompt, completion, question.ids), strict=True))
+        return call({name: [value] for name, value in (columns | given).items()})
+
+    def as_verl(question: Question) -> Any:
+        extra_info = (question.row or {}).get("extra_info") or {}
+        return call(dict(zip(_VERL, (question.source, question.response, question.answer, extra_info), strict=True)))
+
+    given = f"reward.function: {path!r} takes {signature}"
+    if parameters.keys() & {"completions", "completion_ids"}:
+        if unknown := sorted(needed & _ONLY_TRL):
+            raise ConfigError(f"{given}, accepted are TRL's rewards without {', '.join(unknown)}")
+        optional = None if takes_all else sorted(parameters.keys() - needed - {*_TRL})
+        return as_trl, Columns(sorted(needed - {*_TRL, "answer"}), optional)
+    if "solution_str" in parameters:
+        if unknown := sorted(needed - {*_VERL}):
+            raise ConfigError(f"{given}, accepted are verl's rewards without {', '.join(unknown)}")
+        return as_verl, Columns((), ("extra_info",))
+    try:
+        signature.bind("", "")
+    except TypeError:
+        raise ConfigError(f"{given}, {accepted}") from None
+    if plural := sorted(parameters.keys() & {"solution_strs", "ground_truths", "queries", "prompts"}):
+        raise ConfigError(f"{given}, whole batches by {', '.join(plural)}; {accepted}")
+    return lambda question: reward(*question[:2]), None
+
+
 class RewardPool:
     """Processes that compute rewards, and that are killed when one takes too long. One thread at a time may use it, any thread.
 
@@ -156,6 +344,10 @@ class RewardPool:
     Args:
         function: ``module:function``, imported once by each process, found as here or in the current folder.
         timeout: seconds of a call, the import not included.
+
+    Attributes:
+        columns: of the data, that the function is called with (:attr:`Question.row`); None before the processes have started, and
+            for a function of (response, answer).
     """
 
     start_timeout = 60.0  # seconds for the import
@@ -164,10 +356,16 @@ class RewardPool:
         self.function, self.timeout, self.workers = function, timeout, workers
         self.failures: Counter[str] = Counter()
         self.last_failure: str | None = None
+        self.columns: Columns | None = None
         self._pool: list[_Worker] = []
 
     def __enter__(self) -> RewardPool:
         """Starts the processes. Raises :class:`ConfigError` when they cannot import the function."""
+        if self.function == DEFAULT and not MATH_VERIFY:
+            logging.getLogger("bupo").warning(
+                "reward.function: %s compares strings and numbers only: math-verify is not installed (pip install math-verify)",
+                DEFAULT,
+            )
         self.score([])
         return self
 
@@ -178,10 +376,10 @@ class RewardPool:
         while self._pool:
             self._pool.pop().kill()
 
-    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """The reward of each (response, answer), in order; nan where it failed."""
-        rewards = [math.nan] * len(pairs)
-        pending = deque(enumerate(pairs))
+    def score(self, questions: Sequence[Question | tuple[str, str]]) -> list[float]:
+        """The reward of each question, or (response, answer), in order; nan where it failed."""
+        rewards = [math.nan] * len(questions)
+        pending = deque(enumerate(questions))
         try:
             for worker in wait(self._pool, 0):
                 self._hear(worker, rewards)  # of its end: it was idle
@@ -208,11 +406,11 @@ class RewardPool:
             self._pool.append(_Worker(self.function, self.start_timeout))
 
     def _limit(self, worker: _Worker) -> float:
-        return self.start_timeout if worker.pair is None else self.timeout
+        return self.start_timeout if worker.question is None else self.timeout
 
-    def _ask(self, worker: _Worker, index: int, pair: tuple[str, str]) -> None:
+    def _ask(self, worker: _Worker, index: int, question: Sequence[Any]) -> None:
         try:
-            worker.ask(index, pair, self.timeout)
+            worker.ask(index, question[:2] if self.columns is None else question, self.timeout)
         except OSError as error:
             self._lose(worker, "died", f"the process takes no question ({type(error).__name__})")
 
@@ -224,10 +422,12 @@ class RewardPool:
             return
         if kind == "error":
             raise ConfigError(value)
-        if kind == "reward":
+        if kind == "ready":
+            self.columns = value and Columns(*value)
+        elif kind == "reward":
             rewards[worker.index] = value
-        elif kind != "ready":
-            self._count(kind, value, worker.pair)
+        else:
+            self._count(kind, value, worker.question)
         worker.busy = False
 
     def _lose(self, worker: _Worker, reason: str, detail: str) -> None:
@@ -235,15 +435,15 @@ class RewardPool:
         self._pool.remove(worker)
         worker.kill()
         detail = f"{detail} (exit code {worker.process.returncode})" if reason == "died" else detail
-        if worker.busy and worker.pair is None:
+        if worker.busy and worker.question is None:
             reason = f"while it was imported: {detail}"
             raise ConfigError(f"reward.function: {self.function!r} given, accepted is an importable module:function ({reason})")
         if worker.busy:
-            self._count(reason, detail, worker.pair)
+            self._count(reason, detail, worker.question)
 
-    def _count(self, reason: str, detail: str, pair: tuple[str, str]) -> None:
+    def _count(self, reason: str, detail: str, question: Sequence[Any]) -> None:
         self.failures[reason] += 1
-        self.last_failure = f"{reason}: {detail}; response {pair[0]!r:.200}, answer {pair[1]!r:.80}"
+        self.last_failure = f"{reason}: {detail}; response {question[0]!r:.200}, answer {question[1]!r:.80}"
 
 
 # A process of its own kind instead of multiprocessing's: that runs the parent's __main__ again, and it talks through pickles.
@@ -251,7 +451,7 @@ _BOOT = "import sys; sys.path[:] = sys.argv[3:]; from bupo.rewards import _work;
 
 
 class _Worker:
-    """A process, and what it is busy with until the deadline: the import, or a pair."""
+    """A process, and what it is busy with until the deadline: the import, or a question."""
 
     def __init__(self, function: str, timeout: float) -> None:
         self.socket, other = socket.socketpair()
@@ -266,17 +466,17 @@ class _Worker:
             )
         self.busy = True
         self.index: int | None = None
-        self.pair: tuple[str, str] | None = None
+        self.question: Sequence[Any] | None = None
         self.deadline = time.monotonic() + timeout
 
     def fileno(self) -> int:
         return self.socket.fileno()
 
-    def ask(self, index: int, pair: tuple[str, str], timeout: float) -> None:
+    def ask(self, index: int, question: Sequence[Any], timeout: float) -> None:
         """Raises ``OSError`` when the process does not take it."""
-        self.busy, self.index, self.pair, self.deadline = True, index, pair, time.monotonic() + timeout
+        self.busy, self.index, self.question, self.deadline = True, index, question, time.monotonic() + timeout
         self.socket.settimeout(timeout)
-        self.socket.sendall(json.dumps(pair).encode() + b"\n")
+        self.socket.sendall(json.dumps(question, default=int).encode() + b"\n")  # token ids may be numpy's
 
     def hear(self) -> list[Any]:
         """A message; so short that it comes in one piece. Raises ``ValueError`` or ``OSError`` when the process ended instead."""
@@ -299,30 +499,46 @@ def _work(function: str, descriptor: int) -> None:
     with socket.socket(fileno=descriptor) as connection:
         connection.set_inheritable(False)
 
-        def send(kind: str, value: float | str | None) -> None:
+        def send(kind: str, value: Any) -> None:
             connection.sendall(json.dumps([kind, value]).encode() + b"\n")
 
         try:
-            reward = load_reward(function)
+            call, columns = convention(function, load_reward(function))
         except ConfigError as error:
             return send("error", str(error)[:1000])
-        send("ready", None)
+        send("ready", columns)
         for question in connection.makefile("rb"):
-            send(*_outcome(reward, *json.loads(question)))
+            send(*_outcome(call, Question(*json.loads(question))))
 
 
-def _outcome(reward: Reward, response: str, answer: str) -> tuple[str, float | str]:
+def _outcome(call: Callable[[Question], Any], question: Question) -> tuple[str, float | str]:
     """("reward", its value), or why there is none and a description."""
     try:
-        value = reward(response, answer)
+        value = call(question)
+        if inspect.isawaitable(value):
+            value = _event_loop().run_until_complete(value)
     except (Exception, SystemExit) as error:
         return "exception", " ".join(f"{type(error).__name__}: {error}".split())[:500]
+    number = value
+    if isinstance(value, dict):
+        number = value.get("score")
+    elif isinstance(value, (list, tuple)) and len(value) == 1:
+        number = value[0]
     try:
-        if math.isfinite(value):
-            return "reward", float(value)
+        if math.isfinite(number):
+            return "reward", float(number)
     except Exception:  # whatever the value's class raises
         pass
-    return "not finite", f"{value!r:.100} ({type(value).__name__}) returned, accepted are finite numbers"
+    accepted = "accepted are finite numbers, a list of one, or a dictionary with one as its score"
+    return "not finite", f"{value!r:.100} ({type(value).__name__}) returned, {accepted}"
+
+
+@cache
+def _event_loop() -> Any:
+    """Of the coroutines that a reward is: one for all of this process, since what they keep open belongs to it."""
+    import asyncio
+
+    return asyncio.new_event_loop()
 
 
 def _die_with_parent() -> None:

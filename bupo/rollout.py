@@ -42,8 +42,18 @@ class Sampling:
 Response = tuple[list[int], list[float] | None]  # tokens, log-probs
 
 
+def text_of(
+    response_ids: Sequence[int], *, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], skip_special_tokens: bool
+) -> str:
+    """A response as rewards, episodes and files have it: what was generated, without the tokens that end and pad it."""
+    hidden = {*ends, tokenizer.pad_token_id}
+    shown = [i for i in response_ids if i not in hidden]
+    return tokenizer.decode(shown, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+
 class Rollout(Protocol):
     sampling: Sampling
+    ends: Sequence[int]  # the tokens that end a response
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, step: int) -> list[Sample]:
         """``n`` responses to each prompt, those of one prompt together, in order.
@@ -61,9 +71,9 @@ class Rollout(Protocol):
 def configured_rollout(
     config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, temperature: float | None = None
 ) -> Rollout:
-    """The engine that ``config.rollout`` describes, at its temperature or at another."""
+    """The engine that ``config.rollout`` describes, at its temperature or at another. Raises :class:`ConfigError`."""
     how = config.rollout
-    return make_rollout(
+    rollout = make_rollout(
         how.engine,
         model,
         tokenizer,
@@ -74,6 +84,10 @@ def configured_rollout(
         precision=config.hardware.precision,
         vllm_memory=how.vllm_memory,
     )
+    if not rollout.ends:
+        reason = f"its end-of-sequence token {tokenizer.eos_token!r} ({tokenizer.eos_token_id}) has no row in its embedding"
+        raise ConfigError(f"model: {config.model} cannot be used: {reason}")
+    return rollout
 
 
 def make_rollout(
@@ -121,11 +135,12 @@ class _Engine:
     def _seed(self, *indices: int) -> int:
         return stream_seed(self.sampling.seed, self.sampling.stream, *indices)
 
-    def _ends(self) -> list[int]:
-        """The tokens that end a response: the checkpoint's and the tokenizer's."""
+    @property
+    def ends(self) -> list[int]:
+        """The tokens that end a response: the checkpoint's and the tokenizer's, as far as the model can say them."""
         own = self.model.generation_config.eos_token_id
         ids = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
-        return sorted(ids - {None})
+        return sorted(i for i in ids - {None} if i < self.model.config.get_text_config().vocab_size)
 
 
 @dataclass(frozen=True)
@@ -133,13 +148,13 @@ class _Transformers(_Engine):
     """Generates with the training model itself, each rank by itself on the whole weights."""
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, step: int) -> list[Sample]:
-        ends, padding = self._ends(), self.tokenizer.pad_token_id
+        ends = self.ends
         policy = {"do_sample": True, "temperature": self.sampling.temperature, "top_k": 0, "top_p": 1.0}
         settings = GenerationConfig(
             **(policy if self.sampling.temperature > 0 else {"do_sample": False}),
             max_new_tokens=self.sampling.max_new_tokens,
             eos_token_id=ends or None,
-            pad_token_id=padding if padding is not None else (ends or [0])[0],
+            pad_token_id=(ends or [0])[0],  # any that is in the embedding: nothing looks at it, and the tokenizer's may not be
         )
         requests = [list(prompt) for prompt in prompts for _ in range(n)]
         with self._ready():
@@ -295,7 +310,7 @@ class VLLM(_Engine):
     def generate(self, prompts: Sequence[Sequence[int]], n: int, step: int) -> list[Sample]:
         import vllm
 
-        ends, greedy = self._ends(), self.sampling.temperature == 0
+        ends, greedy = self.ends, self.sampling.temperature == 0
         settings = [
             vllm.SamplingParams(
                 n=1 if greedy else n,  # vLLM refuses more

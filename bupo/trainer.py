@@ -6,7 +6,6 @@ import math
 import random
 import resource
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -19,34 +18,40 @@ from bupo.advantages import estimate_advantages
 from bupo.attention import packed_options, training_attention
 from bupo.batching import IGNORE, MicroBatch, fill, pack, pack_all, token_weights, tokens
 from bupo.checkpoint import Checkpoints, last_step, require_space, space_needed
-from bupo.config import TrainConfig
+from bupo.config import ConfigError, TrainConfig
 from bupo.cost import check_fits, load_architecture, parameters, peak_flops, training_flops, work_of
-from bupo.data import Example, PromptOrder, load_examples, stream_seed
+from bupo.data import Example, PromptOrder, load_examples, question, stream_seed
 from bupo.distributed import Termination, World, full, process_group
 from bupo.evaluation import Accuracy, evaluate
 from bupo.guard import PerplexityGuard
 from bupo.model import export, load_model, load_tokenizer, make_optimizer
 from bupo.monitor import RunFolder
 from bupo.rewards import RewardPool
-from bupo.rollout import Rollout, Sample, configured_rollout
+from bupo.rollout import Rollout, Sample, configured_rollout, text_of
 from bupo.schedule import FINAL, OptimisedPolicy, Schedule, learning_rate
 from bupo_kernels import PolicyObjective
+
+HOPELESS = 3  # steps without a single reward after which a run that begins with them ends
 
 
 def train(config: TrainConfig) -> list[Accuracy]:
     """Trains as ``config`` says, from the start or from the newest checkpoint in its run folder; returns the held-out accuracies.
 
-    Raises :class:`ConfigError`, before anything is written, when a value does not fit the model, the data or the machine. On
-    SIGTERM the step is finished and a checkpoint written; the same call later goes on from there.
+    Raises :class:`ConfigError`, before anything is written, when a value does not fit the model, the data or the machine; and when
+    every reward of the first :data:`HOPELESS` steps failed. On SIGTERM the step is finished and a checkpoint written; the same
+    call later goes on from there.
     """
-    with process_group(config.hardware) as world, Termination(world) as termination:
-        architecture, model, tokenizer, optimizer, schedule, rollout, order, heldout, checkpoints, last = prepare(config, world)
-        group, accuracies = config.rollout.samples, []
+    with (
+        process_group(config.hardware) as world,
+        Termination(world) as termination,
+        RewardPool(**config.reward.model_dump()) as pool,
+    ):
+        prepared = prepare(config, world, pool)
+        architecture, model, tokenizer, optimizer, schedule, rollout, order, heldout, checkpoints, last = prepared
+        group, accuracies, scored = config.rollout.samples, [], 0
+        decode = partial(text_of, tokenizer=tokenizer, ends=rollout.ends, skip_special_tokens=config.rollout.skip_special_tokens)
 
-        def decode(ids: Sequence[int]) -> str:
-            return tokenizer.decode(ids, skip_special_tokens=True)
-
-        with RewardPool(**config.reward.model_dump()) as pool, RunFolder(config, world, last) as run:
+        with RunFolder(config, world, last) as run:
 
             def log_accuracy(step: int) -> None:
                 how, sampled = config.evaluation, rollout.with_sampling(temperature=config.evaluation.temperature)
@@ -73,13 +78,15 @@ def train(config: TrainConfig) -> list[Accuracy]:
                 mine = world.share(asked)
                 samples = rollout.generate([example.prompt_ids for example in mine], group, step)
                 clock.lap("rollout")
-                answers = [example.answer for example in mine for _ in range(group)]
                 responses = [decode(sample.response_ids) for sample in samples]
-                scores = pool.score(list(zip(responses, answers, strict=True)))
-                if any(map(math.isnan, scores)):
-                    run.say(f"step {step}: a reward failed: {pool.last_failure}")
+                examples = [example for example in mine for _ in range(group)]
+                scores = pool.score([question(e, r, s.response_ids) for e, r, s in zip(examples, responses, samples, strict=True)])
+                failures = world.gather([pool.last_failure] if any(map(math.isnan, scores)) else [])
+                if failures:
+                    run.say(f"step {step}: a reward failed: {failures[0]}")
                 samples, responses = world.gather(samples), world.gather(responses[:group])
                 rewards = torch.tensor(world.gather(scores)).view(len(asked), group)  # NaN where one failed
+                scored += int(rewards.isfinite().sum())
                 advantages = estimate_advantages(rewards, config.objective.advantage, config.objective.advantage_std)
                 clock.lap("reward")
 
@@ -104,6 +111,9 @@ def train(config: TrainConfig) -> list[Accuracy]:
                 if policy != FINAL:
                     metrics["switched"] = schedule.observe(step, metrics["reward"], seen["kl"], seen["perplexity"])
                 run.log_step(metrics)
+                if scored == 0 and step == min(last + HOPELESS, config.steps):
+                    all_of_them = f"for every response since step {last + 1}"
+                    raise ConfigError(f"reward.function: {config.reward.function!r} failed {all_of_them}: {failures[0]}")
                 if step == 1 or step % config.telemetry.episodes_every == 0:
                     first = (samples[:group], rewards[0].tolist(), advantages[0].tolist())
                     run.log_episodes(step, policy.phase, asked[0], responses[:group], *first)
@@ -134,7 +144,7 @@ class Setup(NamedTuple):
     last: int  # step of the checkpoint that it comes from, or 0
 
 
-def prepare(config: TrainConfig, world: World) -> Setup:
+def prepare(config: TrainConfig, world: World, pool: RewardPool) -> Setup:
     """All that a run needs, as the newest checkpoint left it. Nothing is written; raises :class:`ConfigError`."""
     checkpoints = Checkpoints(config.output_dir / "checkpoints", config.checkpoints.keep, world)
     last = last_step(config, checkpoints)
@@ -142,8 +152,9 @@ def prepare(config: TrainConfig, world: World) -> Setup:
     check_fits(architecture, config)
     require_space(config.output_dir, space_needed(parameters(architecture).total, config.checkpoints.keep))
     tokenizer = load_tokenizer(config.model)
-    examples = load_examples(config.data.train, config.data, tokenizer, "data.train")
-    heldout = [e for where in config.heldout for e in load_examples(where, config.data, tokenizer, "data.heldout")]
+    asked = {"columns": pool.columns, "vocab": architecture.vocab_size}
+    examples = load_examples(config.data.train, config.data, tokenizer, "data.train", **asked)
+    heldout = load_examples(config.heldout, config.data, tokenizer, "data.heldout", **asked)
     model = load_model(config.model, config.hardware, world)
     optimizer, schedule = make_optimizer(model, config.optimizer), Schedule(config)
     if last:
@@ -317,6 +328,7 @@ def describe_updates(updates: list[Update]) -> dict[str, float]:
         "ratio_max": max((u.ratio_max for u in updates), default=1.0),
         "grad_norm": sum(u.grad_norm for u in updates) / count,
         "micro_batches": sum(u.micro_batches for u in updates),
+        "updates": len(updates),
     }
 
 

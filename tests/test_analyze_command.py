@@ -7,12 +7,14 @@ from html import unescape
 import numpy as np
 import pytest
 import torch
+from test_data import BOS, END, EOS, START, characters
 
 from bupo import cli
 from bupo.analysis import collect, read_statistics
 from bupo.analysis.collect import measure
 from bupo.analysis.command import load_responses
-from bupo.config import ConfigError
+from bupo.config import ConfigError, Data
+from bupo.data import load_examples
 from bupo.demo import character_tokenizer, small_model
 
 
@@ -28,7 +30,7 @@ def checkpoint(tmp_path_factory):
             parameter.add_(torch.randn_like(parameter) * 0.03)
     for part in (model, tokenizer):
         part.save_pretrained(folder / "model")
-    rows = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a, b in ((1, 2), (3, 4), (5, 6), (7, 8), (9, 9), (0, 1))]
+    rows = [{"prompt": f"{a}+{b}="} for a, b in ((1, 2), (3, 4), (5, 6), (7, 8), (9, 9), (0, 1))]
     (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -67,6 +69,46 @@ def test_responses_are_read_as_an_evaluation_wrote_them(tmp_path):
 def test_bad_responses_are_named(tmp_path, rows, message):
     with pytest.raises(ConfigError, match=message):
         load_responses(str(responses_file(tmp_path / "r.jsonl", rows)), character_tokenizer("0123456789+="), "--responses")
+
+
+def test_prompts_are_read_with_the_beginning_that_training_gives_them(tmp_path):
+    tokenizer = characters("<bos>", "<eos>")
+    prompts = ["ab", "<bos>ab"]
+    rows = [{"prompt": prompt, "response": "<bos><bos>c", "finished": True, "answer": "c"} for prompt in prompts]
+    path = str(responses_file(tmp_path / "r.jsonl", rows))
+    trained = [list(example.prompt_ids) for example in load_examples(path, Data(train=path), tokenizer, "data.train")]
+    samples, _ = load_responses(path, tokenizer, "--responses")
+    assert [list(sample.prompt_ids) for sample in samples] == trained
+    c = tokenizer("c", add_special_tokens=False).input_ids
+    assert [list(sample.response_ids) for sample in samples] == [[BOS, BOS, *c, EOS]] * 2
+
+
+def test_ids_that_stand_beside_a_text_are_what_is_read_if_they_are_this_tokenizers(tmp_path, caplog):
+    tokenizer = characters("<bos>")
+    a, c = tokenizer("ac", add_special_tokens=False).input_ids
+    texts = {"prompt": "a", "response": "c", "finished": True}
+    rows = [
+        texts | {"prompt_ids": [a], "response_ids": [START, c, END]},  # no beginning, another end, and a token the text lacks
+        texts | {"prompt_ids": [BOS, a], "response_ids": [c + 1, c, EOS]},
+        texts | {"prompt_ids": [BOS, a], "response_ids": [10**6]},
+        texts,
+    ]
+    path = responses_file(tmp_path / "r.jsonl", rows)
+    samples, _ = load_responses(str(path), tokenizer, "--responses")
+    found = [(list(sample.prompt_ids), list(sample.response_ids)) for sample in samples]
+    assert found == [([a], [START, c, END])] + [([BOS, a], [c, EOS])] * 3
+    (record,) = caplog.records
+    assert record.getMessage().endswith(f"in 2 of 4 rows of {path} the ids are not this tokenizer's, and the text is read")
+    responses_file(path, [texts | {"prompt_ids": [a], "response_ids": ["c"]}])
+    with pytest.raises(ConfigError, match=r"line 1: 'response_ids' is \['c'\], accepted is a list of token ids"):
+        load_responses(str(path), tokenizer, "--responses")
+
+
+def test_a_response_with_a_token_beyond_the_embedding_is_named(tmp_path):
+    tokenizer, path = character_tokenizer("0123456789+="), responses_file(tmp_path / "r.jsonl", [{"prompt": "1", "response": "="}])
+    (equals,) = tokenizer("=").input_ids
+    with pytest.raises(ConfigError, match=rf"^--responses: .* line 1 has the token '=' \({equals}\), accepted are those below"):
+        load_responses(str(path), tokenizer, "--responses", equals)
 
 
 SMALL = ("rollout.max_new_tokens=4", "rollout.engine=generate", "data.max_prompt_tokens=8")

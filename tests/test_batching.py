@@ -105,6 +105,11 @@ def test_token_weights_are_those_of_the_mini_batch(aggregation, expected):
     assert sum(weight * length for weight, length in zip(weights, [1, 2, 3], strict=True)) == pytest.approx(1)
 
 
+@pytest.mark.parametrize("aggregation", ["token-mean", "sequence-mean-token-mean"])
+def test_a_mini_batch_without_a_valid_sample_has_no_weights(aggregation):
+    assert token_weights([], aggregation) == []
+
+
 # ---- attention
 
 
@@ -145,8 +150,11 @@ def test_packed_log_probs_and_gradients_are_those_of_the_sequences_apart(case):
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_transformers_own_attention_gives_the_same_packed_log_probs(implementation):
-    model, batch = tiny_model(), pack(random_samples(5), [1.0] * 5, CPU)
+@pytest.mark.parametrize("window", [None, 13])
+def test_transformers_own_attention_gives_the_same_packed_log_probs(implementation, window):
+    model, batch = tiny_model("mistral"), pack(random_samples(5), [1.0] * 5, CPU)
+    assert min(batch.lengths) < 13 < max(batch.lengths)
+    model.config.sliding_window = window
     found = []
     for name in ("per-sequence", implementation):
         with training_attention(model, name):
@@ -168,5 +176,3 @@ def test_lengths_that_are_not_the_batchs_raise():
     for others in (None, [3, 4]):
         with pytest.raises(ValueError, match="sequence_lengths: sum"):
             per_sequence_attention(None, q, q, q, None, scaling=1.0, sequence_lengths=others)
-    with pytest.raises(ValueError, match="up to the sliding window, 3"):
-        per_sequence_attention(None, q, q, q, None, scaling=1.0, sequence_lengths=[4, 2], sliding_window=3)

@@ -5,6 +5,7 @@ import logging
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +13,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from bupo.config import ConfigError, Data
-from bupo.data import Example, PromptOrder, load_examples, stream_seed
+from bupo.data import Example, PromptOrder, _name, load_examples, stream_seed
+from bupo.rewards import Columns
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -122,7 +124,7 @@ def test_other_names_are_datasets_on_the_hub(monkeypatch, where, call, source):
     def load_dataset(name, config, split):
         calls.append((name, config, split))
         rows = [{"prompt": "a", "answer": "b"}]
-        table = SimpleNamespace(to_list=lambda: rows)
+        table = SimpleNamespace(to_list=lambda: rows, features=SimpleNamespace(arrow_schema=()))
         return SimpleNamespace(
             column_names=["prompt", "answer", "huge"], select_columns=lambda names: (calls.append(names), table)[1]
         )
@@ -222,14 +224,21 @@ def test_any_text_survives_jsonl(tmp_path_factory, rows, ascii_only):
         ('{"prompt": 3, "answer": "b"}', "line 2: 'prompt' is 3, accepted is text"),
         ('{"prompt": "\\ud800", "answer": "b"}', "line 2: 'prompt' is "),
         ('{"prompt": [], "answer": "b"}', r"line 2: 'prompt' is \[\], accepted is text .* or a chat"),
-        ('{"prompt": ["a"], "answer": "b"}', "line 2: 'prompt' is "),
-        ('{"prompt": [{"role": "user"}], "answer": "b"}', "line 2: 'prompt' is "),
-        ('{"prompt": [{"role": "user", "content": ""}], "answer": "b"}', "line 2: 'prompt' is "),
-        ('{"prompt": [{"role": "user", "content": ["x"]}], "answer": "b"}', "line 2: 'prompt' is "),
-        ('{"prompt": [{"role": "user", "content": "x", "tool_calls": [1]}], "answer": "b"}', "line 2: 'prompt' is "),
+        ('{"prompt": ["a"], "answer": "b"}', r"line 2: 'prompt' is .* \(message 1 is 'a'\)$"),
+        ('{"prompt": [{"role": "user"}], "answer": "b"}', r"line 2: 'prompt' is .* \(message 1 has no content\)$"),
+        ('{"prompt": [{"role": "user", "content": ""}], "answer": "b"}', r"\(message 1 has '' as content\)$"),
+        ('{"prompt": [{"role": null, "content": "a"}], "answer": "b"}', r"\(message 1 has None as role\)$"),
         (
-            '{"prompt": [{"role": "assistant", "content": "2"}], "answer": "b"}',
-            "line 2: .*whose last message is not the assistant's",
+            '{"prompt": [{"role": "system", "content": "a"}, {"role": "user", "content": ["x"]}], "answer": "b"}',
+            r"\(message 2 has \['x'\] as content\)$",
+        ),
+        (
+            '{"prompt": [{"role": "user", "content": "x", "tool_calls": [1]}], "answer": "b"}',
+            r"\(message 1 has 'tool_calls', which templates would not see\)$",
+        ),
+        (
+            '{"prompt": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}], "answer": "b"}',
+            r"line 2: .*whose last message is not the assistant's \(message 2 is\)$",
         ),
         ('{"prompt": "a", "answer": ""}', "line 2: 'answer' is '', accepted is text that is not empty, or a number"),
         ('{"prompt": "a", "answer": null}', "line 2: 'answer' is None"),
@@ -270,6 +279,74 @@ def test_columns_are_named_and_dots_reach_into_structs(tmp_path):
     columns = {"prompt": "q.en.text", "answer": "a.b", "source": "meta.level"}
     assert load(path, **columns)[0] == Example("a", tuple(TOKENIZER("a").input_ids), "literal", "hard")
     assert load(parquet(tmp_path / "x.parquet", row), **columns) == load(path, **columns)
+
+
+def test_what_a_reward_asks_for_comes_with_the_example(tmp_path):
+    row = bupo_row(level=3, bytes=None)
+    paths = [jsonl(tmp_path / "x.jsonl", row), parquet(tmp_path / "x.parquet", row)]
+
+    def told(path, columns):
+        where = str(path)
+        (example,) = load_examples(where, Data(train=where), TOKENIZER, "data.train", columns=columns)
+        return example.row
+
+    for path in paths:
+        assert told(path, None) == {}
+        assert told(path, Columns([], ["extra_info", "absent"])) == {"prompt": CHAT, "extra_info": row["extra_info"]}
+        assert told(path, Columns(["level"], [])) == {"prompt": CHAT, "level": 3}
+        assert told(path, Columns([], None)) == row
+        with pytest.raises(ConfigError, match=r"(line|row) 1 has no 'solution', which reward.function asks for; its columns are "):
+            told(path, Columns(["solution"], []))
+    binary = parquet(tmp_path / "binary.parquet", {"prompt": "a", "answer": "b", "image": b"\xff"})
+    assert told(binary, Columns([], None)) == {"prompt": "a", "answer": "b"}
+    with pytest.raises(ConfigError, match=r"row 1: 'image' is b'\\xff', accepted for reward.function is what JSON can hold"):
+        told(binary, Columns(["image"], []))
+
+
+def test_data_without_answers_will_do_where_none_is_read(tmp_path):
+    rows = [{"prompt": "a"}, {"prompt": "b", "answer": None}]
+    for path in (jsonl(tmp_path / "x.jsonl", *rows), parquet(tmp_path / "x.parquet", *rows)):
+        examples = load_examples(str(path), Data(train=str(path)), TOKENIZER, "--data", answers=False)
+        assert [(example.prompt, example.answer) for example in examples] == [("a", ""), ("b", "")]
+
+
+def test_several_files_are_read_one_after_the_other_and_keep_their_names_apart(tmp_path):
+    paths = [tmp_path / name for name in ("a/test.jsonl", "b/test.jsonl", "other.jsonl", "b/test.jsonl")]
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+        jsonl(path, {"prompt": path.parent.name, "answer": "1"}, {"prompt": "x", "answer": "1", "data_source": "named"})
+    wheres = list(map(str, paths))
+    examples = load_examples(wheres, Data(train=wheres), TOKENIZER, "data.heldout")
+    assert [example.source for example in examples] == [
+        wheres[0],
+        "named",
+        wheres[1],
+        "named",
+        "other",
+        "named",
+        wheres[1],
+        "named",
+    ]
+    assert load_examples([], Data(train="x"), TOKENIZER, "data.heldout") == []
+    hub = ["a/gsm8k:test", "b/gsm8k:test", "gsm8k/main:test"]
+    assert [_name(where) for where in hub] == ["gsm8k", "gsm8k", "main"]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "datasets"])
+@pytest.mark.parametrize("bits", ["float16", "float32"])
+def test_numbers_of_few_bits_are_the_decimals_they_were_written_as(tmp_path, kind, bits):
+    pyarrow, datasets = pytest.importorskip("pyarrow"), pytest.importorskip("datasets")
+    values = [0.1, 2.0, -12.34, 6.5e-5]
+    narrow = np.array(values, bits)
+    gold = pyarrow.array([{"x": value} for value in narrow], pyarrow.struct([("x", getattr(pyarrow, bits)())]))
+    table = pyarrow.table({"prompt": ["a"] * 4, "answer": pyarrow.array(narrow), "gold": gold, "wide": values})
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(table, path)
+    if kind == "datasets":
+        datasets.Dataset.from_parquet(str(path), cache_dir=str(tmp_path / "cache")).save_to_disk(path := tmp_path / "saved")
+    expected = ["0.1", "2", "-12.34", "6.5e-05"]
+    for column in ("answer", "gold.x", "wide"):
+        assert [example.answer for example in load(path, answer=column)] == expected
 
 
 def test_answer_comes_before_ground_truth(tmp_path):
@@ -361,10 +438,33 @@ def test_special_tokens_come_from_the_tokenizer_unless_the_template_has_them(tmp
     )
 
 
+@pytest.mark.parametrize("after", ["", "<eos>"])
+def test_a_beginning_that_the_text_already_has_is_not_put_before_it_again(tmp_path, after):
+    tokenizer = characters("<bos>", after, chat_template="{{ bos_token }}{{ messages[-1].content }}")
+    texts = ["ab", "<bos>ab", "<bos><bos>ab", "a<bos>b"]
+    chats = [bupo_row(prompt=[{"role": "user", "content": text}]) for text in texts]
+    path = jsonl(tmp_path / "x.jsonl", *({"prompt": text, "answer": "b"} for text in texts), *chats)
+    a, b = tokenizer("ab", add_special_tokens=False).input_ids
+    expected = [(BOS, a, b)] * 3 + [(BOS, a, BOS, b)]
+    assert [example.prompt_ids for example in load(path, tokenizer)] == expected * 2
+    assert [example.prompt_ids for example in load(path)][:2] == [(a, b), (BOS, a, b)]  # a tokenizer that puts nothing there
+
+
 def test_an_end_of_sequence_that_is_written_in_the_text_stays(tmp_path):
     path = jsonl(tmp_path / "x.jsonl", {"prompt": "a<eos>", "answer": "b"})
     assert load(path)[0].prompt_ids[-1] == EOS
     assert load(path, characters(after="<eos>"))[0].prompt_ids[-2:] == (TOKENIZER("a").input_ids[0], EOS)
+
+
+def test_a_token_beyond_the_embedding_is_named_with_its_row(tmp_path):
+    path = str(jsonl(tmp_path / "x.jsonl", {"prompt": "a", "answer": "b"}, {"prompt": "a<|im_end|>", "answer": "b"}))
+    tokenizer = characters(special=[*SPECIAL[:4], *SPECIAL[5:]])
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    vocab = len(tokenizer) - 1
+    message = rf"^data.train: .*x.jsonl line 2 has the token '<\|im_end\|>' \({vocab}\), accepted are those below {vocab} \("
+    with pytest.raises(ConfigError, match=message):
+        load_examples(path, Data(train=path), tokenizer, "data.train", vocab=vocab)
+    assert len(load_examples(path, Data(train=path), tokenizer, "data.train", vocab=vocab + 1)) == 2
 
 
 def test_all_rows_are_tokenised_in_a_call(tmp_path):

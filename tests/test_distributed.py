@@ -12,7 +12,7 @@ from ranks import on_ranks
 from test_batching import random_samples
 
 from bupo.attention import training_attention
-from bupo.config import Hardware, Optimizer, parse_config
+from bupo.config import ConfigError, Hardware, Optimizer, parse_config
 from bupo.distributed import full, process_group, sharded_units, unsharded
 from bupo.model import load_model, make_optimizer
 from bupo.schedule import FINAL, OptimisedPolicy
@@ -25,6 +25,32 @@ CASES = [
         (False, True), ((None, "layer"), (2, "layer"), (3, "attention"), (2, "ffn")), (False, True)
     )
 ]
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {"RANK": "1"},
+        {"RANK": "0"},
+        {"WORLD_SIZE": "2"},
+        {"RANK": "0", "WORLD_SIZE": "2"},
+        {"RANK": "2", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+        {"RANK": "0", "WORLD_SIZE": "two", "LOCAL_RANK": "0"},
+        {"RANK": "-1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
+    ],
+    ids=str,
+)
+def test_an_environment_that_describes_no_world_is_refused_with_what_it_holds(monkeypatch, environment):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    shown = ", ".join(f"{name}={value}" for name, value in environment.items())
+    with (
+        pytest.raises(ConfigError, match=f"^environment: {shown} given, accepted are RANK, below WORLD_SIZE, and LOCAL_RANK"),
+        process_group(Hardware(device="cpu")),
+    ):
+        pass
 
 
 # One rank has a sequence, the other none; and what FSDP2 does beside sharding.

@@ -54,7 +54,7 @@ class FakePool:
         self.failures = Counter()
 
     def score(self, pairs):
-        rewards = [math.nan if response == "3" else float(response == "0") for response, answer in pairs]
+        rewards = [math.nan if response == "3" else float(response == "0") for response, *_ in pairs]
         self.failures["timeout"] += sum(map(math.isnan, rewards))
         return rewards
 
@@ -298,7 +298,7 @@ def test_an_evaluation_prints_its_table_and_leaves_two_files(tmp_path, capsys):
     assert len(rows) == 3 * 5
     assert rows[0] == {
         **{"problem": 0, "source": "even", "prompt": "p0", "answer": "0", "response": "0", "reward": 1.0, "tokens": 1},
-        **{"finished": True, "greedy": True},
+        **{"finished": True, "greedy": True, "prompt_ids": [0], "response_ids": [0]},
     }
     shown = capsys.readouterr().out
     assert all(text in shown for text in ("even", "odd", "all", "66.7% [", "bootstrap"))

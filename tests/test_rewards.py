@@ -15,8 +15,20 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bupo.config import ConfigError
-from bupo.rewards import RewardPool, boxed_string, exact_match, last_boxed, load_reward, math_verify, normalise_math
+from bupo import rewards
+from bupo.config import ConfigError, Reward
+from bupo.rewards import (
+    Columns,
+    Question,
+    RewardPool,
+    boxed_string,
+    exact_match,
+    last_boxed,
+    load_reward,
+    math_answer,
+    math_verify,
+    normalise_math,
+)
 
 # ---- graders
 
@@ -220,6 +232,77 @@ def test_math_verify_reads_the_last_box_or_else_the_text(response, reward):
     assert math_verify(response, "7") == reward
 
 
+LENIENT = [
+    (r"So \boxed 42.", "42", 1.0),
+    (r"$x = \boxed 1 + y$, $2$", "1+y", 1.0),
+    (r"$\boxed \frac{1}{2}$", "0.5", 1.0),
+    (r"\(\boxed 42\)", "42", 1.0),
+    (r"\boxed {42}", "42", 1.0),
+    (r"\fbox{42}", "42", 1.0),
+    (r"\boxed{41}, no: \fbox{42}", "42", 1.0),
+    (r"\boxed{42}, no: \boxed{41}", "42", 0.0),
+    (r"\boxed{5}, as it must be in \boxed.", "5", 1.0),
+    (r"\boxed{5}, that is \boxed{", "5", 0.0),
+    (r"\boxed{1}, \boxed{2}", "1", 0.0),
+    (r"\boxed{12^{\text{th}}}", "12", 1.0),
+    (r"\boxed{21st}", "21^{\\mathrm{st}}", 1.0),
+    (r"\boxed{12^{\text{th}}}", "13", 0.0),
+    (r"\boxed{1\,000}", "1000", 1.0),
+    (r"\boxed{1\,234\,567}", "1,234,567", 1.0),
+    (r"\boxed{1\,0}", "1000", 0.0),
+    (r"\boxed{½}", "1/2", 1.0),
+    (r"\boxed{3½}", "3.5", 1.0),
+    (r"\boxed{⅓}", "0.5", 0.0),
+    (r"\boxed{−5}", "-5", 1.0),
+    (r"\boxed{\textbf{(C)} 5}", "5", 1.0),
+    (r"\boxed{\textbf{(C)}\ 5}", "C", 1.0),
+    (r"\boxed{(C)}", r"\textbf{(C)} 5", 1.0),
+    (r"\boxed{\textbf{(C)} 5}", r"\textbf{(D)} 5", 0.0),
+    (r"\boxed{\textbf{(C)} 5}", "6", 0.0),
+    (r"\boxed{\textbf{(C)} 5}", "D", 0.0),
+    (r"\boxed{evelyn}", r"\text{Evelyn}", 1.0),
+    (r"\boxed{0.1}", "0.1", 1.0),
+    (r"\boxed{1/0}", "0", 0.0),
+    (r"\boxed{5 third}", "5", 0.0),
+    (r"\boxed{}", "5", 0.0),
+    ("12 ", "12", 1.0),
+    ("12", "13", 0.0),
+    ("", "5", 0.0),
+]
+
+
+@pytest.mark.parametrize(("response", "answer", "reward"), LENIENT)
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_lenient_grader_sees_through_the_spelling(monkeypatch, response, answer, reward, installed):
+    if installed:
+        pytest.importorskip("math_verify")
+    monkeypatch.setattr(rewards, "MATH_VERIFY", installed)
+    assert math_answer(response, answer) == reward
+
+
+@pytest.mark.parametrize(("response", "answer"), [(r"\boxed 42", "42"), (r"\boxed {42}", "42"), (r"\boxed{½}", "1/2")])
+def test_the_references_grader_stays_as_strict_as_the_reference(response, answer):
+    assert boxed_string(response, answer) == 0.0
+
+
+def test_the_lenient_grader_accepts_what_the_others_accept_and_rejects_what_none_does():
+    pytest.importorskip("math_verify")
+    for written, answer in [*RIGHT, *RIGHT_AS_STRINGS]:
+        assert math_answer(boxed(written), answer) == 1.0, (written, answer)
+    for written, answer in WRONG:
+        assert math_answer(boxed(written), answer) == boxed_string(boxed(written), answer), (written, answer)
+
+
+def test_the_default_says_what_it_lacks_without_math_verify(monkeypatch, caplog):
+    monkeypatch.setattr(rewards, "MATH_VERIFY", False)
+    monkeypatch.setattr(RewardPool, "score", lambda *_: [])  # no processes
+    for function, count in ((rewards.DEFAULT, 1), ("bupo.rewards:exact_match", 0)):
+        caplog.clear()
+        with RewardPool(function, timeout=1, workers=1):
+            assert len(caplog.records) == count
+    assert Reward().function == rewards.DEFAULT
+
+
 def test_math_verify_sets_no_alarms(monkeypatch):
     pytest.importorskip("math_verify")
     monkeypatch.delattr(signal, "alarm")
@@ -291,6 +374,7 @@ def misbehave(response, answer):
         with open(answer, "w") as file: file.write(str(sleeper.pid))
         while True: pass
     values = {"nan": float("nan"), "inf": float("-inf"), "none": None, "text": "1.0", "huge": 10**400, "complex": 1j}
+    values |= {"list": [1.0, 2.0], "empty": [], "dictionary": {"accuracy": 1.0}, "unscored": {"score": None}}
     return Spiteful() if response == "spite" else values.get(response, 1.0)
 """
 
@@ -358,6 +442,10 @@ def test_rewards_come_in_order_and_fast(folder):
         ("huge", "not finite", "1000"),
         ("complex", "not finite", "complex"),
         ("spite", "not finite", "Spiteful"),
+        ("list", "not finite", r"\[1.0, 2.0\] \(list\) returned"),
+        ("empty", "not finite", r"\[\] \(list\) returned"),
+        ("dictionary", "not finite", r"\(dict\) returned, accepted are .* a dictionary with one as its score"),
+        ("unscored", "not finite", r"\(dict\) returned"),
     ],
 )
 def test_a_failure_costs_its_own_sample_and_is_counted(misbehaving, response, reason, detail):
@@ -426,6 +514,105 @@ def test_a_reward_that_cannot_be_imported_is_named_before_training(folder, monke
     if function == "slow_rewards:one":
         monkeypatch.setattr(RewardPool, "start_timeout", 0.2)
     with pytest.raises(ConfigError, match=f"^reward.function: '{function}' .*{reason}"), RewardPool(function, timeout=5, workers=2):
+        pass
+
+
+CONVENTIONS = r"""
+import asyncio
+seen = []
+
+def trl(prompts, completions, completion_ids, solution, level=0, **columns):
+    (prompt,), (completion,), (ids,), (solution,) = prompts, completions, completion_ids, solution
+    chat = isinstance(prompt, list)
+    assert prompt == ([{"role": "user", "content": "1+1"}] if chat else "1+1") and columns == {"answer": ["2"], "other": [None]}
+    content = completion[0]["content"] if chat and completion[0]["role"] == "assistant" else completion
+    return [float(content == solution) + len(ids) + 10 * level[0]]
+
+def trl_small(completions, answer): return [float(c == a) for c, a in zip(completions, answer, strict=True)]
+def trl_none(completions, **_): return [None for _ in completions]
+def trl_default(completions, level=(7,)): return list(level)
+def trl_state(completions, trainer_state): return [0.0]
+def verl(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": float(solution_str == ground_truth) + 10 * extra_info.get("index", 0), "source": data_source}
+def verl_small(solution_str, ground_truth): return solution_str == ground_truth
+def verl_batch(data_sources, solution_strs, ground_truths, extra_infos): return [0.0] * len(solution_strs)
+def verl_batch_small(solution_strs, ground_truths): return [0.0] * len(solution_strs)
+def verl_more(solution_str, ground_truth, sandbox): return 0.0
+def openrlhf(queries, prompts, labels): return [0.0]
+def nothing(): return 0.0
+def scored(response, answer): return {"score": response == answer}
+
+async def later(response, answer):  # what it keeps lives in the loop of the first call
+    if not seen: seen.append(asyncio.Lock())
+    async with seen[0]:
+        await asyncio.sleep(0.001)
+    return float(response == answer)
+
+class Grader:
+    async def __call__(self, completions, **columns): return [float(len(completions[0]))]
+grader = Grader()
+"""
+
+
+@pytest.fixture(scope="module")
+def conventions(folder):
+    (folder / "written_for_others.py").write_text(CONVENTIONS)
+
+
+ROW = {"prompt": "1+1", "solution": "2", "level": 3, "other": None}
+CHAT_ROW = ROW | {"prompt": [{"role": "user", "content": "1+1"}]}
+
+
+@pytest.mark.usefixtures("conventions")
+@pytest.mark.parametrize(
+    ("function", "columns", "row", "reward"),
+    [
+        ("trl", Columns(["solution"], None), ROW, 1.0 + 4 + 30),
+        ("trl", Columns(["solution"], None), CHAT_ROW, 1.0 + 4 + 30),
+        ("trl_small", Columns([], []), {"prompt": "1+1"}, 1.0),
+        ("trl_default", Columns([], ["level"]), {"prompt": "1+1"}, 7.0),
+        ("trl_default", Columns([], ["level"]), {"prompt": "1+1", "level": 3}, 3.0),
+        ("grader", Columns([], None), {"prompt": "1+1"}, 1.0),
+        ("verl", Columns([], ["extra_info"]), {"prompt": "1+1", "extra_info": {"index": 3}}, 31.0),
+        ("verl", Columns([], ["extra_info"]), {"prompt": "1+1", "extra_info": None}, 1.0),
+        ("verl_small", Columns([], ["extra_info"]), {}, 1.0),
+        ("scored", None, {}, 1.0),
+        ("later", None, {}, 1.0),
+    ],
+)
+def test_rewards_of_other_trainers_are_called_as_those_call_them(function, columns, row, reward):
+    with RewardPool(f"written_for_others:{function}", timeout=5, workers=1) as pool:
+        asked = [Question("2", "2", (5, 6, 7, 8), "sums", row)] * 2
+        assert (pool.score(asked), pool.columns, pool.last_failure) == ([reward] * 2, columns, None)
+
+
+@pytest.mark.usefixtures("conventions")
+def test_no_reward_from_trl_is_a_failure_that_is_counted():
+    with RewardPool("written_for_others:trl_none", timeout=5, workers=1) as pool:
+        assert math.isnan(*pool.score([Question("2", "2", (5,), "sums", ROW)]))
+        assert pool.failures == {"not finite": 1}
+
+
+@pytest.mark.usefixtures("conventions")
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        ("nothing", r"takes \(\), accepted are \(response, answer\), TRL's \(prompts, completions, \*\*columns\), and verl's"),
+        ("openrlhf", r"takes \(queries, prompts, labels\), accepted are \(response, answer\), TRL's"),
+        ("verl_batch", r"takes \(data_sources, solution_strs, ground_truths, extra_infos\), accepted are"),
+        (
+            "verl_batch_small",
+            r"takes \(solution_strs, ground_truths\), whole batches by ground_truths, solution_strs; accepted are",
+        ),
+        ("verl_more", r"takes \(solution_str, ground_truth, sandbox\), accepted are verl's rewards without sandbox"),
+        ("trl_state", r"takes \(completions, trainer_state\), accepted are TRL's rewards without trainer_state"),
+    ],
+)
+def test_a_reward_that_cannot_be_called_is_refused_by_its_signature_at_the_start(function, reason):
+    with (
+        pytest.raises(ConfigError, match=f"^reward.function: 'written_for_others:{function}' {reason}"),
+        RewardPool(f"written_for_others:{function}", timeout=5, workers=1),
+    ):
         pass
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from models import tiny_model
 from ranks import on_ranks
+from test_data import END, EOS, PAD, SPECIAL, START, characters
 from torch import nn
 from transformers import AttentionInterface, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
@@ -22,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from bupo.config import ConfigError, Hardware
 from bupo.distributed import World, process_group, shard
-from bupo.rollout import Rollout, Sample, Sampling, make_rollout
+from bupo.rollout import Rollout, Sample, Sampling, make_rollout, text_of
 from bupo_kernels import policy_logprobs
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -120,6 +121,16 @@ def test_all_the_tokens_that_end_a_sequence_end_it(model, name):
         assert not ends & set(sample.response_ids[:-1])
         assert sample.finished == (sample.response_ids[-1] in ends)
         assert sample.finished or len(sample.response_ids) == 20
+
+
+def test_tokens_beyond_the_embedding_neither_pad_nor_end_a_response(model, name, monkeypatch):
+    """As of a tokenizer to which a [PAD] was added, the embedding left as it was. Prompts and responses have different lengths."""
+    expected = engine(name, model).generate(random_prompts(4, 9), 4, 1)
+    assert len({len(sample.response_ids) for sample in expected}) > 1
+    monkeypatch.setattr(TOKENIZER, "pad_token_id", 61)
+    monkeypatch.setattr(TOKENIZER, "eos_token_id", 62)
+    assert engine(name, model).ends == [1]  # the checkpoint's own
+    assert engine(name, model).generate(random_prompts(4, 9), 4, 1) == expected
 
 
 def test_settings_of_the_checkpoint_do_not_bend_the_policy(model, name):
@@ -280,6 +291,21 @@ def test_without_prompts_the_model_does_not_run(model, name):
 def test_an_unknown_engine_is_refused(model):
     with pytest.raises(ValueError, match="engine: 'sglang' given, accepted are continuous, generate, vllm"):
         engine("sglang", model)
+
+
+# ---- text
+
+
+def test_a_response_is_shown_as_it_was_generated_without_what_ends_and_pads_it():
+    tags = ["<think>", "</think>", "<answer>", "</answer>"]
+    tokenizer = characters("<bos>", special=[*SPECIAL, *tags])
+    tokenizer.clean_up_tokenization_spaces = True  # as a checkpoint may ask for: it would take the space before the full stop
+    response = "<think>a .</think><answer>3</answer>"
+    ids = [*tokenizer(response, add_special_tokens=False).input_ids, END, PAD, EOS]
+    options = {"tokenizer": tokenizer, "ends": [EOS, END]}
+    assert text_of(ids, **options, skip_special_tokens=False) == response
+    assert text_of(ids, **options, skip_special_tokens=True) == "a .3"
+    assert text_of([START, *ids], **options, skip_special_tokens=False) == "<|im_start|>" + response
 
 
 # ---- many ranks

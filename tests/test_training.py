@@ -10,6 +10,7 @@ import pytest
 import torch
 import yaml
 from models import tiny_model
+from safetensors.torch import load_file, save_file
 from test_batching import random_samples
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -19,7 +20,7 @@ from bupo.cli import main
 from bupo.config import ConfigError, dump_config, load_config
 from bupo.demo import character_tokenizer
 from bupo.distributed import World
-from bupo.model import load_model
+from bupo.model import load_model, load_tokenizer, read_model
 from bupo.schedule import FINAL, OptimisedPolicy
 from bupo.trainer import look, look_at_layers, make_mini_batches, train, update, with_old_logprobs
 
@@ -175,6 +176,30 @@ def test_rewards_that_fail_cost_their_samples_only_and_are_counted(config_file, 
     assert row["active"] <= 1 - row["reward_failures"] / 16
 
 
+def test_a_mini_batch_of_failed_rewards_is_no_update_and_the_run_goes_on(config_file, tmp_path):
+    overrides = ["reward.function=toy_rewards:failing_for_zero", "optimizer.mini_batch=1", "data.heldout=[]", "rollout.prompts=16"]
+    train(load_config(config_file, [*overrides, "steps=2", "telemetry.lens_every=0"]))  # 16 prompts: one of them has the answer 0
+    rows = metrics_of(tmp_path / "run")
+    assert [row["reward_failures"] for row in rows] == [4, 4]
+    assert all(1 <= row["updates"] <= 15 for row in rows)
+
+
+def test_rewards_that_all_fail_end_the_run_with_their_own_message(config_file, tmp_path, capsys):
+    overrides = ["reward.function=toy_rewards:always_failing", "data.heldout=[]", "steps=9", "telemetry.lens_every=0"]
+    assert main(["train", str(config_file), *overrides]) == 2
+    expected = "bupo train: reward.function: 'toy_rewards:always_failing' failed for every response since step 1: "
+    assert capsys.readouterr().err.startswith(expected + "exception: RuntimeError: never; response ")
+    rows = metrics_of(tmp_path / "run")
+    assert [(row["step"], row["reward"], row["updates"]) for row in rows] == [(step, None, 0) for step in (1, 2, 3)]
+    how = [overrides[0], "rollout.engine=generate", "rollout.max_new_tokens=3", "data.max_prompt_tokens=6"]
+    command = ["evaluate", str(tmp_path / "start"), "--data", str(tmp_path / "sums.jsonl"), "--samples", "2", "--k", "1"]
+    assert main([*command, "--set", *how]) == 2
+    expected = (
+        "bupo evaluate: reward.function: 'toy_rewards:always_failing' failed for every response: exception: RuntimeError: never"
+    )
+    assert capsys.readouterr().err.startswith(expected)
+
+
 @pytest.mark.parametrize("guard", ["kl=1e-6", "perplexity=1.0000001"])
 def test_a_guard_ends_phase_one_early_for_good_and_says_so(config_file, tmp_path, guard, capsys):
     overrides = ["bupo.internal_steps=5", "steps=5", f"bupo.guards.{guard}", "bupo.guards.window=1", "optimizer.learning_rate=0.05"]
@@ -188,6 +213,74 @@ def test_a_guard_ends_phase_one_early_for_good_and_says_so(config_file, tmp_path
     assert f"phase 1 ends after step {length}" in capsys.readouterr().out
     if guard.startswith("perplexity"):
         assert rows[length - 1]["perplexity"] > 1
+
+
+GGUF_NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "model.layers": "blk",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def write_gguf(path: Path) -> dict[str, torch.Tensor]:
+    """Writes a tiny model as a GGUF file, in blocks of 8 bits where its rows fill them; returns the weights these stand for."""
+    gguf = pytest.importorskip("gguf")
+    tokens = ["<pad>", "<eos>", *"0123456789+=", "12"]
+    model = tiny_model("qwen2", vocab=len(tokens), tied=True)
+    writer, config = gguf.GGUFWriter(path, "qwen2"), model.config
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([gguf.TokenType.CONTROL] * 2 + [gguf.TokenType.NORMAL] * 13)
+    writer.add_token_merges(["1 2"])
+    writer.add_eos_token_id(1)
+    weights = {}
+    for name, weight in model.named_parameters():
+        data, kind = weight.detach().numpy(), gguf.GGMLQuantizationType.F32
+        if weight.dim() == 2 and weight.shape[1] % 32 == 0:
+            kind = gguf.GGMLQuantizationType.Q8_0
+            data = gguf.quants.quantize(data, kind)
+        weights[name] = torch.tensor(gguf.quants.dequantize(data, kind))
+        for ours, theirs in GGUF_NAMES.items():
+            name = name.replace(ours, theirs)
+        writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return weights
+
+
+def test_a_gguf_file_is_a_model_like_any_other_and_is_exported_as_one(config_file, tmp_path, capsys):
+    pytest.importorskip("accelerate")
+    weights, path = write_gguf(tmp_path / "tiny.gguf"), str(tmp_path / "tiny.gguf")
+    # A rate at which the weights stay as they are, but for zeros among them.
+    overrides = [f"model={path}", "steps=1", "data.heldout=[]", "telemetry.lens_every=0", "optimizer.learning_rate=1e-30"]
+    assert main(["train", str(config_file), *overrides]) == 0
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model").state_dict()
+    assert all(torch.allclose(exported[name], weight, rtol=0, atol=1e-20) for name, weight in weights.items())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    assert tokenizer("1+2=").input_ids == load_tokenizer(path)("1+2=").input_ids == [3, 12, 4, 13]
+    narrow = read_model(path, dtype=torch.bfloat16).state_dict()  # as `bupo analyze` reads it
+    assert all(torch.equal(narrow[name], weight.bfloat16()) for name, weight in weights.items())
+    assert main(["train", str(config_file), f"model={tmp_path}/none.gguf"]) == 2
+    assert f"model: {tmp_path}/none.gguf cannot be used: it does not exist" in capsys.readouterr().err
 
 
 # ---- one update
@@ -368,6 +461,7 @@ BAD_OVERRIDES = {
         "optimizer.mini_batch=3",
         "optimizer.mini_batch: 3 given, accepted are divisors of rollout.prompts (4)",
     ),
+    "no data": ("data.train=[]", "data.train: [] given, accepted is at least one"),
     "unknown module": ("bupo.module=mlp", "bupo.module: 'mlp' given, accepted is 'layer', 'attention' or 'ffn'"),
     "unknown policy": ("policy=ppo", "policy: 'ppo' given, accepted is 'bupo' or 'grpo'"),
     "not a number": ("steps=many", "steps: 'many' given, accepted is a valid integer"),
@@ -415,6 +509,31 @@ def test_a_model_of_another_kind_is_refused(config_file, tmp_path, capsys):
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "gpt2"}))
     assert main(["train", str(config_file)]) == 2
     assert "of type 'gpt2', accepted are llama, mistral, qwen2, qwen3" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "analyze"])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_named_before_anything_runs(config_file, tmp_path, capsys, command, value):
+    weights = load_file(tmp_path / "start" / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"][3, 4] = value
+    save_file(weights, tmp_path / "start" / "model.safetensors", metadata={"format": "pt"})
+    data = ["--data", str(tmp_path / "sums.jsonl"), "--out", str(tmp_path / "run")]
+    arguments = [str(config_file)] if command == "train" else [str(tmp_path / "start"), *data, "--set", "rollout.max_new_tokens=3"]
+    assert main([command, *arguments, "data.max_prompt_tokens=6"]) == 2
+    error = capsys.readouterr().err
+    assert error.endswith("start cannot be used: its tensor model.layers.2.mlp.up_proj.weight holds NaN or infinity\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_end_a_response_is_refused(config_file, tmp_path, capsys):
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "start")
+    tokenizer.add_special_tokens({"eos_token": "<end>"})
+    tokenizer.save_pretrained(tmp_path / "start")
+    for path in (tmp_path / "start").glob("*config.json"):
+        path.write_text(path.read_text().replace('"eos_token_id": 1', '"eos_token_id": null'))
+    assert main(["train", str(config_file)]) == 2
+    assert "its end-of-sequence token '<end>' (14) has no row in its embedding" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
@@ -469,9 +588,17 @@ def test_overrides_replace_values_and_the_resolved_configuration_reads_back(conf
     config = load_config(config_file, ["optimizer.betas=[0.8, 0.9]", "objective.dual_clip=null", "optimizer.learning_rate=1e-3"])
     assert config.optimizer.betas == (0.8, 0.9)
     assert config.objective.dual_clip is None
+    several = [str(tmp_path / "sums.jsonl"), "gsm8k:train"]
+    assert load_config(config_file, [f"data.train={json.dumps(several)}"]).data.train == several
     assert config.optimizer.learning_rate == 1e-3
     (tmp_path / "resolved.yaml").write_text(dump_config(config))
     assert load_config(tmp_path / "resolved.yaml") == config
+
+
+def test_vllm_is_refused_for_a_gguf_file(config_file):
+    load_config(config_file, ["model=a.gguf"])
+    with pytest.raises(ConfigError, match=r"^rollout.engine: vllm given, accepted are continuous and generate for a GGUF file"):
+        load_config(config_file, ["model=a.gguf", "rollout.engine=vllm"])
 
 
 def test_yaml_cannot_run_code(tmp_path):
@@ -513,6 +640,13 @@ def test_evaluate_grades_a_model_and_writes_every_response(config_file, tmp_path
     accuracy = json.loads((tmp_path / "out" / "accuracy.json").read_text())
     rows = [json.loads(line) for line in (tmp_path / "out" / "responses.jsonl").read_text().splitlines()]
     assert len(rows) == 16 * 5
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "start")
+    assert {row["finished"] for row in rows} == {True, False}
+    for row in rows:
+        assert tokenizer.decode(row["prompt_ids"]) == row["prompt"]
+        assert tokenizer.decode(row["response_ids"], skip_special_tokens=True) == row["response"]
+        assert len(row["response_ids"]) == row["tokens"]
+        assert row["finished"] == (row["response_ids"][-1] == tokenizer.eos_token_id)
     assert accuracy["avg@4"] == pytest.approx(sum(row["reward"] > 0.5 for row in rows if not row["greedy"]) / 64)
     assert main([*command, "--out", str(tmp_path / "out"), "--set", *how]) == 2
     assert "--out: " in capsys.readouterr().err

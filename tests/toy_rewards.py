@@ -6,6 +6,17 @@ def parity(response: str, answer: str) -> float:
     return float(len(response) % 2 == 0 or response > "5")
 
 
+def failing_for_zero(response: str, answer: str) -> float:
+    """Throws for one prompt."""
+    if answer == "0":
+        raise RuntimeError("no zero")
+    return parity(response, answer)
+
+
+def always_failing(response: str, answer: str) -> float:
+    raise RuntimeError("never")
+
+
 def failing(response: str, answer: str) -> float:
     """Hangs, throws and returns NaN, each for some responses."""
     while response.startswith("1"):

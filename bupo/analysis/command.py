@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,9 +25,9 @@ from bupo.analysis.report import write_report
 from bupo.analysis.statistics import Statistics, layer_table, require_pyarrow, write_statistics
 from bupo.config import ConfigError, TrainConfig, check_new_folder
 from bupo.cost import load_architecture
-from bupo.data import encode, jsonl_rows, load_examples
+from bupo.data import encode, jsonl_rows, load_examples, require_known
 from bupo.distributed import World, process_group
-from bupo.model import load_tokenizer, unusable
+from bupo.model import load_tokenizer, read_model, require_finite, unusable
 from bupo.output import progress_bar, replace_file
 from bupo.rollout import Sample, configured_rollout
 from bupo_kernels import FusedLMHead
@@ -59,13 +62,14 @@ def analyze_command(
             raise ConfigError(f"analyze: started on {world.size} devices, accepted is one process")
         architecture = load_architecture(config)
         _check_blocks(config.model, architecture)
-        tokenizer, greedy = load_tokenizer(config.model), 0
+        tokenizer, greedy, vocab = load_tokenizer(config.model), 0, architecture.get_text_config().vocab_size
         if responses:
-            loaded = [load_responses(where, tokenizer, "--responses") for where in responses]
+            loaded = [load_responses(where, tokenizer, "--responses", vocab) for where in responses]
             samples, greedy = [sample for some, _ in loaded for sample in some], sum(left_out for _, left_out in loaded)
             lengths = [len(sample.prompt_ids) + len(sample.response_ids) for sample in samples]
         else:
-            found = [e.prompt_ids for where in config.heldout for e in load_examples(where, config.data, tokenizer, "--data")]
+            loaded = load_examples(config.heldout, config.data, tokenizer, "--data", vocab=vocab, answers=False)
+            found = [example.prompt_ids for example in loaded]
             chosen = np.sort(np.random.default_rng(config.seed).permutation(len(found))[:prompts])
             asked = [found[i] for i in chosen]
             lengths = [len(prompt) + config.rollout.max_new_tokens for prompt in asked]
@@ -101,12 +105,13 @@ def analyze_command(
     return statistics
 
 
-def load_responses(where: str, tokenizer: PreTrainedTokenizerBase, key: str) -> tuple[list[Sample], int]:
+def load_responses(where: str, tokenizer: PreTrainedTokenizerBase, key: str, vocab: int | None = None) -> tuple[list[Sample], int]:
     """The prompts and responses of a JSONL file as ``bupo evaluate --out`` writes it, and how many greedy ones were left out.
 
-    A row needs ``prompt``, the text the model saw, and ``response``. With ``finished: true`` the end-of-sequence token follows;
-    with ``greedy: true`` the row is left out: it is no sample of the policy. Texts become tokens again, which need not be the very
-    ones that were sampled. Raises :class:`ConfigError` with ``key`` and the line that is not as it must be.
+    A row needs ``prompt``, the text the model saw, and ``response``. With ``greedy: true`` it is left out: it is no sample of the
+    policy. Tokens are ``prompt_ids`` and ``response_ids`` where those are there and this tokenizer's. Else the texts become tokens
+    again, which need not be the very ones that were sampled; with ``finished: true`` the end-of-sequence token follows. Raises
+    :class:`ConfigError` with ``key`` and the line that is not as it must be, ids from ``vocab`` on included.
     """
     if not Path(where).is_file():
         raise ConfigError(f"{key}: {where} is not a file, accepted is a JSONL file with prompt and response in each line")
@@ -116,17 +121,33 @@ def load_responses(where: str, tokenizer: PreTrainedTokenizerBase, key: str) -> 
         raise ConfigError(f"{key}: {where} has {len(rows)} lines, {len(rows)} of them greedy; accepted is at least one sample")
     prompts = [row.get(("prompt",), lambda x: x if isinstance(x, str) and x else None, "text that is not empty") for row in sampled]
     responses = [row.get(("response",), lambda x: x if isinstance(x, str) else None, "text") for row in sampled]
-    begin = tokenizer.bos_token
-    prompt_ids = encode(prompts, [begin is not None and prompt.startswith(begin) for prompt in prompts], tokenizer)
-    response_ids = encode(responses, [True] * len(responses), tokenizer)
-    samples = []
+    # What ids and text must agree in: special tokens may have been left out of the text.
+    plain = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    prompt_ids = encode(prompts, [False] * len(prompts), tokenizer)
+    response_ids = tokenizer(responses, add_special_tokens=False, verbose=False).input_ids
+    samples, foreign = [], 0
     for row, prompt, response in zip(sampled, prompt_ids, response_ids, strict=True):
         finished = row.values.get("finished") is True
         ids = [*response, tokenizer.eos_token_id] if finished else response
+        if "prompt_ids" in row.values and "response_ids" in row.values:
+            stored = [row.get((name,), _ids, "a list of token ids") for name in ("prompt_ids", "response_ids")]
+            if [plain(some) for some in stored] == [plain(prompt), plain(response)]:
+                prompt, ids = stored
+            else:
+                foreign += 1
         if not ids or not prompt:
             raise ConfigError(f"{row.place}: its {'prompt' if ids else 'response'} has no tokens, accepted is at least one")
+        require_known(row.place, [*prompt, *ids], tokenizer, vocab)
         samples.append(Sample(prompt, ids, None, finished))
+    if foreign:
+        logging.getLogger("bupo").warning(
+            "%s: in %d of %d rows of %s the ids are not this tokenizer's, and the text is read", *(key, foreign, len(rows), where)
+        )
     return samples, len(rows) - len(sampled)
+
+
+def _ids(value: Any) -> list[int] | None:
+    return value if isinstance(value, list) and value and all(type(i) is int and 0 <= i < 2**32 for i in value) else None
 
 
 def _check_blocks(name: str, architecture: PretrainedConfig) -> None:
@@ -142,9 +163,10 @@ def _check_blocks(name: str, architecture: PretrainedConfig) -> None:
 
 def _load_for_reading(config: TrainConfig, world: World) -> PreTrainedModel:
     try:
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=getattr(torch, config.hardware.precision))
+        model = read_model(config.model, dtype=getattr(torch, config.hardware.precision))
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise unusable(config.model, error) from None
+    require_finite(config.model, model)
     FusedLMHead.adopt(model.get_output_embeddings())
     return model.to(world.device).eval()
 
@@ -181,7 +203,10 @@ def _write_responses(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBa
     """As ``--responses`` reads them."""
     rows = []
     for sample in samples:
-        finished = sample.response_ids[-1] == tokenizer.eos_token_id
-        response = tokenizer.decode(sample.response_ids[:-1] if finished else sample.response_ids)
-        rows.append({"prompt": tokenizer.decode(sample.prompt_ids), "response": response, "finished": finished})
+        prompt, response = (list(map(int, ids)) for ids in (sample.prompt_ids, sample.response_ids))
+        texts = (
+            tokenizer.decode(x, clean_up_tokenization_spaces=False) for x in (prompt, response[: -1 if sample.finished else None])
+        )
+        row = dict(zip(("prompt", "response"), texts, strict=True)) | {"finished": sample.finished}
+        rows.append(row | {"prompt_ids": prompt, "response_ids": response})
     replace_file(path, "".join(json.dumps(row) + "\n" for row in rows))
