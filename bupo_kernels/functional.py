@@ -32,7 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bupo_kernels import ops, policy_op
+from bupo_kernels import derivatives, ops, policy_op
 from bupo_kernels.backends import lens
 from bupo_kernels.backends.problem import Operands, Readout
 from bupo_kernels.dispatch import Plan, default_memory_budget, make_plan
@@ -88,10 +88,13 @@ def linear_logprobs(
     Returns:
         :class:`LinearLogprobs`. All three are differentiable, alone or together, with respect to ``hidden``, ``weight`` and
         ``bias``; an operand that needs no gradient costs no gradient GEMM, and a row whose upstream gradients are all
-        exactly zero is left out of the backward. Differentiable once.
+        exactly zero is left out of the backward. Differentiable once, in reverse mode: what torch has beyond (a gradient with
+        ``create_graph`` that is differentiated again, forward mode, ``torch.func.grad`` and the like) raises; ``torch.func.vmap``
+        works, one call a sample.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is accepted.
+        NotImplementedError: for a derivative that is not implemented.
     """
     return prepare(
         hidden,
@@ -158,7 +161,8 @@ def linear_policy_loss(
     ``triton`` backend in fp32 or with a softcap. :func:`explain` with ``objective=`` says which.
 
     Args:
-        advantages: ``[...]``, or one per sequence, ``[..., 1]``.
+        advantages: ``[...]``, or one per sequence, ``[..., 1]``. Like all that follow, a constant: one that requires a gradient is
+            refused.
         old_logprobs: of the policy that is the ratio's denominator; None means on-policy: ratio 1, with its gradient.
         reference_logprobs: for ``objective.kl``.
         sampler_logprobs: of the engine that generated, for ``objective.importance`` and the metrics. A row whose value is not
@@ -176,8 +180,8 @@ def linear_policy_loss(
         cost no product at all, and rows on which a clip decides none for their gradient.
 
     Gradients of ``hidden``, ``weight`` and ``bias``, as in :func:`linear_logprobs`; scaled by the upstream gradient in the
-    backward, which may run more than once. Numerics and errors as there. Paper: with the hidden states of layer l and
-    ``clip="ppo"`` this is InterGRPO of BuPO (arXiv 2512.19673, equation 9).
+    backward, which may run more than once, though not with ``create_graph``. Numerics and errors as there. Paper: with the hidden
+    states of layer l and ``clip="ppo"`` this is InterGRPO of BuPO (arXiv 2512.19673, equation 9).
     """
     if not isinstance(objective, PolicyObjective):
         raise TypeError(f"objective: {type(objective).__name__} given, accepted is a PolicyObjective")
@@ -185,6 +189,7 @@ def linear_policy_loss(
     given = {"old_logprobs": old_logprobs, "reference_logprobs": reference_logprobs, "sampler_logprobs": sampler_logprobs}
     advantages = _check_rows_of("advantages", advantages, targets, broadcast=True)
     given = {name: x if x is None else _check_rows_of(name, x, targets) for name, x in given.items()}
+    _check_constant("denominator", denominator)
     objective.require_inputs(reference_logprobs=reference_logprobs, sampler_logprobs=sampler_logprobs)
     if targets.dim() == 1 and (objective.needs_sequence or objective.aggregation != "token-mean"):
         raise ValueError(f"hidden: shape {tuple(hidden.shape)} given, accepted is [..., S, D] for an objective over sequences")
@@ -271,7 +276,7 @@ def logit_lens(
             ``memory_budget`` of :func:`linear_logprobs`. All policies share them.
 
     Returns:
-        :class:`LensStatistics`; no gradient.
+        :class:`LensStatistics`; no gradient: they are constants in a loss.
 
     Cost: 2·L·N·V·D FLOP (L+1 with ``final``), and one pass over W for all layers of as many rows as the budget has room for, in
     most calls all. ``logsumexp``, ``logprobs``, ``entropy`` and ``max_probability`` alone run on any backend. Everything else
@@ -295,7 +300,9 @@ def logit_lens(
     states = list(hidden_states)
     if not states:
         raise ValueError("hidden_states: none given, accepted are those of at least one layer")
-    _check_alike({f"hidden_states[{i}]": x for i, x in enumerate(states)} | ({} if final is None else {"final": final}))
+    compared = {f"hidden_states[{i}]": x for i, x in enumerate(states)} | ({} if final is None else {"final": final})
+    derivatives.refuse(compared | {"weight": weight, "targets": targets}, statistic=True)
+    _check_alike(compared)
     if states[0].dim() < 2:
         raise ValueError(f"hidden_states: layers of shape {tuple(states[0].shape)} given, accepted are [L, ..., D] or L x [..., D]")
     if norm is not None and not callable(norm):
@@ -380,7 +387,7 @@ def linear_divergence(
     weight: Tensor,  # [V, D]
     **options,
 ) -> Tensor:
-    """``KL(softmax(h Wᵀ) ‖ softmax(r Wᵀ))`` of each row, in nats, without logits; a statistic, it has no gradient.
+    """``KL(softmax(h Wᵀ) ‖ softmax(r Wᵀ))`` of each row, in nats, without logits; a statistic: its gradient raises.
 
     Args:
         hidden, reference: ``[..., D]``, of the two policies, e.g. an internal layer's and the final one's.
@@ -393,7 +400,9 @@ def linear_divergence(
     if unknown := sorted(set(options) - set(accepted)):
         raise TypeError(f"{unknown[0]}: given, accepted are {', '.join(accepted)}")
     _check_alike({"hidden": hidden, "reference": reference})
-    return logit_lens([hidden], weight, final=reference, outputs=("kl_to_final",), **options).kl_to_final[0]
+    found = logit_lens([hidden], weight, final=reference, outputs=("kl_to_final",), **options).kl_to_final[0]
+    # Not left without a graph, as those of a lens: a term of a loss that had no gradient would not be missed.
+    return derivatives.Statistic.apply("linear_divergence", found, hidden, reference, weight, options.get("bias"))
 
 
 def explain(
@@ -442,8 +451,7 @@ class Call:
 
     @property
     def grads(self) -> tuple[bool, bool, bool]:
-        grad = torch.is_grad_enabled()
-        return tuple(grad and x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias))
+        return tuple(map(derivatives.requires_grad, (self.hidden, self.weight, self.bias)))
 
     def counts(self) -> Tensor:
         return ops.counting_rows(self.targets, self.mask, self.ignore_index)
@@ -497,6 +505,7 @@ def prepare(
     """Everything before the computation: checks (with the messages users see), autocast, defaults."""
     if not torch.compiler.is_compiling():
         tell_flop_counter()
+    derivatives.refuse({"hidden": hidden, "weight": weight, "bias": bias})
     weight, bias = (gathered(name, x, hidden) for name, x in (("weight", weight), ("bias", bias)))
     _check_tensors(hidden, weight, targets, bias, mask, temperature)
     if not isinstance(temperature, Tensor):
@@ -540,14 +549,23 @@ def gathered(name: str, parameter, hidden: Tensor):
 
 
 def _check_rows_of(name: str, values, targets: Tensor, broadcast: bool = False) -> Tensor:
-    """``values`` as a constant of the shape of ``targets``."""
+    """``values``, a constant, in the shape of ``targets``."""
     if not isinstance(values, Tensor):
         raise TypeError(f"{name}: {type(values).__name__} given, accepted is a Tensor")
+    _check_constant(name, values)
     accepted = f"floating point of {tuple(targets.shape)} on {targets.device}"
     fits = values.shape == targets.shape or (broadcast and values.shape == (*targets.shape[:-1], 1))
     if not fits or not values.is_floating_point() or values.device != targets.device:
         raise ValueError(f"{name}: {values.dtype} of shape {tuple(values.shape)} on {values.device} given, accepted is {accepted}")
     return values.detach().expand(targets.shape)
+
+
+def _check_constant(name: str, values) -> None:
+    """Of an argument that no gradient flows to."""
+    if isinstance(values, Tensor):
+        derivatives.refuse({name: values})
+        if derivatives.requires_grad(values):
+            raise ValueError(f"{name}: requires a gradient, accepted is a tensor that does not; detach it")
 
 
 def _check_finite(whole: dict[str, Tensor | None], by_row: dict[str, Tensor | None], active: Tensor) -> None:
@@ -605,5 +623,4 @@ def _check_tensors(hidden, weight, targets, bias, mask, temperature) -> None:
                 f"temperature: {temperature.dtype} of shape {tuple(temperature.shape)} on {temperature.device} given, accepted "
                 f"is a number, or floating point of {tuple(leading)} on {hidden.device}"
             )
-        if temperature.requires_grad:
-            raise ValueError("temperature: requires a gradient, accepted is a tensor that does not; detach it")
+        _check_constant("temperature", temperature)

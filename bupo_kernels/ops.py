@@ -15,6 +15,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from bupo_kernels import derivatives
 from bupo_kernels.backends import algebra
 from bupo_kernels.backends.algebra import Coefficients
 from bupo_kernels.backends.gradients import GradientSums
@@ -252,4 +253,9 @@ def _backward(ctx, g_logprob, g_entropy, g_logsumexp, *_):
     return *(g if needed else None for g, needed in zip(found, need, strict=True)), *(None,) * 13
 
 
+def _backward_of_backward(ctx, *_):
+    raise derivatives.of_a_gradient("linear_logprobs, linear_cross_entropy or a loss over sequences")
+
+
 linear_statistics.register_autograd(_backward, setup_context=_setup_context)
+linear_statistics_backward.register_autograd(_backward_of_backward)
