@@ -31,10 +31,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin
 
 from bupo_kernels import derivatives, ops, policy_op
 from bupo_kernels.backends import lens
 from bupo_kernels.backends.problem import Operands, Readout
+from bupo_kernels.backends.quantised import PLAIN, SLICED, called, is_plain, rows_of
 from bupo_kernels.dispatch import Plan, default_memory_budget, make_plan
 from bupo_kernels.flops import tell_flop_counter
 from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective, active_tokens, policy_metrics, policy_terms, token_weights
@@ -71,7 +73,9 @@ def linear_logprobs(
         hidden: ``[..., D]``, fp32, bf16, fp16 or float64; any view, also a non-contiguous one.
         weight: the unembedding, ``[V, D]``, dtype of ``hidden``. Under autocast both are cast to its dtype, as
             ``F.linear`` would. A ``DTensor`` sharded over one mesh dimension (FSDP2) is gathered, and its gradient averaged over
-            the ranks, each of which brings rows of its own.
+            the ranks, each of which brings rows of its own. A frozen weight that is quantised, of any dtype and class of which
+            ``weight[a:b].dequantize()`` gives numbers (torchao's int8 and float8), stands for these: the ``torch`` backend reads
+            it a slice at a time, outside of ``torch.compile``.
         targets: ``[...]``, int64 ids in ``[0, V)``. A target equal to ``ignore_index`` masks its row.
         bias: ``[V]``, floating point.
         temperature: positive; a float, or one value per row in the shape of ``targets``. No gradient flows to it.
@@ -353,7 +357,7 @@ def _compiled_lens(
         temperature = call.row_temperature
         stacked = replace(
             call,
-            hidden=torch.stack([norm(state[index]) for state in states]).to(weight.dtype),
+            hidden=torch.stack([norm(state[index]) for state in states]).to(call.hidden.dtype),
             targets=call.targets[index].expand(layers, -1),
             mask=None,
             temperature=call.temperature if temperature is None else temperature[index].expand(layers, -1),
@@ -373,6 +377,7 @@ def _check_alike(named: dict[str, Tensor]) -> None:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name}: {given} given, accepted is a Tensor of floating point")
+        _check_plain(name, tensor)
         same_dtype = tensor.dtype == first.dtype or torch.is_autocast_enabled(first.device.type)
         if tensor.shape != first.shape or tensor.device != first.device or not same_dtype:
             raise ValueError(
@@ -519,8 +524,8 @@ def prepare(
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        hidden, weight = (x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))
-    if hidden.dtype != weight.dtype:
+        hidden, weight = (x if x.dtype == torch.float64 or not is_plain(x) else x.to(dtype) for x in (hidden, weight))
+    if hidden.dtype != weight.dtype and is_plain(weight):
         raise TypeError(f"weight: {weight.dtype} given, accepted is the dtype of hidden, {hidden.dtype}; or call under autocast")
 
     budget = default_memory_budget(hidden.device) if memory_budget is None else int(memory_budget)
@@ -563,6 +568,7 @@ def _check_rows_of(name: str, values, targets: Tensor, broadcast: bool = False) 
 def _check_constant(name: str, values) -> None:
     """Of an argument that no gradient flows to."""
     if isinstance(values, Tensor):
+        _check_plain(name, values)
         derivatives.refuse({name: values})
         if derivatives.requires_grad(values):
             raise ValueError(f"{name}: requires a gradient, accepted is a tensor that does not; detach it")
@@ -579,6 +585,25 @@ def _check_finite(whole: dict[str, Tensor | None], by_row: dict[str, Tensor | No
             index = tuple(where.nonzero()[0].tolist())
             value = (whole.get(name) if name in whole else by_row[name])[index].item()
             raise ValueError(f"{name}: {value} at index {index} given, accepted are finite numbers")
+
+
+def _check_plain(name: str, x: Tensor) -> None:
+    """Of any tensor argument: its numbers lie in memory, or it is a weight that can be dequantised a slice of rows at a time."""
+    if isinstance(x, UninitializedTensorMixin):
+        raise TypeError(f"{name}: {type(x).__name__} given, accepted is one with a shape; run its module once, or materialize() it")
+    if x.device.type == "meta":
+        raise ValueError(f"{name}: on meta, accepted are devices with memory; for shapes alone use torch's FakeTensorMode")
+    if is_plain(x):
+        return
+    if name != "weight":
+        raise TypeError(f"{name}: {called(x)} given, accepted is {PLAIN}")
+    if torch.compiler.is_compiling():
+        raise TypeError(f"weight: {called(x)} given, accepted within torch.compile is {PLAIN}")
+    if derivatives.requires_grad(x):
+        raise TypeError(f"weight: {called(x)} that requires a gradient given, accepted is {PLAIN}, or {SLICED}")
+    rows_of(x, slice(0, 1))
+    for op in (ops.linear_statistics, ops.linear_statistics_backward, policy_op.linear_policy_loss):
+        ops.run_as_it_is(op, type(x))
 
 
 def _check_number(name: str, value, accepted: str, positive: bool = True) -> None:
@@ -599,9 +624,10 @@ def _check_tensors(hidden, weight, targets, bias, mask, temperature) -> None:
             raise TypeError(f"{name}: a DTensor given, accepted is a plain Tensor (weight and bias may be DTensors)")
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: on {tensor.device}, accepted is the device of hidden, {hidden.device}")
+        _check_plain(name, tensor)
     for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name}: {tensor.dtype} given, accepted are {', '.join(map(str, DTYPES))}")
+        if tensor.dtype not in DTYPES and is_plain(tensor):
+            raise TypeError(f"{name}: {called(tensor)} given, accepted are {', '.join(map(str, DTYPES))}")
     if hidden.dim() < 2:
         raise ValueError(f"hidden: shape {tuple(hidden.shape)} given, accepted is [..., D] with at least one leading dimension")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
@@ -617,10 +643,11 @@ def _check_tensors(hidden, weight, targets, bias, mask, temperature) -> None:
         raise ValueError(
             f"bias: {bias.dtype} of shape {tuple(bias.shape)} given, accepted is floating point of ({weight.shape[0]},)"
         )
-    if isinstance(temperature, Tensor):
-        if temperature.shape != leading or not temperature.is_floating_point() or temperature.device != hidden.device:
-            raise ValueError(
-                f"temperature: {temperature.dtype} of shape {tuple(temperature.shape)} on {temperature.device} given, accepted "
-                f"is a number, or floating point of {tuple(leading)} on {hidden.device}"
-            )
-        _check_constant("temperature", temperature)
+    _check_constant("temperature", temperature)
+    if isinstance(temperature, Tensor) and not (
+        temperature.shape == leading and temperature.is_floating_point() and temperature.device == hidden.device
+    ):
+        raise ValueError(
+            f"temperature: {temperature.dtype} of shape {tuple(temperature.shape)} on {temperature.device} given, accepted "
+            f"is a number, or floating point of {tuple(leading)} on {hidden.device}"
+        )
