@@ -546,6 +546,8 @@ def gathered(name: str, parameter, hidden: Tensor):
         return parameter
     if parameter.device_mesh.ndim != 1:
         raise TypeError(f"{name}: a DTensor on a {parameter.device_mesh.ndim}-dimensional mesh given, accepted is one dimension")
+    if parameter.placements[0].is_partial():
+        raise TypeError(f"{name}: a DTensor of {parameter.placements[0]} given, accepted are Shard and Replicate")
     if torch.is_autocast_enabled(hidden.device.type) and parameter.dtype != torch.float64:
         parameter = parameter.to(torch.get_autocast_dtype(hidden.device.type))
     from torch.distributed.tensor import Partial  # half a second, which only those who shard should wait

@@ -148,8 +148,8 @@ def _backward(ctx, g_loss, *_):
     if g_loss is None:
         return (None,) * 21
     # A copy the size of W is worth a look at the number, where there is one and that costs nothing (not on a device, not traced).
-    plain = type(g_loss) is Tensor and g_loss.device.type == "cpu" and not derivatives.is_batched(g_loss)
-    one = plain and g_loss.item() == 1
+    here = not torch.compiler.is_compiling() and type(g_loss) is Tensor and g_loss.device.type == "cpu"
+    one = here and not derivatives.is_batched(g_loss) and g_loss.item() == 1
     gradients = (g if one else (g * g_loss).to(g.dtype) for g in ctx.saved_tensors)
     return *(g if needed else None for g, needed in zip(gradients, need, strict=True)), *(None,) * 18
 

@@ -5,10 +5,12 @@ from typing import ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 from problems import OPTIONS, Case, assert_same_gradients, assert_values, case_with, gradients, random_case
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from bupo.measurement import peak_bytes
 from bupo_kernels import (
@@ -335,6 +337,34 @@ def test_T48_what_cannot_be_read_is_refused_by_name(name):
         with pytest.raises((TypeError, ValueError)) as error:
             call()
         assert message.replace("hidden:", "") in str(error.value)
+
+
+@pytest.fixture
+def mesh():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_T48_sharded_and_replicated_weights_work_and_other_tensors_of_a_mesh_are_refused_by_name(mesh):
+    case = random_case(5, 30, 16)
+    usual = linear_logprobs(case.hidden, case.weight, case.targets)
+    (want,) = gradients(usual.logprobs.sum(), case.weight)
+    for placement in (Shard(0), Shard(1), Replicate()):
+        weight = distribute_tensor(case.weight.detach(), mesh, [placement]).requires_grad_()
+        ours = linear_logprobs(case.hidden, weight, case.targets)
+        assert torch.equal(ours.logprobs, usual.logprobs)
+        assert torch.equal(gradients(ours.logprobs.sum(), weight)[0].full_tensor(), want)
+    with pytest.raises(TypeError, match=r"weight: a DTensor of P.*sum.* given, accepted are Shard and Replicate"):
+        linear_logprobs(case.hidden, DTensor.from_local(case.weight.detach(), mesh, [Partial()]), case.targets)
+    hidden = distribute_tensor(case.hidden.detach(), mesh, [Shard(0)])
+    with pytest.raises(TypeError, match="hidden: a DTensor given, accepted is a plain Tensor"):
+        linear_logprobs(hidden, case.weight, case.targets)
+    with pytest.raises(TypeError, match=r"hidden_states\[0\]: DTensor of torch.float32 given, accepted is a Tensor whose numbers"):
+        logit_lens([hidden], case.weight, case.targets)
+    advantages = distribute_tensor(torch.ones(5), mesh, [Shard(0)])
+    with pytest.raises(TypeError, match=r"advantages: DTensor of torch.float32 given, accepted is a Tensor whose numbers"):
+        linear_policy_loss(case.hidden, case.weight, case.targets, advantages)
 
 
 @pytest.mark.parametrize("name", ["advantages", "old_logprobs"])
