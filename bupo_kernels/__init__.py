@@ -1,5 +1,6 @@
 """Policies from hidden states: log-prob, entropy and logsumexp of ``softmax(h Wᵀ)`` without ``[tokens, vocab]`` logits."""
 
+from bupo_kernels.backends import forks as _forks  # noqa: F401 (for what it registers)
 from bupo_kernels.dispatch import Plan
 from bupo_kernels.functional import (
     LensStatistics,

@@ -107,7 +107,7 @@ def choose(problem: Problem, backend: str = "auto") -> tuple[str, ModuleType, st
     if backend not in NAMES:
         raise ValueError(f"backend: {backend!r} given, accepted are {', '.join(map(repr, NAMES))}")
     asked, _, strategy = backend.partition(":")
-    reasons = {name: reason for name, module in BACKENDS.items() if (reason := module.why_not(problem, strategy or None))}
+    reasons = {name: reason for name, module in BACKENDS.items() if (reason := _why_not(module, problem, strategy or None))}
     if asked == "auto":
         for name, module in BACKENDS.items():
             if name not in reasons and (reason := module.why_not_default(problem)):
@@ -122,6 +122,12 @@ def choose(problem: Problem, backend: str = "auto") -> tuple[str, ModuleType, st
     elif asked in reasons:
         raise ValueError(f"backend: {backend!r} given, it cannot run this: {reasons[asked]}")
     return asked, BACKENDS[asked], strategy or None, {name: reason for name, reason in reasons.items() if name != asked}
+
+
+def _why_not(module: ModuleType, problem: Problem, strategy: str | None) -> str | None:
+    if problem.quantised and module is not torch_chunked:
+        return "weight: a quantised one given, accepted is a plain Tensor"
+    return module.why_not(problem, strategy)
 
 
 @functools.cache

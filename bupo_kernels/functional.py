@@ -31,10 +31,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import UninitializedTensorMixin
 
-from bupo_kernels import ops, policy_op
+from bupo_kernels import derivatives, ops, policy_op
 from bupo_kernels.backends import lens
 from bupo_kernels.backends.problem import Operands, Readout
+from bupo_kernels.backends.quantised import PLAIN, SLICED, called, is_plain, rows_of
 from bupo_kernels.dispatch import Plan, default_memory_budget, make_plan
 from bupo_kernels.flops import tell_flop_counter
 from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective, active_tokens, policy_metrics, policy_terms, token_weights
@@ -71,7 +73,9 @@ def linear_logprobs(
         hidden: ``[..., D]``, fp32, bf16, fp16 or float64; any view, also a non-contiguous one.
         weight: the unembedding, ``[V, D]``, dtype of ``hidden``. Under autocast both are cast to its dtype, as
             ``F.linear`` would. A ``DTensor`` sharded over one mesh dimension (FSDP2) is gathered, and its gradient averaged over
-            the ranks, each of which brings rows of its own.
+            the ranks, each of which brings rows of its own. A frozen weight that is quantised, of any dtype and class of which
+            ``weight[a:b].dequantize()`` gives numbers (torchao's int8 and float8), stands for these: the ``torch`` backend reads
+            it a slice at a time, outside of ``torch.compile``.
         targets: ``[...]``, int64 ids in ``[0, V)``. A target equal to ``ignore_index`` masks its row.
         bias: ``[V]``, floating point.
         temperature: positive; a float, or one value per row in the shape of ``targets``. No gradient flows to it.
@@ -88,10 +92,13 @@ def linear_logprobs(
     Returns:
         :class:`LinearLogprobs`. All three are differentiable, alone or together, with respect to ``hidden``, ``weight`` and
         ``bias``; an operand that needs no gradient costs no gradient GEMM, and a row whose upstream gradients are all
-        exactly zero is left out of the backward. Differentiable once.
+        exactly zero is left out of the backward. Differentiable once, in reverse mode: what torch has beyond (a gradient with
+        ``create_graph`` that is differentiated again, forward mode, ``torch.func.grad`` and the like) raises; ``torch.func.vmap``
+        works, one call a sample.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is accepted.
+        NotImplementedError: for a derivative that is not implemented.
     """
     return prepare(
         hidden,
@@ -158,7 +165,8 @@ def linear_policy_loss(
     ``triton`` backend in fp32 or with a softcap. :func:`explain` with ``objective=`` says which.
 
     Args:
-        advantages: ``[...]``, or one per sequence, ``[..., 1]``.
+        advantages: ``[...]``, or one per sequence, ``[..., 1]``. Like all that follow, a constant: one that requires a gradient is
+            refused.
         old_logprobs: of the policy that is the ratio's denominator; None means on-policy: ratio 1, with its gradient.
         reference_logprobs: for ``objective.kl``.
         sampler_logprobs: of the engine that generated, for ``objective.importance`` and the metrics. A row whose value is not
@@ -176,8 +184,8 @@ def linear_policy_loss(
         cost no product at all, and rows on which a clip decides none for their gradient.
 
     Gradients of ``hidden``, ``weight`` and ``bias``, as in :func:`linear_logprobs`; scaled by the upstream gradient in the
-    backward, which may run more than once. Numerics and errors as there. Paper: with the hidden states of layer l and
-    ``clip="ppo"`` this is InterGRPO of BuPO (arXiv 2512.19673, equation 9).
+    backward, which may run more than once, though not with ``create_graph``. Numerics and errors as there. Paper: with the hidden
+    states of layer l and ``clip="ppo"`` this is InterGRPO of BuPO (arXiv 2512.19673, equation 9).
     """
     if not isinstance(objective, PolicyObjective):
         raise TypeError(f"objective: {type(objective).__name__} given, accepted is a PolicyObjective")
@@ -185,6 +193,7 @@ def linear_policy_loss(
     given = {"old_logprobs": old_logprobs, "reference_logprobs": reference_logprobs, "sampler_logprobs": sampler_logprobs}
     advantages = _check_rows_of("advantages", advantages, targets, broadcast=True)
     given = {name: x if x is None else _check_rows_of(name, x, targets) for name, x in given.items()}
+    _check_constant("denominator", denominator)
     objective.require_inputs(reference_logprobs=reference_logprobs, sampler_logprobs=sampler_logprobs)
     if targets.dim() == 1 and (objective.needs_sequence or objective.aggregation != "token-mean"):
         raise ValueError(f"hidden: shape {tuple(hidden.shape)} given, accepted is [..., S, D] for an objective over sequences")
@@ -271,7 +280,7 @@ def logit_lens(
             ``memory_budget`` of :func:`linear_logprobs`. All policies share them.
 
     Returns:
-        :class:`LensStatistics`; no gradient.
+        :class:`LensStatistics`; no gradient: they are constants in a loss.
 
     Cost: 2·L·N·V·D FLOP (L+1 with ``final``), and one pass over W for all layers of as many rows as the budget has room for, in
     most calls all. ``logsumexp``, ``logprobs``, ``entropy`` and ``max_probability`` alone run on any backend. Everything else
@@ -295,7 +304,9 @@ def logit_lens(
     states = list(hidden_states)
     if not states:
         raise ValueError("hidden_states: none given, accepted are those of at least one layer")
-    _check_alike({f"hidden_states[{i}]": x for i, x in enumerate(states)} | ({} if final is None else {"final": final}))
+    compared = {f"hidden_states[{i}]": x for i, x in enumerate(states)} | ({} if final is None else {"final": final})
+    derivatives.refuse(compared | {"weight": weight, "targets": targets}, statistic=True)
+    _check_alike(compared)
     if states[0].dim() < 2:
         raise ValueError(f"hidden_states: layers of shape {tuple(states[0].shape)} given, accepted are [L, ..., D] or L x [..., D]")
     if norm is not None and not callable(norm):
@@ -346,7 +357,7 @@ def _compiled_lens(
         temperature = call.row_temperature
         stacked = replace(
             call,
-            hidden=torch.stack([norm(state[index]) for state in states]).to(weight.dtype),
+            hidden=torch.stack([norm(state[index]) for state in states]).to(call.hidden.dtype),
             targets=call.targets[index].expand(layers, -1),
             mask=None,
             temperature=call.temperature if temperature is None else temperature[index].expand(layers, -1),
@@ -366,6 +377,7 @@ def _check_alike(named: dict[str, Tensor]) -> None:
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
             raise TypeError(f"{name}: {given} given, accepted is a Tensor of floating point")
+        _check_plain(name, tensor)
         same_dtype = tensor.dtype == first.dtype or torch.is_autocast_enabled(first.device.type)
         if tensor.shape != first.shape or tensor.device != first.device or not same_dtype:
             raise ValueError(
@@ -380,7 +392,7 @@ def linear_divergence(
     weight: Tensor,  # [V, D]
     **options,
 ) -> Tensor:
-    """``KL(softmax(h Wᵀ) ‖ softmax(r Wᵀ))`` of each row, in nats, without logits; a statistic, it has no gradient.
+    """``KL(softmax(h Wᵀ) ‖ softmax(r Wᵀ))`` of each row, in nats, without logits; a statistic: its gradient raises.
 
     Args:
         hidden, reference: ``[..., D]``, of the two policies, e.g. an internal layer's and the final one's.
@@ -393,7 +405,9 @@ def linear_divergence(
     if unknown := sorted(set(options) - set(accepted)):
         raise TypeError(f"{unknown[0]}: given, accepted are {', '.join(accepted)}")
     _check_alike({"hidden": hidden, "reference": reference})
-    return logit_lens([hidden], weight, final=reference, outputs=("kl_to_final",), **options).kl_to_final[0]
+    found = logit_lens([hidden], weight, final=reference, outputs=("kl_to_final",), **options).kl_to_final[0]
+    # Not left without a graph, as those of a lens: a term of a loss that had no gradient would not be missed.
+    return derivatives.Statistic.apply("linear_divergence", found, hidden, reference, weight, options.get("bias"))
 
 
 def explain(
@@ -442,8 +456,7 @@ class Call:
 
     @property
     def grads(self) -> tuple[bool, bool, bool]:
-        grad = torch.is_grad_enabled()
-        return tuple(grad and x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias))
+        return tuple(map(derivatives.requires_grad, (self.hidden, self.weight, self.bias)))
 
     def counts(self) -> Tensor:
         return ops.counting_rows(self.targets, self.mask, self.ignore_index)
@@ -497,6 +510,7 @@ def prepare(
     """Everything before the computation: checks (with the messages users see), autocast, defaults."""
     if not torch.compiler.is_compiling():
         tell_flop_counter()
+    derivatives.refuse({"hidden": hidden, "weight": weight, "bias": bias})
     weight, bias = (gathered(name, x, hidden) for name, x in (("weight", weight), ("bias", bias)))
     _check_tensors(hidden, weight, targets, bias, mask, temperature)
     if not isinstance(temperature, Tensor):
@@ -510,8 +524,8 @@ def prepare(
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)
-        hidden, weight = (x if x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight))
-    if hidden.dtype != weight.dtype:
+        hidden, weight = (x if x.dtype == torch.float64 or not is_plain(x) else x.to(dtype) for x in (hidden, weight))
+    if hidden.dtype != weight.dtype and is_plain(weight):
         raise TypeError(f"weight: {weight.dtype} given, accepted is the dtype of hidden, {hidden.dtype}; or call under autocast")
 
     budget = default_memory_budget(hidden.device) if memory_budget is None else int(memory_budget)
@@ -532,6 +546,8 @@ def gathered(name: str, parameter, hidden: Tensor):
         return parameter
     if parameter.device_mesh.ndim != 1:
         raise TypeError(f"{name}: a DTensor on a {parameter.device_mesh.ndim}-dimensional mesh given, accepted is one dimension")
+    if parameter.placements[0].is_partial():
+        raise TypeError(f"{name}: a DTensor of {parameter.placements[0]} given, accepted are Shard and Replicate")
     if torch.is_autocast_enabled(hidden.device.type) and parameter.dtype != torch.float64:
         parameter = parameter.to(torch.get_autocast_dtype(hidden.device.type))
     from torch.distributed.tensor import Partial  # half a second, which only those who shard should wait
@@ -540,14 +556,24 @@ def gathered(name: str, parameter, hidden: Tensor):
 
 
 def _check_rows_of(name: str, values, targets: Tensor, broadcast: bool = False) -> Tensor:
-    """``values`` as a constant of the shape of ``targets``."""
+    """``values``, a constant, in the shape of ``targets``."""
     if not isinstance(values, Tensor):
         raise TypeError(f"{name}: {type(values).__name__} given, accepted is a Tensor")
+    _check_constant(name, values)
     accepted = f"floating point of {tuple(targets.shape)} on {targets.device}"
     fits = values.shape == targets.shape or (broadcast and values.shape == (*targets.shape[:-1], 1))
     if not fits or not values.is_floating_point() or values.device != targets.device:
         raise ValueError(f"{name}: {values.dtype} of shape {tuple(values.shape)} on {values.device} given, accepted is {accepted}")
     return values.detach().expand(targets.shape)
+
+
+def _check_constant(name: str, values) -> None:
+    """Of an argument that no gradient flows to."""
+    if isinstance(values, Tensor):
+        _check_plain(name, values)
+        derivatives.refuse({name: values})
+        if derivatives.requires_grad(values):
+            raise ValueError(f"{name}: requires a gradient, accepted is a tensor that does not; detach it")
 
 
 def _check_finite(whole: dict[str, Tensor | None], by_row: dict[str, Tensor | None], active: Tensor) -> None:
@@ -561,6 +587,25 @@ def _check_finite(whole: dict[str, Tensor | None], by_row: dict[str, Tensor | No
             index = tuple(where.nonzero()[0].tolist())
             value = (whole.get(name) if name in whole else by_row[name])[index].item()
             raise ValueError(f"{name}: {value} at index {index} given, accepted are finite numbers")
+
+
+def _check_plain(name: str, x: Tensor) -> None:
+    """Of any tensor argument: its numbers lie in memory, or it is a weight that can be dequantised a slice of rows at a time."""
+    if isinstance(x, UninitializedTensorMixin):
+        raise TypeError(f"{name}: {type(x).__name__} given, accepted is one with a shape; run its module once, or materialize() it")
+    if x.device.type == "meta":
+        raise ValueError(f"{name}: on meta, accepted are devices with memory; for shapes alone use torch's FakeTensorMode")
+    if is_plain(x):
+        return
+    if name != "weight":
+        raise TypeError(f"{name}: {called(x)} given, accepted is {PLAIN}")
+    if torch.compiler.is_compiling():
+        raise TypeError(f"weight: {called(x)} given, accepted within torch.compile is {PLAIN}")
+    if derivatives.requires_grad(x):
+        raise TypeError(f"weight: {called(x)} that requires a gradient given, accepted is {PLAIN}, or {SLICED}")
+    rows_of(x, slice(0, 1))
+    for op in (ops.linear_statistics, ops.linear_statistics_backward, policy_op.linear_policy_loss):
+        ops.run_as_it_is(op, type(x))
 
 
 def _check_number(name: str, value, accepted: str, positive: bool = True) -> None:
@@ -581,9 +626,10 @@ def _check_tensors(hidden, weight, targets, bias, mask, temperature) -> None:
             raise TypeError(f"{name}: a DTensor given, accepted is a plain Tensor (weight and bias may be DTensors)")
         if tensor.device != hidden.device:
             raise ValueError(f"{name}: on {tensor.device}, accepted is the device of hidden, {hidden.device}")
+        _check_plain(name, tensor)
     for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if tensor.dtype not in DTYPES:
-            raise TypeError(f"{name}: {tensor.dtype} given, accepted are {', '.join(map(str, DTYPES))}")
+        if tensor.dtype not in DTYPES and is_plain(tensor):
+            raise TypeError(f"{name}: {called(tensor)} given, accepted are {', '.join(map(str, DTYPES))}")
     if hidden.dim() < 2:
         raise ValueError(f"hidden: shape {tuple(hidden.shape)} given, accepted is [..., D] with at least one leading dimension")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
@@ -599,11 +645,11 @@ def _check_tensors(hidden, weight, targets, bias, mask, temperature) -> None:
         raise ValueError(
             f"bias: {bias.dtype} of shape {tuple(bias.shape)} given, accepted is floating point of ({weight.shape[0]},)"
         )
-    if isinstance(temperature, Tensor):
-        if temperature.shape != leading or not temperature.is_floating_point() or temperature.device != hidden.device:
-            raise ValueError(
-                f"temperature: {temperature.dtype} of shape {tuple(temperature.shape)} on {temperature.device} given, accepted "
-                f"is a number, or floating point of {tuple(leading)} on {hidden.device}"
-            )
-        if temperature.requires_grad:
-            raise ValueError("temperature: requires a gradient, accepted is a tensor that does not; detach it")
+    _check_constant("temperature", temperature)
+    if isinstance(temperature, Tensor) and not (
+        temperature.shape == leading and temperature.is_floating_point() and temperature.device == hidden.device
+    ):
+        raise ValueError(
+            f"temperature: {temperature.dtype} of shape {tuple(temperature.shape)} on {temperature.device} given, accepted "
+            f"is a number, or floating point of {tuple(leading)} on {hidden.device}"
+        )

@@ -7,6 +7,7 @@ rows have a gradient, since the products that follow are of that many.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,10 +16,12 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from bupo_kernels import derivatives
 from bupo_kernels.backends import algebra
 from bupo_kernels.backends.algebra import Coefficients
 from bupo_kernels.backends.gradients import GradientSums
 from bupo_kernels.backends.problem import Operands, Problem, Readout
+from bupo_kernels.backends.quantised import is_plain
 from bupo_kernels.dispatch import choose, make_plan
 
 
@@ -45,6 +48,7 @@ def problem_of(hidden, weight, active_rows, softcap, grads, memory_budget) -> Pr
         grad_bias=grads[2],
         softcap=softcap is not None,
         memory_budget=memory_budget,
+        quantised=not is_plain(weight),
     )
 
 
@@ -63,6 +67,14 @@ def check_rows(targets: Tensor, counts: Tensor, vocab: int, ignore_index: int, t
     if impossible is not None and impossible.any():
         given = temperature[impossible][0].item()
         raise ValueError(f"temperature: {given} given, accepted are positive numbers on rows that count")
+
+
+@functools.cache
+def run_as_it_is(op: torch.library.CustomOpDef, kind: type) -> None:
+    """Gives ``op`` its operands also where one is of a class that answers for each op itself, and would refuse this one."""
+    if kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        run = torch.compiler.disable(op._init_fn)
+        op.register_torch_dispatch(kind, lambda _, func, types, arguments, named: run(*arguments, **(named or {})))
 
 
 @contextmanager
@@ -252,4 +264,9 @@ def _backward(ctx, g_logprob, g_entropy, g_logsumexp, *_):
     return *(g if needed else None for g, needed in zip(found, need, strict=True)), *(None,) * 13
 
 
+def _backward_of_backward(ctx, *_):
+    raise derivatives.of_a_gradient("linear_logprobs, linear_cross_entropy or a loss over sequences")
+
+
 linear_statistics.register_autograd(_backward, setup_context=_setup_context)
+linear_statistics_backward.register_autograd(_backward_of_backward)

@@ -14,6 +14,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
+from bupo_kernels import derivatives
 from bupo_kernels.backends import algebra
 from bupo_kernels.backends.gradients import GradientSums, GradientTile
 from bupo_kernels.backends.problem import Operands, Problem
@@ -142,10 +143,13 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, g_loss, *_):
     need = ctx.needs_input_grad[:3]
+    if torch.is_grad_enabled():  # create_graph: what was saved, made in the forward, is in no graph
+        raise derivatives.of_a_gradient("linear_policy_loss")
     if g_loss is None:
         return (None,) * 21
-    # A copy the size of W is worth a look at the number, where that costs nothing (not on a device, not while tracing).
-    one = type(g_loss) is Tensor and g_loss.device.type == "cpu" and g_loss.item() == 1
+    # A copy the size of W is worth a look at the number, where there is one and that costs nothing (not on a device, not traced).
+    here = not torch.compiler.is_compiling() and type(g_loss) is Tensor and g_loss.device.type == "cpu"
+    one = here and not derivatives.is_batched(g_loss) and g_loss.item() == 1
     gradients = (g if one else (g * g_loss).to(g.dtype) for g in ctx.saved_tensors)
     return *(g if needed else None for g, needed in zip(gradients, need, strict=True)), *(None,) * 18
 

@@ -46,7 +46,7 @@ def batch_of(case, sequences: int, objective: PolicyObjective, spread: float = 0
     """The case's rows as ``sequences`` of equal length, and what comes per row: log-probs near the policy's own."""
     rows, width = case.hidden.shape
     shape = (sequences, rows // sequences)
-    exact = reference.linear_logprobs(case.hidden.detach(), case.weight.detach(), case.targets, **case.oracle_options)[0]
+    exact = reference.linear_logprobs(case.hidden.detach(), case.weight.detach(), case.targets, **case.oracle_options)[0].detach()
     generator = torch.Generator().manual_seed(1)
 
     def near():

@@ -22,6 +22,7 @@ from torch import Tensor
 from bupo_kernels.backends import algebra
 from bupo_kernels.backends.gradients import accumulate_
 from bupo_kernels.backends.problem import Operands, Tile
+from bupo_kernels.backends.quantised import is_plain, rows_of
 from bupo_kernels.backends.torch_chunked import CPU_TILE, DEVICE_TILE, SMALL_TILE, target_column, to_logits_
 
 COMPARED = ("kl_to_final", "kl_from_final", "jsd")  # with the final policy
@@ -44,8 +45,8 @@ def checked_norm(norm: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], 
 class Lens:
     """The L policies of ``states``, and that of ``final`` where it is not None, on rows of ``operands``.
 
-    ``operands.hidden`` lends its shape alone; ``norm`` is applied to rows of ``states`` as they are used. At most ``rows`` may be
-    asked for at a time: fewer than ``count`` where the budget does not hold the statistics of all.
+    ``operands.hidden`` lends its shape and dtype; ``norm`` is applied to rows of ``states`` as they are used. At most ``rows`` may
+    be asked for at a time: fewer than ``count`` where the budget does not hold the statistics of all.
     """
 
     def __init__(
@@ -63,14 +64,15 @@ class Lens:
         self.final = final if set(outputs) & set(COMPARED) else None
         self.policies = len(states) + (self.final is not None)
         self.compares = bool(set(outputs) & {"kl_to_final", "kl_from_final", "pairwise_kl"})
-        self.dtype = torch.promote_types(operands.weight.dtype, torch.float32)
+        self.dtype = torch.promote_types(operands.hidden.dtype, torch.float32)
         self.rows, self.tile = self._plan(count, memory_budget)
 
     def _plan(self, count: int, memory_budget: int) -> tuple[int, Tile]:
         """How many rows at a time, and tokens and columns of the largest tile, within the budget. Raises ``ValueError`` where it
         holds not even the smallest."""
         policies, k, (vocab, width) = self.policies, self.top_k, self.operands.weight.shape
-        size, item = self.dtype.itemsize, self.operands.weight.dtype.itemsize
+        size, item = self.dtype.itemsize, self.operands.hidden.dtype.itemsize
+        copies = item < size if is_plain(self.operands.weight) else 2  # of a slice, as in torch_chunked
         # Statistics and results of a row, in float and int64, the top k twice, the products of all pairs; indices and coordinates.
         per_row = policies * (10 * size + 2 * 8 + 2 * k * (size + 8)) + policies**2 * size * self.compares + 64
 
@@ -78,7 +80,7 @@ class Lens:
             logits = (2 * policies + 3 * ("jsd" in self.outputs)) * tokens * columns * size
             hidden = policies * tokens * width * (size * (item < size) + 3 * item)
             merged = tokens * policies * (4 * k * (size + 8) + 10 * size + policies * size * self.compares)
-            return rows * per_row + logits + hidden + merged + 2 * columns * width * size * (item < size)
+            return rows * per_row + logits + hidden + merged + 2 * columns * width * size * copies
 
         most_rows, most_columns = CPU_TILE if self.operands.weight.device.type == "cpu" else DEVICE_TILE
         rows = max(min(count, memory_budget // 2 // per_row), 1)
@@ -102,7 +104,8 @@ class Lens:
         ]
         for start in range(0, vocab if count else 0, self.tile.columns):
             columns = slice(start, min(start + self.tile.columns, vocab))
-            w = weight[columns] if weight.is_cuda else weight[columns].to(self.dtype)
+            w = rows_of(weight, columns)
+            w = w if w.is_cuda else w.to(self.dtype)
             b = None if bias is None else bias[columns].to(self.dtype)
             for first in range(0, count, self.tile.rows):
                 tokens = slice(first, min(first + self.tile.rows, count))
@@ -117,7 +120,7 @@ class Lens:
         rows = [self.norm(state[index]) for state in self.states]
         if self.final is not None:
             rows.append(self.final[index])
-        return torch.stack([x.to(self.operands.weight.dtype) for x in rows]).to(dtype)
+        return torch.stack([x.to(self.operands.hidden.dtype) for x in rows]).to(dtype)
 
     def run(self, rows: Tensor) -> dict[str, Tensor]:  # [n]
         """[L, n] of each of the outputs, [L, n, k] of ``top_ids`` and ``top_logprobs``, [L, L, n] of ``pairwise_kl``."""

@@ -28,6 +28,7 @@ class Problem:
     grad_bias: bool
     softcap: bool
     memory_budget: int
+    quantised: bool = False  # the weight: its rows are dequantised a slice at a time
 
     @property
     def statistics_dtype(self) -> torch.dtype:

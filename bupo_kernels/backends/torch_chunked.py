@@ -21,6 +21,7 @@ from bupo_kernels.backends.algebra import Coefficients, Statistics, of_all_rows
 from bupo_kernels.backends.compiled import present
 from bupo_kernels.backends.gradients import GradientTile, accumulate_
 from bupo_kernels.backends.problem import Memory, Operands, Problem, Readout, Schedule, Tile
+from bupo_kernels.backends.quantised import rows_of
 
 # Largest tile worth having (rows, columns). CPU: two fp32 tiles of 512 x 2048 are 8 MiB, which stays in a shared L3 while
 # the statistics sweep over what the GEMM has just written. Elsewhere: large enough to fill a GPU, small against its memory.
@@ -96,7 +97,9 @@ def memory(problem: Problem, tile: Tile) -> Memory:
     upcast = problem.dtype.itemsize < size
     tile_bytes = tile.rows * tile.columns * size
     # The next block of rows (slice of W) is made while the last one is still held; so are rows of dH when they are put in place.
-    row_block, weight_slice = tile.rows * problem.width * size, tile.columns * problem.width * size * upcast
+    row_block = tile.rows * problem.width * size
+    # Of a quantised slice there are the numbers, and what its class needs to come by them.
+    weight_slice = tile.columns * problem.width * size * (2 if problem.quantised else upcast)
     gathered = tile.rows * problem.width * problem.dtype.itemsize * upcast
     several_slices = problem.vocab > tile.columns
     several_tiles = several_slices or problem.active_rows > tile.rows
@@ -166,7 +169,7 @@ def _blocks(
     coordinates = operands.coordinates(rows)
     for start in range(0, vocab, tile.columns):
         columns = slice(start, min(start + tile.columns, vocab))
-        w = weight[columns].to(dtype)
+        w = rows_of(weight, columns).to(dtype)
         b = None if bias is None else bias[columns].to(problem.statistics_dtype)
         for first in range(0, count, tile.rows):
             block = slice(first, min(first + tile.rows, count))

@@ -1,0 +1,31 @@
+"""A process forked after torch, or a kernel here, ran on several threads.
+
+Its one thread inherits a pool of OpenMP threads that the fork has not copied, and waits for them for ever: in torch's own ops as
+much as in csrc/cpu, which run on the same pool. So a thread that forks gives its pool up first, and the next parallel loop, in the
+child as in the parent, makes a new one. Runtimes other than libgomp see to this themselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+import torch
+
+HARD = 2  # omp_pause_hard
+
+
+def give_up_threads() -> None:
+    site_packages = Path(torch.__file__).parents[1]
+    bundled = (path for folder in ("torch/lib", "torch.libs") for path in site_packages.glob(f"{folder}/libgomp*"))
+    for library in ("libgomp.so.1", *map(str, bundled)):  # a wheel may have its own, under a name of its own
+        try:
+            runtime = ctypes.CDLL(library, mode=os.RTLD_NOLOAD)
+        except OSError:  # not in use here
+            continue
+        runtime.omp_pause_resource_all(HARD)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=give_up_threads)
