@@ -245,7 +245,7 @@ class LensStatistics(NamedTuple):
     rank: Tensor | None = None  # [L, ...] of the target, from 0: how many logits are strictly greater; equal ones do not count
     top_ids: Tensor | None = None  # [L, ..., k] most probable first; among equal logits any order, and any of them at the end
     top_logprobs: Tensor | None = None  # [L, ..., k]
-    kl_to_final: Tensor | None = None  # [L, ...] KL(π^l ‖ π), at least 0
+    kl_to_final: Tensor | None = None  # [L, ...] KL(π^l ‖ π), at least 0; inf where π alone rules a column out
     kl_from_final: Tensor | None = None  # [L, ...] KL(π ‖ π^l), at least 0
     jsd: Tensor | None = None  # [L, ...] ½ KL(π^l ‖ μ) + ½ KL(π ‖ μ) with μ = ½ (π^l + π), in [0, ln 2]
     pairwise_kl: Tensor | None = None  # [L, L, ...] [l, k] = KL(π^l ‖ π^k), at least 0

@@ -168,6 +168,17 @@ def test_memory_that_a_kernel_could_write_past_is_refused():
         address(right[::2], FP32, 32)
 
 
+@on(dtypes=(FP32, BF16))
+def test_a_bias_may_be_any_view(backend, dtype):
+    case, wide = case_with({}, 40, 70, 16, dtype=dtype), torch.randn(70, 2)
+    found = []
+    for bias in (wide[:, 0].clone(), wide[:, 0]):
+        bias = bias.requires_grad_()
+        out = linear_logprobs(case.hidden, case.weight, case.targets, bias=bias, backend=backend)
+        found.append([*out, *torch.autograd.grad(sum(x.sum() for x in out), (case.hidden, case.weight, bias))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.skipif(compiled.built is None, reason="the C++ kernels were not built")
 def test_the_bindings_refuse_sizes_and_pointers_that_cannot_be():
     kernels = compiled.kernels("portable")
