@@ -19,7 +19,11 @@ inputs are computed in float64 throughout. fp32 products follow torch's own prec
 Under ``torch.compile`` a call is one node, whatever the number of rows, and gives bit for bit what it gives without. Off the CPU
 the forward never waits for the device; a target or a temperature out of range is then a device-side assert. (:func:`logit_lens`
 and :func:`linear_divergence`, which have no gradient, do wait, and are traced as the plain torch they are.)
-Logits must be finite (a ``bias`` of −inf is not supported).
+
+A logit of −inf, by a ``bias`` of −inf or a product that overflows, is a column that cannot be chosen: its probability and its
+gradient are exactly 0, and ``0 · ln 0 = 0`` in entropies and divergences. A target there has log-prob −inf and the finite gradient
+p − onehot; a row that has no other logits has no policy: NaN. (Under a softcap the logit is −softcap, as the formula says: no
+column is ruled out.) NaN, and +inf, in a row that counts makes all of the row's results and gradients NaN, and with them all of dW.
 """
 
 from __future__ import annotations
@@ -75,9 +79,10 @@ def linear_logprobs(
             ``F.linear`` would. A ``DTensor`` sharded over one mesh dimension (FSDP2) is gathered, and its gradient averaged over
             the ranks, each of which brings rows of its own. A frozen weight that is quantised, of any dtype and class of which
             ``weight[a:b].dequantize()`` gives numbers (torchao's int8 and float8), stands for these: the ``torch`` backend reads
-            it a slice at a time, outside of ``torch.compile``.
+            it a slice at a time, outside of ``torch.compile``. A view of its first rows, ``weight[:n]``, leaves the padding of a
+            vocabulary out, and costs n columns instead of V; autograd copies its gradient into one of all V rows.
         targets: ``[...]``, int64 ids in ``[0, V)``. A target equal to ``ignore_index`` masks its row.
-        bias: ``[V]``, floating point.
+        bias: ``[V]``, floating point. −inf rules a column out.
         temperature: positive; a float, or one value per row in the shape of ``targets``. No gradient flows to it.
         logit_scale: factor on the product, before the softcap (Cohere, Granite).
         softcap: if given, ``softcap · tanh(· / softcap)``, before the temperature (Gemma).
@@ -201,16 +206,18 @@ def linear_policy_loss(
     if check:
         checked = {k: v for k, v in given.items() if k != "sampler_logprobs"} | {"advantages": advantages}
         _check_finite({"weight": call.weight, "bias": call.bias}, {"hidden": call.hidden, **checked}, active)
-    sequences = active.reshape(-1, active.shape[-1])
-    weights = token_weights(sequences, objective.aggregation, denominator=denominator, max_length=objective.max_length)
-    weights = weights.view(targets.shape)
+    sequences = active.reshape(math.prod(active.shape[:-1]), active.shape[-1])  # of no token either, where -1 would be any number
+    dtype = torch.promote_types(call.hidden.dtype, torch.float32)
+    aggregation = {"denominator": denominator, "max_length": objective.max_length, "dtype": dtype}
+    weights = token_weights(sequences, objective.aggregation, **aggregation).view(targets.shape)
 
     if objective.needs_sequence:
         out = replace(call, mask=active).run()
         values = out.logprobs.detach(), out.entropy.detach()
         terms = policy_terms(objective, *values, advantages, mask=active, **given)
-        # Of value Σ w · loss, and of its gradient: what is added to the loss is exactly zero.
-        through = terms.d_logprob * (out.logprobs - values[0]) + terms.d_entropy * (out.entropy - values[1])
+        # Of value Σ w · loss, and of its gradient: what is added to the loss is exactly zero, of a log-prob of −inf too.
+        through = torch.where(terms.d_logprob == 0, 0, terms.d_logprob * (out.logprobs - values[0]))
+        through = through + terms.d_entropy * (out.entropy - values[1])
         loss = (weights.to(through.dtype) * (terms.loss + through)).sum()
     else:
         loss, *values, _, _, _ = policy_op.linear_policy_loss(
@@ -247,7 +254,7 @@ class LensStatistics(NamedTuple):
     rank: Tensor | None = None  # [L, ...] of the target, from 0: how many logits are strictly greater; equal ones do not count
     top_ids: Tensor | None = None  # [L, ..., k] most probable first; among equal logits any order, and any of them at the end
     top_logprobs: Tensor | None = None  # [L, ..., k]
-    kl_to_final: Tensor | None = None  # [L, ...] KL(π^l ‖ π), at least 0
+    kl_to_final: Tensor | None = None  # [L, ...] KL(π^l ‖ π), at least 0; inf where π alone rules a column out
     kl_from_final: Tensor | None = None  # [L, ...] KL(π ‖ π^l), at least 0
     jsd: Tensor | None = None  # [L, ...] ½ KL(π^l ‖ μ) + ½ KL(π ‖ μ) with μ = ½ (π^l + π), in [0, ln 2]
     pairwise_kl: Tensor | None = None  # [L, L, ...] [l, k] = KL(π^l ‖ π^k), at least 0
@@ -633,7 +640,8 @@ def _check_tensors(hidden, weight, targets, bias, mask, temperature) -> None:
     if hidden.dim() < 2:
         raise ValueError(f"hidden: shape {tuple(hidden.shape)} given, accepted is [..., D] with at least one leading dimension")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
-        raise ValueError(f"weight: shape {tuple(weight.shape)} given, accepted is [V, D] with D = {hidden.shape[-1]}, as in hidden")
+        accepted = f"[V, D] with D = {hidden.shape[-1]}, as in hidden, and at least one row"
+        raise ValueError(f"weight: shape {tuple(weight.shape)} given, accepted is {accepted}")
     if targets.dtype != torch.int64:
         raise TypeError(f"targets: {targets.dtype} given, accepted is torch.int64")
     leading = hidden.shape[:-1]

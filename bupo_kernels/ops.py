@@ -86,7 +86,7 @@ def on(device: torch.device) -> Iterator[None]:
 
 def operands_of(hidden, weight, bias, targets, row_temperature, temperature, logit_scale, softcap) -> Operands:
     readout = Readout(temperature if row_temperature is None else row_temperature, logit_scale, softcap)
-    return Operands(hidden, weight, bias, targets, readout)
+    return Operands(hidden, weight, None if bias is None else bias.contiguous(), targets, readout)
 
 
 def of_product(
@@ -102,7 +102,9 @@ def of_product(
     if dtype != torch.float16 or len(rows) == 0:
         return coefficients, None
     # fp16 reaches from 6e-8 to 6e4: a power of two puts the largest dz there is at 2^12 or below, and the sums undo it.
-    scale = torch.exp2(12 - coefficients.bound().amax().log2().ceil().clamp(-100, 100))
+    # Rows that are not finite stay so at any scale, and leave it to the others.
+    largest = coefficients.bound().nan_to_num(0, posinf=0).amax()
+    scale = torch.exp2(12 - largest.log2().ceil().clamp(-100, 100))
     return coefficients.scaled(scale), 1 / scale
 
 
@@ -211,14 +213,15 @@ def linear_statistics_backward(
     need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dH, dW, db), each [0] where it is not needed. ``grad_…`` are what the forward planned for, ``need_…`` what is wanted now."""
-    counts = m > -math.inf
+    counts = m != -math.inf  # a NaN counts
     grads = grad_hidden, grad_weight, grad_bias
     plan = make_plan(problem_of(hidden, weight, rows_to_plan_for(counts), softcap, grads, memory_budget), backend)
     dtype = plan.problem.statistics_dtype
     upstream = [g if g is None else g.flatten().to(dtype) for g in (g_logprob, g_entropy, g_logsumexp)]
 
-    # A row all of whose upstream gradients are exactly zero adds exactly nothing: it leaves before any product.
-    used = torch.zeros_like(counts)
+    # A row all of whose upstream gradients are exactly zero adds exactly nothing: it leaves before any product. But where a loss
+    # weighs a row of NaN with 0 it is NaN, and so are its gradients.
+    used = ~log_s.isfinite()
     for g in upstream:
         if g is not None:
             used |= g != 0

@@ -12,7 +12,9 @@ its sequence, the policy term is one of
 
 Conventions, the same everywhere. A bound decides only *strictly* beyond it: a token exactly on a bound keeps its gradient. The
 log-ratios of ``r`` and of the KL are clamped to ±20; strictly outside, the gradient through them is zero. A sequence is the last
-dimension. Everything but ``lp`` and ``H`` is a constant. Tokens that do not count may hold anything, NaN included.
+dimension. Everything but ``lp`` and ``H`` is a constant. Tokens that do not count may hold anything, NaN included; of one that
+counts, a loss that is not finite for its inputs has a derivative that is not: gradients are therefore switched off by a product
+with 0, which keeps NaN and inf, and never by a selection.
 
 A batch's loss is ``Σ token_weights · loss``, with the denominator an argument, so that it may span micro-batches and ranks.
 """
@@ -178,7 +180,7 @@ def policy_terms(
     loss, d_logprob, low, high = _policy_term(objective, ratio, logprobs, advantages)
     loss, d_logprob = weight * loss, weight * d_logprob
     if objective.clip != "cispo" and objective.ratio != "none":  # the derivative is one through the ratio
-        d_logprob = torch.where(inside, d_logprob, 0)
+        d_logprob = d_logprob * inside
         d_logprob = sequence_mean(d_logprob) if objective.ratio == "sequence" else d_logprob
 
     kl = torch.zeros_like(ratio)
@@ -207,7 +209,7 @@ def importance_weights(objective: PolicyObjective, log_ratio: Tensor) -> Tensor:
     if objective.importance == "token":
         return _clamp(log_ratio)[0].exp().clamp(max=objective.importance_cap)
     total = log_ratio.sum(-1, keepdim=True)
-    return torch.where(total.abs() <= math.log(objective.importance_cap), total.exp(), 0).expand_as(log_ratio)
+    return torch.where(total.abs() > math.log(objective.importance_cap), 0, total.exp()).expand_as(log_ratio)
 
 
 def _policy_term(
@@ -228,19 +230,19 @@ def _policy_term(
     high = torch.where(advantages > 0, ratio > top, (advantages < 0) & (ratio > ceiling))
     bounded = torch.where(advantages > 0, ratio.clamp(max=top), ratio.clamp(floor, ceiling))
     loss = -bounded * advantages
-    return loss, torch.where(low | high, 0, loss), low, high
+    return loss, loss * ~(low | high), low, high
 
 
 def _kl(estimator: str, log_ratio: Tensor) -> tuple[Tensor, Tensor]:  # [...] -> [...], [...]
     """Schulman's k1, k2, k3 for KL(π ‖ other) from ``ln other − ln π``, and the derivative in ``ln π``."""
     d, inside = _clamp(log_ratio)
     if estimator == "k1":
-        value, slope = -d, torch.ones_like(d)
+        value, slope = -d, 0 * d + 1
     elif estimator == "k2":
         value, slope = d.square() / 2, -d
     else:
         value, slope = d.expm1() - d, -d.expm1()
-    return value, torch.where(inside, slope, 0)
+    return value, slope * inside
 
 
 def _clamp(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
@@ -253,7 +255,8 @@ def token_weights(
     *,
     denominator: float | Tensor | None = None,
     max_length: int | None = None,
-) -> Tensor:  # [B, S], torch's default dtype
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:  # [B, S]
     """Weights that turn per-token losses into the batch's loss ``Σ weight · loss``; 0 off the mask, equal within a sequence.
 
     Args:
@@ -265,6 +268,7 @@ def token_weights(
         denominator: replaces the batch's own, so that parts of a batch are weighted as the whole: the number of tokens that count
             for ``"token-mean"``, else of sequences that have one, over all micro-batches and ranks.
         max_length: what a sequence's sum is divided by, for ``"sequence-mean-token-sum-norm"`` alone.
+        dtype: of the weights.
 
     Empty sequences count for nothing.
     """
@@ -275,7 +279,7 @@ def token_weights(
     if denominator is None:
         denominator = batch_denominator(mask, aggregation).clamp(min=1)
     within = max_length or (1 if aggregation == "token-mean" else lengths.clamp(min=1))
-    return torch.where(mask, mask / within / denominator, 0)
+    return torch.where(mask, mask.to(dtype) / within / denominator, 0)
 
 
 def batch_denominator(mask: Tensor, aggregation: str) -> Tensor:  # [B, S] bool -> []

@@ -1,5 +1,6 @@
 // bupo_kernels._C: raw pointers, sizes and strides in; no torch headers, so that one build serves every torch. What the arguments mean
-// is in cpu/kernels.h and cuda/rows.h; bupo_kernels/backends/native is the only caller, and checks them.
+// is in cpu/kernels.h and cuda/rows.h. The only caller is bupo_kernels/backends/native, whose `address` checks dtype, device and length
+// of what a pointer is to; here sizes, strides and pointers are checked against each other.
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"
@@ -18,27 +19,56 @@ namespace {
 
 using Address = std::uintptr_t;  // 0 for null
 
+void require(bool holds, const char* accepted) {
+  if (!holds) throw py::value_error(std::string("a kernel's arguments: accepted are ") + accepted);
+}
+
+template <class T>
+T* at_or_null(Address address) {
+  require(address % alignof(T) == 0, "pointers aligned for what they point to");
+  return reinterpret_cast<T*>(address);
+}
+template <>
+void* at_or_null<void>(Address address) {
+  return reinterpret_cast<void*>(address);
+}
 template <class T>
 T* at(Address address) {
-  return reinterpret_cast<T*>(address);
+  require(address != 0, "pointers that are not null");
+  return at_or_null<T>(address);
+}
+
+// Of every call.
+int counts(std::int64_t rows, std::int64_t columns, int threads) {
+  require(rows >= 0 && columns >= 1, "0 rows and more of 1 column and more");
+  require(threads >= 1, "1 thread and more");
+  return threads;
+}
+
+// Rows that are written must not overlap; those that are read may.
+std::int64_t apart(std::int64_t stride, std::int64_t rows, std::int64_t width) {
+  require(rows <= 1 || stride >= width, "strides of at least the width");
+  return stride;
 }
 
 cpu::Readout readout(Address bias, Address outer, float inner, bool softcap) {
-  return {at<const float>(bias), at<const float>(outer), inner, softcap};
+  return {at_or_null<const float>(bias), at_or_null<const float>(outer), inner, softcap};
 }
 
 cpu::Matrix matrix(Address data, std::int64_t stride, std::int64_t rows, std::int64_t width) {
+  require(rows >= 1 && width >= 1 && stride >= 0, "matrices of 1 row and column and more");
   return {at<const cpu::Bf16>(data), stride, rows, width};
 }
 
 // [4, rows] with rows of this stride.
-cpu::Statistics statistics(Address m, std::int64_t stride) {
+cpu::Statistics statistics(Address m, std::int64_t stride, std::int64_t rows) {
   float* first = at<float>(m);
+  apart(stride, 2, rows);
   return {first, first + stride, first + 2 * stride, first + 3 * stride};
 }
 
 cpu::Coefficients coefficients(Address m, Address constant, Address slope, Address on_target, Address targets) {
-  return {at<const float>(m), at<const float>(constant), at<const float>(slope), at<const float>(on_target),
+  return {at<const float>(m), at<const float>(constant), at_or_null<const float>(slope), at<const float>(on_target),
           at<const std::int32_t>(targets)};
 }
 
@@ -64,7 +94,7 @@ void bind_cpu(py::module_& module) {
   });
 
   module.def(
-      "make_present", [](Address memory, i64 bytes, int threads) { cpu::make_present(at<void>(memory), bytes, threads); }, release());
+      "make_present", [](Address memory, i64 bytes, int threads) { cpu::make_present(at_or_null<void>(memory), bytes, threads); }, release());
 
   py::class_<Cpu>(module, "Kernels")
       .def(py::init<const std::string&>())
@@ -75,13 +105,13 @@ void bind_cpu(py::module_& module) {
       .def(
           "pack_rows",
           [](const Cpu& c, Address from, i64 stride, i64 rows, i64 width, Address to, int threads) {
-            c.k->pack_rows(matrix(from, stride, rows, width), at<cpu::Word>(to), threads);
+            c.k->pack_rows(matrix(from, stride, rows, width), at<cpu::Word>(to), counts(rows, width, threads));
           },
           release())
       .def(
           "pack_columns",
           [](const Cpu& c, Address from, i64 stride, i64 rows, i64 width, Address to, int threads) {
-            c.k->pack_columns(matrix(from, stride, rows, width), at<cpu::Word>(to), threads);
+            c.k->pack_columns(matrix(from, stride, rows, width), at<cpu::Word>(to), counts(rows, width, threads));
           },
           release())
       .def(
@@ -89,8 +119,8 @@ void bind_cpu(py::module_& module) {
           [](const Cpu& c, Address hidden, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address bias, Address outer,
              float inner, bool softcap, Address targets, Address out, i64 out_stride, Address workspace, int threads) {
             c.k->linear_statistics(at<const cpu::Word>(hidden), rows, matrix(weight, stride, columns, width),
-                                   readout(bias, outer, inner, softcap), at<const std::int32_t>(targets), statistics(out, out_stride),
-                                   at<void>(workspace), threads);
+                                   readout(bias, outer, inner, softcap), at<const std::int32_t>(targets), statistics(out, out_stride, rows),
+                                   at<void>(workspace), counts(rows, columns, threads));
           },
           release())
       .def(
@@ -100,15 +130,19 @@ void bind_cpu(py::module_& module) {
              Address dz_right, Address column_sums, Address workspace, int threads) {
             c.k->linear_gradient(at<const cpu::Word>(hidden), rows, matrix(weight, stride, columns, width),
                                  readout(bias, outer, inner, softcap), coefficients(m, constant, slope, on_target, targets),
-                                 at<cpu::Word>(dz_left), at<cpu::Word>(dz_right), at<float>(column_sums), at<void>(workspace), threads);
+                                 at<cpu::Word>(dz_left), at<cpu::Word>(dz_right), at_or_null<float>(column_sums), at<void>(workspace),
+                                 counts(rows, columns, threads));
           },
           release())
       .def(
           "weight_gradient",
           [](const Cpu& c, Address dz_left, i64 columns, Address hidden_columns, i64 rows, i64 width, Address out, i64 stride, bool bf16,
              bool add, int threads) {
-            c.k->weight_gradient(at<const cpu::Word>(dz_left), columns, at<const cpu::Word>(hidden_columns), rows, width, at<void>(out),
-                                 stride, bf16 ? cpu::Write::bf16 : add ? cpu::Write::add_to_fp32 : cpu::Write::fp32, threads);
+            void* to = bf16 ? static_cast<void*>(at<cpu::Bf16>(out)) : at<float>(out);
+            c.k->weight_gradient(at<const cpu::Word>(dz_left), columns, at<const cpu::Word>(hidden_columns), rows, width, to,
+                                 apart(stride, columns, width),
+                                 bf16 ? cpu::Write::bf16 : add ? cpu::Write::add_to_fp32 : cpu::Write::fp32,
+                                 counts(rows, columns, threads));
           },
           release())
       .def(
@@ -116,21 +150,23 @@ void bind_cpu(py::module_& module) {
           [](const Cpu& c, Address dz_right, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address blocks, bool add,
              Address workspace, int threads) {
             c.k->hidden_gradient(at<const cpu::Word>(dz_right), rows, matrix(weight, stride, columns, width), at<float>(blocks), add,
-                                 at<void>(workspace), threads);
+                                 at<void>(workspace), counts(rows, columns, threads));
           },
           release())
       .def(
           "unpack_hidden",
           [](const Cpu& c, Address blocks, i64 rows, i64 width, Address out, i64 stride, int threads) {
-            c.k->unpack_hidden(at<const float>(blocks), rows, width, at<float>(out), stride, threads);
+            c.k->unpack_hidden(at<const float>(blocks), rows, width, at<float>(out), apart(stride, rows, width),
+                               counts(rows, width, threads));
           },
           release())
       .def(
           "row_statistics",
           [](const Cpu& c, Address products, i64 stride, i64 rows, i64 columns, i64 first, Address bias, Address outer, float inner,
              bool softcap, Address targets, Address running, i64 running_stride, int threads) {
-            c.k->row_statistics(at<float>(products), stride, rows, columns, first, readout(bias, outer, inner, softcap),
-                                at<const std::int32_t>(targets), statistics(running, running_stride), threads);
+            c.k->row_statistics(at<float>(products), apart(stride, rows, columns), rows, columns, first,
+                                readout(bias, outer, inner, softcap), at<const std::int32_t>(targets),
+                                statistics(running, running_stride, rows), counts(rows, columns, threads));
           },
           release())
       .def(
@@ -138,8 +174,9 @@ void bind_cpu(py::module_& module) {
           [](const Cpu& c, Address logits, i64 stride, i64 rows, i64 columns, Address bias, Address outer, float inner,
              bool softcap, bool formed, Address m, Address constant, Address slope, Address on_target, Address targets, Address dz,
              int threads) {
-            c.k->row_gradient(at<const float>(logits), stride, rows, columns, readout(bias, outer, inner, softcap),
-                              formed, coefficients(m, constant, slope, on_target, targets), at<float>(dz), threads);
+            c.k->row_gradient(at<const float>(logits), apart(stride, rows, columns), rows, columns, readout(bias, outer, inner, softcap),
+                              formed, coefficients(m, constant, slope, on_target, targets), at<float>(dz),
+                              counts(rows, columns, threads));
           },
           release());
 }

@@ -2,7 +2,7 @@
 // objectives whose terms depend on that token alone. Its conventions: a bound decides only strictly beyond it; log-ratios are
 // clamped, and strictly outside no gradient goes through them; a token whose sampler log-prob is not finite does not count.
 //
-// NaN must come out as NaN, as it does in torch, so no fmin and fmax: they drop it.
+// NaN must come out as NaN, as it does in torch, so no fmin and fmax: they drop it; and a gradient is switched off by a product with 0.
 #pragma once
 
 #include "row_statistics.h"
@@ -58,7 +58,7 @@ BUPO_HD PolicyTerms policy_term(const Objective& objective, float ratio, float l
   const bool decided = (harm && (ratio < floor || ratio > objective.ceiling)) || (gain && ratio > top);
   const float bounded = gain ? (ratio > top ? top : ratio) : clamped(ratio, floor, objective.ceiling);
   const float loss = -bounded * advantage;
-  return {loss, decided ? 0 : loss, 0};
+  return {loss, decided ? 0 * loss : loss, 0};
 }
 
 // Schulman's estimators of KL(π ‖ other) from ln other − ln π, and the derivative in ln π.
@@ -66,14 +66,14 @@ BUPO_HD PolicyTerms divergence(Divergence estimator, float log_ratio) {
   const float d = clamped_log_ratio(log_ratio);
   float value, slope;
   if (estimator == Divergence::k1) {
-    value = -d, slope = 1;
+    value = -d, slope = 0 * d + 1;
   } else if (estimator == Divergence::k2) {
     value = d * d / 2, slope = -d;
   } else {
     const float excess = expm1f(d);
     value = excess - d, slope = -excess;
   }
-  return {value, inside(log_ratio) ? slope : 0, 0};
+  return {value, inside(log_ratio) ? slope : 0 * slope, 0};
 }
 
 BUPO_HD PolicyTerms policy_terms(const Objective& objective, const Token& token) {
@@ -86,7 +86,7 @@ BUPO_HD PolicyTerms policy_terms(const Objective& objective, const Token& token)
     terms.loss *= capped, terms.d_logprob *= capped;
   }
   const bool through_ratio = objective.ratio == Ratio::token && objective.clip != Clip::cispo;
-  if (through_ratio && !inside(log_ratio)) terms.d_logprob = 0;
+  if (through_ratio && !inside(log_ratio)) terms.d_logprob *= 0;
   if (objective.kl != Divergence::none) {
     const PolicyTerms kl = divergence(objective.kl, token.reference_logprob - token.logprob);
     terms.loss += objective.kl_coefficient * kl.loss, terms.d_logprob += objective.kl_coefficient * kl.d_logprob;

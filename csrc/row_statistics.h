@@ -3,6 +3,9 @@
 // Of any part of a row: m = max z, s = Σ e^(z−m), t = Σ (z−m) e^(z−m). Centred on m, the entropy ln s − t/s does not cancel at large
 // |z|. Partials merge in any grouping; kernels merge in a fixed order, so that results repeat bit for bit.
 //
+// A logit of −inf is a column that cannot be chosen: e^x is 0, and adds 0 to every sum. A NaN is lost from the maximum, which drops it,
+// but never from s: e^NaN is NaN.
+//
 // `Real` is float or a type with its operators, and with maximum(a, b) and exponential(x) to be found by its arguments.
 #pragma once
 
@@ -27,6 +30,12 @@ BUPO_HD float exponential(float x) { return expf(x); }
 // The maximum of no logits. Finite, so that the difference of two of them is no NaN.
 constexpr float lowest = -FLT_MAX;
 
+// An exponent as a factor of its power: 0 · −inf would be NaN. Where it is NaN, so is its power.
+template <class Real>
+BUPO_HD Real finite(Real exponent) {
+  return maximum(exponent, Real(-1e4f));
+}
+
 template <class Real>
 struct Partial {
   Real m, s, t;
@@ -35,7 +44,7 @@ struct Partial {
 template <class Real>
 BUPO_HD Partial<Real> merge(const Partial<Real>& a, const Partial<Real>& b) {
   const Real m = maximum(a.m, b.m);
-  const Real of_a = maximum(a.m - m, Real(-1e4f)), of_b = maximum(b.m - m, Real(-1e4f));  // one of them is 0, none is -inf
+  const Real of_a = finite(a.m - m), of_b = finite(b.m - m);  // one of them is 0
   const Real scale_a = exponential(of_a), scale_b = exponential(of_b);
   return {m, scale_a * a.s + scale_b * b.s, scale_a * (a.t + of_a * a.s) + scale_b * (b.t + of_b * b.s)};
 }
@@ -43,7 +52,7 @@ BUPO_HD Partial<Real> merge(const Partial<Real>& a, const Partial<Real>& b) {
 // dz_j for j ≠ y, from x = z_j − m and e = e^x: the constant and the slope are `Coefficients` of bupo_kernels/backends/algebra.py.
 template <class Real>
 BUPO_HD Real logit_gradient(Real x, Real e, Real constant, Real slope) {
-  return e * (constant - slope * x);
+  return e * (constant - slope * finite(x));
 }
 
 }  // namespace bupo

@@ -165,7 +165,7 @@ def test_in_16_bit_triton_does_in_one_pass_what_it_does_in_two_with_a_cache(rows
     )
     out = linear_logprobs(hidden, case.weight, targets, backend="triton:cached")
     terms = policy_terms(objective, out.logprobs.detach(), out.entropy.detach(), advantages.expand(targets.shape), **by_row)
-    weights = token_weights(targets >= 0, "token-mean")
+    weights = token_weights(targets >= 0, "token-mean", dtype=torch.float32)
     two_passes = (weights * terms.d_logprob * out.logprobs + weights * terms.d_entropy * out.entropy).sum()
     ours, theirs = (gradients(x, case.hidden, case.weight) for x in (loss, two_passes))
     whole = explain(hidden, case.weight, targets, objective=objective, backend="triton", memory_budget=budget)

@@ -2,6 +2,10 @@
 
 Of a row's logits z: ``m = max z``, ``s = Σ e^(z−m)``, ``t = Σ (z−m) e^(z−m)`` and ``z_y``. Centred on m, the entropy
 ``ln s − t/s`` does not cancel at large |z|. Backends stream these four; everything per row that is not streamed is here.
+
+A logit of −inf is a column that cannot be chosen: ``0 · ln 0 = 0`` wherever it enters a sum. The maximum of no logits is
+:func:`lowest`, a finite number, so that the difference of two maxima is never NaN; a row without a logit above −inf has ``s = 0``,
+and NaN for every result. A NaN among a row's logits is always in ``s``, and from there in every result and gradient of the row.
 """
 
 from __future__ import annotations
@@ -12,9 +16,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# No number that enters a product with e^x = 0 may be infinite, so exponents end here: e^x is 0 in float64 too.
+LEAST_EXPONENT = -1e4
+
+
+def lowest(dtype: torch.dtype) -> float:
+    return torch.finfo(dtype).min
+
 
 class Statistics(NamedTuple):
-    """[N] each, in the statistics' dtype. Rows that do not count have ``m = −inf`` and ``s = 1``."""
+    """[N] each, in the statistics' dtype. Rows that do not count have ``m = −inf`` and ``s = 1``; no other row has that m."""
 
     m: Tensor
     s: Tensor
@@ -48,7 +59,7 @@ class Results(NamedTuple):
 
 def finish(statistics: Statistics, vocab: int, with_entropy: bool) -> Results:
     m, s, t, z_y = statistics
-    log_s = s.log()
+    log_s = s.log().masked_fill_(s == 0, math.nan)
     logprob = ((z_y - m) - log_s).clamp_(max=0)
     entropy = (log_s - t / s).clamp_(0, math.log(vocab)) if with_entropy else None
     idle = m == -math.inf
@@ -88,6 +99,6 @@ def coefficients(g_logprob, g_entropy, g_logsumexp, m, log_s, logprob, entropy, 
     slope = None
     if g_entropy is not None:
         constant = constant - g_h * (entropy - log_s)
-        on_target = on_target - g_h * (p_y * (logprob + entropy))
+        on_target = on_target - g_h * (p_y * (logprob.clamp(min=LEAST_EXPONENT) + entropy))
         slope = g_h / s
     return Coefficients(m, constant / s, slope, on_target, targets)

@@ -37,8 +37,20 @@ def cuda() -> ModuleType | None:
     return getattr(built, "cuda", None)
 
 
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+def address(tensor: Tensor | None, dtype: torch.dtype | None = None, length: int = 0, device: str = "cpu") -> int:
+    """Where C++ finds ``length`` numbers of ``dtype`` (None: of any) side by side, in the last dimension; 0 for None. A pointer
+    says nothing of what is behind it, so what could make a kernel write past its end is looked at here."""
+    if tensor is None:
+        return 0
+    # Cheapest first: there are a dozen to a kernel.
+    if dtype is not None and tensor.dtype is not dtype:
+        raise TypeError(f"memory of a kernel: {tensor.dtype} given, accepted is {dtype}")
+    if tensor.device.type != device:
+        raise ValueError(f"memory of a kernel: on {tensor.device} given, accepted is {device}")
+    if tensor.shape[-1] < length or (tensor.stride(-1) != 1 and tensor.shape[-1] > 1):
+        given = f"{tuple(tensor.shape)} with strides {tensor.stride()}"
+        raise ValueError(f"memory of a kernel: {given} given, accepted are {length} or more side by side")
+    return tensor.data_ptr()
 
 
 def present(memory: Tensor) -> Tensor:
@@ -50,4 +62,4 @@ def present(memory: Tensor) -> Tensor:
 
 def words(count: int) -> Tensor:
     """Uninitialised memory, of 4 bytes each."""
-    return torch.empty(count, dtype=torch.int32)
+    return torch.empty(count, dtype=torch.int32, device="cpu")

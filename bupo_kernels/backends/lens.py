@@ -64,6 +64,7 @@ class Lens:
         self.final = final if set(outputs) & set(COMPARED) else None
         self.policies = len(states) + (self.final is not None)
         self.compares = bool(set(outputs) & {"kl_to_final", "kl_from_final", "pairwise_kl"})
+        self.rules_out = self.compares and operands.bias is not None and bool((operands.bias == -math.inf).any())
         self.dtype = torch.promote_types(operands.hidden.dtype, torch.float32)
         self.rows, self.tile = self._plan(count, memory_budget)
 
@@ -77,7 +78,7 @@ class Lens:
         per_row = policies * (10 * size + 2 * 8 + 2 * k * (size + 8)) + policies**2 * size * self.compares + 64
 
         def needed(rows: int, tokens: int, columns: int) -> int:
-            logits = (2 * policies + 3 * ("jsd" in self.outputs)) * tokens * columns * size
+            logits = ((2 * policies + 3 * ("jsd" in self.outputs)) * size + policies * self.compares) * tokens * columns
             hidden = policies * tokens * width * (size * (item < size) + 3 * item)
             merged = tokens * policies * (4 * k * (size + 8) + 10 * size + policies * size * self.compares)
             return rows * per_row + logits + hidden + merged + 2 * columns * width * size * copies
@@ -125,7 +126,9 @@ class Lens:
     def run(self, rows: Tensor) -> dict[str, Tensor]:  # [n]
         """[L, n] of each of the outputs, [L, n, k] of ``top_ids`` and ``top_logprobs``, [L, L, n] of ``pairwise_kl``."""
         layers, vocab, outputs = len(self.states), len(self.operands.weight), set(self.outputs)
-        statistics, cross, found = self._first_pass(rows)
+        statistics, cross, found = self._first_pass(rows, self.rules_out)
+        if self.compares and not self.rules_out and not cross.isfinite().all():  # a product was −inf
+            statistics, cross, found = self._first_pass(rows, True)
         results = algebra.finish(statistics, vocab, with_entropy=True)
         log_s = results.log_s
         found |= {"logprobs": results.logprob, "entropy": results.entropy, "logsumexp": results.logsumexp}
@@ -148,25 +151,33 @@ class Lens:
             found |= self._second_pass(rows, statistics, log_s)
         return {name: found[name][:layers] for name in (*self.outputs, *(("top_ids", "top_logprobs") if self.top_k else ()))}
 
-    def _first_pass(self, rows: Tensor) -> tuple[algebra.Statistics, Tensor | None, dict[str, Tensor]]:
-        """:class:`Statistics` [P, n], the c of all pairs [n, P, P] if policies are compared, argmax and top k (their logits)."""
+    def _first_pass(self, rows: Tensor, rules_out: bool) -> tuple[algebra.Statistics, Tensor | None, dict[str, Tensor]]:
+        """:class:`Statistics` [P, n], the c of all pairs [n, P, P] if policies are compared, argmax and top k (their logits).
+
+        A product cannot take ``0 · −inf`` for 0: where policies are compared that rule columns out, c is of the other columns, and
+        −inf where the first of a pair gives some probability to what the second rules out.
+        """
         shape, device, k, y = (self.policies, len(rows)), rows.device, self.top_k, self.operands.targets.flatten()[rows]
         statistics = algebra.Statistics(*(torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(4)))
-        statistics.m.fill_(-math.inf)
+        statistics.m.fill_(algebra.lowest(self.dtype))
         cross = torch.zeros(shape[1], shape[0], shape[0], dtype=self.dtype, device=device) if self.compares else None
+        ruled_out = torch.zeros_like(cross) if rules_out and self.compares else None  # e^(z^l−m^l) summed where z^k is −inf
         argmax = torch.zeros(shape, dtype=torch.int64, device=device)
-        top_z = torch.full((*shape, k), -math.inf, dtype=self.dtype, device=device)
-        top_ids = torch.zeros(*shape, k, dtype=torch.int64, device=device)
+        top_z = torch.empty(*shape, k, dtype=self.dtype, device=device)
+        top_ids = torch.empty(*shape, k, dtype=torch.int64, device=device)
         for columns, tokens, z, e in self._tiles(rows):
             m, s, t, z_y = (x[:, tokens] for x in statistics)
             column, inside = target_column(y[tokens], columns)
             column = column.expand(self.policies, -1, 1)
             z_y.copy_(torch.where(inside.squeeze(1), z.gather(2, column).squeeze(2), z_y))
             if k:
+                seen = slice(0, min(k, columns.start))
                 values, ids = z.topk(min(k, z.shape[2]))
-                values, ids = torch.cat([top_z[:, tokens], values], 2), torch.cat([top_ids[:, tokens], ids + columns.start], 2)
-                top_z[:, tokens], order = values.topk(k)
-                top_ids[:, tokens] = ids.gather(2, order)
+                values = torch.cat([top_z[:, tokens, seen], values], 2)
+                ids = torch.cat([top_ids[:, tokens, seen], ids + columns.start], 2)
+                values, order = values.topk(min(k, columns.stop))
+                top_z[:, tokens, : columns.stop] = values
+                top_ids[:, tokens, : columns.stop] = ids.gather(2, order)
             if "argmax" in self.outputs:
                 slice_m, best = z.max(2)  # the first of equals
                 argmax[:, tokens] = torch.where(slice_m > m, best + columns.start, argmax[:, tokens])
@@ -174,16 +185,24 @@ class Lens:
                 slice_m = z.amax(2)
             higher = torch.maximum(m, slice_m)
             kept = (m - higher).exp()
-            moved = torch.where(s > 0, m - higher, 0)  # −inf · 0 before the first slice
+            moved = torch.where(s > 0, m - higher, 0)  # how far it was from nothing to the first maximum does not matter
             torch.exp(z.sub_(higher.unsqueeze(2)), out=e)
             slice_s = e.sum(2)
             if cross is not None:
                 c = cross[tokens].add_(s.T.unsqueeze(2) * moved.T.unsqueeze(1)).mul_(kept.T.unsqueeze(2))
+                if ruled_out is not None:
+                    where = z == -math.inf
+                    z.masked_fill_(where, 0)
                 c.baddbmm_(e.transpose(0, 1), z.permute(1, 2, 0))
+                if ruled_out is not None:
+                    lost = ruled_out[tokens].mul_(kept.T.unsqueeze(2))
+                    lost.baddbmm_(e.transpose(0, 1), z.copy_(where).permute(1, 2, 0))
             elif "entropy" in self.outputs:
-                t.copy_(kept * (t + moved * s) + e.mul_(z).sum(2))
+                t.copy_(kept * (t + moved * s) + e.mul_(z).nansum(2))  # as in torch_chunked.TorchRows.fold
             s.copy_(kept * s + slice_s)
             m.copy_(higher)
+        if ruled_out is not None:
+            cross.masked_fill_(ruled_out > 0, -math.inf)
         if cross is not None:
             statistics.t.copy_(cross.diagonal(dim1=1, dim2=2).T)
         return statistics, cross, {"argmax": argmax, "top_logprobs": top_z, "top_ids": top_ids}
@@ -204,6 +223,7 @@ class Lens:
                 p = torch.exp(log_p, out=scratch)
                 for layer in range(layers):
                     mixture = torch.logaddexp(log_p[layer], log_p[-1]).sub_(math.log(2))
-                    of_layer = p[layer].mul_(log_p[layer].sub_(mixture)).sum(1)
-                    jsd[layer, tokens] += (of_layer + torch.sub(log_p[-1], mixture).mul_(p[-1]).sum(1)) / 2
+                    of_layer = p[layer].mul_(log_p[layer].sub_(mixture)).nansum(1)  # 0 · ln 0 is left out
+                    jsd[layer, tokens] += (of_layer + torch.sub(log_p[-1], mixture).mul_(p[-1]).nansum(1)) / 2
+        jsd += 0 * (log_s[:layers] + log_s[-1])  # NaN where one of the two is no policy
         return {"rank": rank, "jsd": jsd.clamp_(0, math.log(2))}

@@ -71,7 +71,7 @@ class Readout:
 class Operands(NamedTuple):
     hidden: Tensor  # [..., D], any view
     weight: Tensor  # [V, D]
-    bias: Tensor | None  # [V]
+    bias: Tensor | None  # [V], contiguous
     targets: Tensor  # [...] int64
     readout: Readout
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bupo_kernels.backends.algebra import Coefficients, Statistics, of_all_rows
+from bupo_kernels.backends.algebra import LEAST_EXPONENT, Coefficients, Statistics, lowest, of_all_rows
 from bupo_kernels.backends.compiled import present
 from bupo_kernels.backends.gradients import GradientTile, accumulate_
 from bupo_kernels.backends.problem import Memory, Operands, Problem, Readout, Schedule, Tile
@@ -196,7 +196,7 @@ def target_column(targets: Tensor, columns: slice) -> tuple[Tensor, Tensor]:  # 
 
 
 def statistics(operands: Operands, counts: Tensor, problem: Problem, plan: Schedule, with_entropy: bool):  # [N] bool
-    """:class:`Statistics` of the rows that count; finite logits are assumed."""
+    """:class:`Statistics` of the rows that count."""
     rows = counts.nonzero().squeeze(1)
     return of_all_rows(row_statistics(operands, rows, problem, plan, with_entropy)[0], rows, len(counts)), None
 
@@ -215,16 +215,16 @@ class TorchRows:
         z, e, m, s = to_logits_(block.tile, block.bias, block.readout), block.scratch, running.m, running.s
         column, inside = target_column(y, block.columns)
         running.z_y.copy_(torch.where(inside, z.gather(1, column), running.z_y.unsqueeze(1)).squeeze(1))
-        tile_m = z.amax(1)
+        tile_m = z.amax(1).clamp_(min=lowest(z.dtype))
         torch.exp(z.sub_(tile_m.unsqueeze(1)), out=e)
         tile_s = e.sum(1)
         # Merge of two partials (m, s, t); slices arrive in ascending order, so the result is repeatable bit for bit.
         new_m = torch.maximum(m, tile_m)
-        a, b = (m - new_m).exp(), (tile_m - new_m).exp()
+        of_m, of_tile = (x.sub(new_m).clamp_(min=LEAST_EXPONENT) for x in (m, tile_m))
+        a, b = of_m.exp(), of_tile.exp()
         if with_entropy:
-            tile_t = e.mul_(z).sum(1)
-            shifted = torch.where(s > 0, (m - new_m) * s, 0)  # −inf · 0 before the first slice
-            running.t.copy_(a * (running.t + shifted) + b * (tile_t + (tile_m - new_m) * tile_s))
+            tile_t = e.mul_(z).nansum(1)  # 0 · −inf is left out; a NaN among the logits is in s
+            running.t.copy_(a * (running.t + of_m * s) + b * (tile_t + of_tile * tile_s))
         s.copy_(a * s + b * tile_s)
         m.copy_(new_m)
         return tile_m
@@ -239,6 +239,7 @@ class TorchRows:
         if of.slope is None:
             dz.mul_(of.constant.unsqueeze(1))
         else:
+            z.clamp_(min=LEAST_EXPONENT)
             dz.mul_(torch.addcmul(of.constant.unsqueeze(1), z, of.slope.unsqueeze(1), value=-1, out=z))
         column, inside = target_column(of.targets, block.columns)
         dz.scatter_(1, column, torch.where(inside, of.on_target.unsqueeze(1), dz.gather(1, column)))
@@ -252,6 +253,7 @@ def row_statistics(
     dtype, kept = problem.statistics_dtype, None
     y = operands.targets.flatten()[rows]
     statistics = Statistics(*Statistics.empty(len(rows), dtype, rows.device))
+    statistics.m.fill_(lowest(dtype))
     statistics.s.zero_()
     if keep:
         slices = -(-problem.vocab // plan.tile.columns)

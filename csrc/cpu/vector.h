@@ -41,8 +41,17 @@ struct Vec {
   friend Ints operator<(Vec a, Vec b) { return a.v < b.v; }  // all bits of a lane, or none
 };
 inline Vec choose(Ints where, Vec a, Vec b) { return (Floats)((where & (Ints)a.v) | (~where & (Ints)b.v)); }
+// b where either is NaN. One instruction where the compiler, asked for a > b ? a : b, makes two of it.
+#if defined(__AVX512F__)
+inline Vec maximum(Vec a, Vec b) { return (Floats)_mm512_max_ps((__m512)a.v, (__m512)b.v); }
+inline Vec minimum(Vec a, Vec b) { return (Floats)_mm512_min_ps((__m512)a.v, (__m512)b.v); }
+#elif defined(__AVX2__)
+inline Vec maximum(Vec a, Vec b) { return (Floats)_mm256_max_ps((__m256)a.v, (__m256)b.v); }
+inline Vec minimum(Vec a, Vec b) { return (Floats)_mm256_min_ps((__m256)a.v, (__m256)b.v); }
+#else
 inline Vec maximum(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
 inline Vec minimum(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
+#endif
 
 // e^x for x ≤ 0 within 1 ulp, and 0 below −87, where e^x would be subnormal, and slow. x = n ln 2 + r with |r| ≤ ln 2 / 2; ln 2 in two
 // parts, the first with so few digits that n times it is exact, with FMA and without (constants of Cephes' expf).

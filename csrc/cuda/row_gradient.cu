@@ -29,6 +29,8 @@ void row_gradient(const Products& products, const Readout& readout, const Coeffi
   const char* name = "row_gradient";
   check(name, products);
   if (n == 0) return;
+  const bool given = coefficients.m && coefficients.constant && coefficients.on_target && coefficients.targets && gradient.data;
+  require(given, name, null);
   check(name, products, gradient, n, selected != nullptr);
   require(selected || n <= products.rows, name, "accepted are no more rows than the products have, or a selection");
   require(n <= INT32_MAX, name, "accepted are fewer than 2^31 rows at a time");

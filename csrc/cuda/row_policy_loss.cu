@@ -24,7 +24,7 @@ __device__ RowCoefficients coefficients(float g_logprob, float g_entropy, const 
                                         int target) {
   const float p_y = expf(of.logprob);
   const float constant = (-g_logprob - g_entropy * (of.entropy - of.log_s)) / row.s;
-  const float on_target = -g_logprob * expm1f(of.logprob) - g_entropy * (p_y * (of.logprob + of.entropy));
+  const float on_target = -g_logprob * expm1f(of.logprob) - g_entropy * (p_y * (finite(of.logprob) + of.entropy));
   return {row.m, scale * constant, scale * (g_entropy / row.s), scale * on_target, target};
 }
 
@@ -74,6 +74,8 @@ void row_policy_loss(const Products& products, const Readout& readout, const Obj
   const char* name = "row_policy_loss";
   check(name, products);
   if (products.rows == 0) return;
+  const bool given = inputs.targets && inputs.weights && inputs.advantages;
+  require(given && outputs.loss && outputs.logprob && outputs.entropy && outputs.used, name, null);
   if (gradient.data) check(name, products, gradient, products.rows, false);
   require(products.first_column == 0, name, "accepted are whole rows");
   require(objective.kl == Divergence::none || inputs.reference_logprobs, name, "a KL needs reference_logprobs");

@@ -51,6 +51,7 @@ void row_statistics(const Products& products, const Readout& readout, const int6
                     bool first, void* stream) {
   check("row_statistics", products);
   if (products.rows == 0) return;
+  require(targets && statistics.m && statistics.s && statistics.t && statistics.z_y, "row_statistics", null);
   const auto of_type = products.dtype == Dtype::float32 ? run<float> : run<bf16>;
   of_type(products, readout, targets, statistics, first, stream);
 }

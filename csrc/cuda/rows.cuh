@@ -168,13 +168,13 @@ __device__ __forceinline__ void fold(Partial<float>& total, const float (&z)[N])
   float m = total.m;
 #pragma unroll
   for (int i = 0; i < N; ++i) m = maximum(m, z[i]);
-  const float shift = total.m - m, scale = exponential(shift);
+  const float shift = finite(total.m - m), scale = exponential(shift);
   float s = scale * total.s, t = scale * (total.t + shift * total.s);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const float x = z[i] - m, e = exponential(x);
     s += e;
-    t += x * e;
+    t += finite(x) * e;
   }
   total = {m, s, t};
 }
@@ -326,11 +326,14 @@ inline void require(bool holds, const char* name, const char* accepted) {
   if (!holds) throw std::invalid_argument(std::string(name) + ": " + accepted);
 }
 
+constexpr const char* null = "accepted are pointers that are not null, but for what may be left out";
+
 inline void check(const char* name, const Products& products) {
   require(products.rows <= INT32_MAX, name, "accepted are fewer than 2^31 rows at a time");  // blocks of a grid
   // Columns are counted in int, a sweep looks a step of the block past the last, and a grid has less than 2^16 parts of a row.
   require(products.columns >= 1 && products.columns <= 1 << 29, name, "accepted are 1 to 2^29 columns");
   require(products.stride >= products.columns, name, "accepted are strides of at least the number of columns");
+  require(products.data || products.rows == 0, name, null);
 }
 
 inline void check(const char* name, const Products& products, const Gradient& gradient, int64_t rows, bool selection) {

@@ -112,7 +112,7 @@ def row_statistics(operands: Operands, rows: Tensor, problem: Problem, plan: Sch
 
 
 def statistics(operands: Operands, counts: Tensor, problem: Problem, plan: Schedule, with_entropy: bool):  # [N] bool
-    """:class:`Statistics` of the rows that count; finite logits are assumed."""
+    """:class:`Statistics` of the rows that count."""
     rows = counts.nonzero().squeeze(1)
     return of_all_rows(row_statistics(operands, rows, problem, plan, with_entropy)[0], rows, len(counts)), None
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bupo_kernels.backends.algebra import Coefficients, Statistics
 from bupo_kernels.backends.compiled import address, kernels, words
-from bupo_kernels.backends.native.rows import PANEL, CoefficientArguments, ReadoutArguments, padded
+from bupo_kernels.backends.native.rows import PANEL, CoefficientArguments, ReadoutArguments, padded, up
 from bupo_kernels.backends.problem import Memory, Operands, Problem, Schedule, Tile
 
 # Rows whose packed panels are at hand together, and columns of dz. A slice's W, turned over, should stay in the second cache.
@@ -25,13 +25,13 @@ MOST_ROWS, MOST_COLUMNS = 8192, 2048
 
 def schedule(problem: Problem, isa: str) -> Schedule:
     """Raises ``ValueError`` when the budget holds not even the smallest tile."""
-    rows, columns = _up(max(problem.active_rows, 1)), _up(min(problem.vocab, MOST_COLUMNS))
+    rows, columns = up(max(problem.active_rows, 1)), up(min(problem.vocab, MOST_COLUMNS))
     problem.require_budget(memory(problem, SMALLEST, isa).working)
     rows = min(rows, MOST_ROWS)
     while rows > PANEL and memory(problem, Tile(rows, columns), isa).working > problem.memory_budget:
-        rows = _up(rows // 2)
+        rows = up(rows // 2)
     while columns > PANEL and memory(problem, Tile(rows, columns), isa).working > problem.memory_budget:
-        columns = _up(columns // 2)
+        columns = up(columns // 2)
     tile = Tile(rows, columns)
     strategy = "recompute" if problem.needs_grad else "statistics only"
     return Schedule(strategy, tile, memory(problem, tile, isa), isa=isa)
@@ -53,10 +53,6 @@ def least_budget(problem: Problem, isa: str) -> int:
     return 2 * memory(replace(problem, active_rows=PANEL), SMALLEST, isa).working
 
 
-def _up(count: int) -> int:
-    return -(-count // PANEL) * PANEL
-
-
 def memory(problem: Problem, tile: Tile, isa: str) -> Memory:
     """What a call allocates with this tile; a test holds it against what the allocator saw."""
     k, threads, width = kernels(isa), torch.get_num_threads(), problem.width
@@ -68,10 +64,10 @@ def memory(problem: Problem, tile: Tile, isa: str) -> Memory:
     forward = per_row + gathered + packed + k.statistics_bytes(rows, problem.vocab, width, threads)
     backward = 0
     if problem.needs_grad:
-        dz = k.packed_words(tile.columns, _up(rows)) + k.packed_words(rows, tile.columns)
+        dz = k.packed_words(tile.columns, up(rows)) + k.packed_words(rows, tile.columns)
         left = max(k.left_bytes(width, threads), k.left_bytes(tile.columns, threads))
-        backward = 2 * per_row + gathered + packed + 4 * (dz + k.packed_words(width, _up(rows)) * problem.grad_weight) + left
-        blocks = -(-active // rows) * _up(rows) * _up(width) * 4
+        backward = 2 * per_row + gathered + packed + 4 * (dz + k.packed_words(width, up(rows)) * problem.grad_weight) + left
+        blocks = -(-active // rows) * up(rows) * up(width) * 4
         backward += blocks * problem.grad_hidden
         if problem.active_rows > tile.rows and problem.grad_weight:
             backward += 4 * tile.columns * width  # fp32 sum of the slice's dW over blocks of rows
@@ -110,11 +106,11 @@ class Packing:
         hidden = operands.hidden[index]  # [r, D], a contiguous copy
         n, width = hidden.shape
         by_width, by_rows = words(k.packed_words(n, width)), None
-        k.pack_rows(address(hidden), width, n, width, address(by_width), threads)
+        k.pack_rows(address(hidden, torch.bfloat16, width), width, n, width, address(by_width), threads)
         if self.with_columns:
-            by_rows = words(k.packed_words(width, _up(n)))
-            k.pack_columns(address(hidden), width, n, width, address(by_rows), threads)
-        return Hidden(rows, by_width, by_rows, ReadoutArguments.of(operands.readout.rows(index, torch.float32), self.bias, n))
+            by_rows = words(k.packed_words(width, up(n)))
+            k.pack_columns(address(hidden, torch.bfloat16, width), width, n, width, address(by_rows), threads)
+        return Hidden(rows, by_width, by_rows, ReadoutArguments.of(operands.readout.rows(index, torch.float32), self.bias, hidden))
 
 
 def _dense_rows(weight: Tensor) -> Tensor:  # [c, D]
@@ -123,16 +119,16 @@ def _dense_rows(weight: Tensor) -> Tensor:  # [c, D]
 
 
 def _matrix(weight: Tensor) -> tuple[int, int, int, int]:  # [c, D]
-    return address(weight), weight.stride(0), *weight.shape
+    return address(weight, torch.bfloat16), weight.stride(0), *weight.shape
 
 
 def row_statistics(operands: Operands, rows: Tensor, problem: Problem, plan: Schedule) -> Statistics:
     """:class:`Statistics` of the rows [n]."""
     packing, threads = Packing(operands, rows, plan.tile, plan.isa, with_columns=False), torch.get_num_threads()
-    out = torch.empty(4, len(rows))
+    out = torch.empty(4, len(rows), dtype=torch.float32, device=rows.device)
     y, weight = operands.targets.flatten()[rows].int(), _dense_rows(operands.weight)
     most = min(plan.tile.rows, len(rows))
-    workspace = torch.empty(packing.kernels.statistics_bytes(most, problem.vocab, problem.width, threads), dtype=torch.uint8)
+    workspace = words(packing.kernels.statistics_bytes(most, problem.vocab, problem.width, threads) // 4)
     for i, block in enumerate(packing.slices):
         hidden, n = packing.block(i), block.stop - block.start
         targets = padded(y[block], -1)
@@ -140,9 +136,9 @@ def row_statistics(operands: Operands, rows: Tensor, problem: Problem, plan: Sch
             address(hidden.by_width),
             n,
             *_matrix(weight),
-            *hidden.readout.passed,
-            address(targets),
-            address(out[:, block]),
+            *hidden.readout.passed(problem.vocab, n),
+            address(targets, torch.int32, up(n)),
+            address(out[:, block], torch.float32, n),
             out.stride(0),
             address(workspace),
             threads,
@@ -177,7 +173,8 @@ class PackedTile(NamedTuple):
             threads,
         )
         if self.last:
-            self.kernels.unpack_hidden(address(self.blocks), *total.shape, address(total), total.stride(0), threads)
+            out = address(total, torch.float32)
+            self.kernels.unpack_hidden(address(self.blocks), *total.shape, out, total.stride(0), threads)
 
     def add_to_weight(self, total: Tensor, first: bool) -> None:  # [c, D]
         self.kernels.weight_gradient(
@@ -186,7 +183,7 @@ class PackedTile(NamedTuple):
             address(self.hidden.by_rows),
             self.rows.stop - self.rows.start,
             total.shape[1],
-            address(total),
+            address(total, torch.bfloat16 if total.dtype == torch.bfloat16 else torch.float32),
             total.stride(0),
             total.dtype == torch.bfloat16,
             not first,
@@ -205,26 +202,26 @@ def gradient_tiles(
     packing = Packing(operands, rows, plan.tile, plan.isa, with_columns=problem.grad_weight)
     threads, width = torch.get_num_threads(), problem.width
     k, most, columns = packing.kernels, min(plan.tile.rows, len(rows)), plan.tile.columns
-    left, right = words(k.packed_words(columns, _up(most))), words(k.packed_words(most, columns))
-    workspace = torch.empty(max(k.left_bytes(width, threads), k.left_bytes(columns, threads)), dtype=torch.uint8)
-    blocks = [words(_up(block.stop - block.start) * _up(width)) if problem.grad_hidden else None for block in packing.slices]
+    left, right = words(k.packed_words(columns, up(most))), words(k.packed_words(most, columns))
+    workspace = words(max(k.left_bytes(width, threads), k.left_bytes(columns, threads)) // 4)
+    blocks = [words(up(block.stop - block.start) * up(width)) if problem.grad_hidden else None for block in packing.slices]
     for start in range(0, problem.vocab, columns):
         here = slice(start, min(start + columns, problem.vocab))
         weight = _dense_rows(operands.weight[here])
-        sums = torch.empty(len(weight)) if problem.grad_bias else None
+        sums = torch.empty(len(weight), dtype=torch.float32, device=rows.device) if problem.grad_bias else None
         for i, block in enumerate(packing.slices):
             hidden = packing.block(i)
             readout = hidden.readout._replace(bias=None if packing.bias is None else packing.bias[here])
-            arguments = CoefficientArguments.of(coefficients.rows(block), start)
+            arguments, n = CoefficientArguments.of(coefficients.rows(block), start), block.stop - block.start
             k.linear_gradient(
                 address(hidden.by_width),
-                block.stop - block.start,
+                n,
                 *_matrix(weight),
-                *readout.passed,
-                *arguments.passed,
+                *readout.passed(len(weight), n),
+                *arguments.passed(n),
                 address(left),
                 address(right),
-                address(sums),
+                address(sums, torch.float32, len(weight)),
                 address(workspace),
                 threads,
             )

@@ -102,7 +102,7 @@ def _counting(counts: Tensor) -> tuple[Tensor, Tensor]:  # [N] bool -> [N] int64
     rank = counts.cumsum(0)
     slot = torch.where(counts, rank - 1, n)  # all others share a slot past the end
     positions = torch.zeros(n + 1, dtype=torch.int64, device=counts.device)
-    positions.scatter_(0, slot, torch.arange(n, device=counts.device))
+    positions.scatter_(0, slot, torch.arange(n, dtype=torch.int64, device=counts.device))
     return positions[:n], rank[-1:]
 
 
@@ -123,7 +123,7 @@ def row_statistics(operands: Operands, rows: Tensor, problem: Problem, schedule:
     cache = _empty_cache(n if keep else 0, problem)
     if n:
         count = torch.full((1,), n, dtype=torch.int64, device=rows.device)
-        _stream(operands, rows, count, torch.arange(n, device=rows.device), with_entropy, cache, result)
+        _stream(operands, rows, count, torch.arange(n, dtype=torch.int64, device=rows.device), with_entropy, cache, result)
     return Statistics(*result), cache
 
 

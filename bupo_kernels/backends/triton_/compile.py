@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bupo_kernels.backends.algebra import Coefficients
@@ -99,16 +100,20 @@ def _compiling(target: str) -> Iterator[list]:
             triton.runtime.driver.set_active(before)
 
 
+def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype, device="cpu")
+
+
 def _operands(dtype: torch.dtype, *, width: int = 512, bias=False, per_row=False, softcap=None, shift: int = 0) -> Operands:
     rows, vocab = 64, 1024
-    hidden = torch.zeros(rows * width + 16, dtype=dtype)[shift : rows * width + shift].view(rows, width)
-    weight = torch.zeros(vocab * width + 16, dtype=dtype)[shift : vocab * width + shift].view(vocab, width)
-    temperature = torch.ones(rows) if per_row else 0.7
+    hidden = _zeros(rows * width + 16, dtype=dtype)[shift : rows * width + shift].view(rows, width)
+    weight = _zeros(vocab * width + 16, dtype=dtype)[shift : vocab * width + shift].view(vocab, width)
+    temperature = torch.ones(rows, dtype=torch.float32, device="cpu") if per_row else 0.7
     return Operands(
         hidden,
         weight,
-        torch.zeros(vocab) if bias else None,
-        torch.zeros(rows, dtype=torch.int64),
+        _zeros(vocab) if bias else None,
+        _zeros(rows, dtype=torch.int64),
         Readout(temperature, 1.0, softcap),
     )
 
@@ -117,9 +122,9 @@ def cases(name: str) -> Iterator[tuple[str, Callable[[], object]]]:
     """(case, launch) of everything that runs by default."""
     gpu = TARGETS[name]
     target = config.Target(gpu.backend, gpu.arch if gpu.backend == "cuda" else 0, processors=132)
-    rows, count, floats = torch.arange(64), torch.tensor([64]), torch.zeros(64)
+    rows, count, floats = torch.arange(64, dtype=torch.int64, device="cpu"), _zeros(1, dtype=torch.int64) + 64, _zeros(64)
     coefficients = Coefficients(floats, floats, floats, floats, rows)
-    cache = torch.zeros(64, 1024, dtype=torch.bfloat16), torch.zeros(64, 16, dtype=torch.int32)
+    cache = _zeros(64, 1024, dtype=torch.bfloat16), _zeros(64, 16, dtype=torch.int32)
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         all_options = {"bias": True, "per_row": True, "softcap": 30.0}
@@ -135,15 +140,15 @@ def cases(name: str) -> Iterator[tuple[str, Callable[[], object]]]:
             yield case, lambda launch=launch: linear_statistics(launch, count, with_entropy=True)
             if config.why_not_cached(dtype, softcap=operands.readout.softcap is not None) is None:
                 yield f"{case}, E kept", lambda launch=launch: linear_statistics(launch, count, with_entropy=True, cache=cache)
-            dz = torch.zeros(64, 1024, dtype=dtype)
+            dz = _zeros(64, 1024, dtype=dtype)
             yield case, lambda launch=launch, dz=dz: gradient_recompute(launch, coefficients, dz, slice(0, 1024))
 
     launch = Launch(_operands(torch.bfloat16), rows, target)
     yield "bfloat16, arg max", lambda: linear_statistics(launch, count, with_entropy=True, with_argmax=True)
-    partials, best, merged = torch.zeros(4, 4, 64), torch.zeros(4, 64, dtype=torch.int64), torch.zeros(4, 64)
+    partials, best, merged = _zeros(4, 4, 64), _zeros(4, 64, dtype=torch.int64), _zeros(4, 64)
     yield "with arg max", lambda: merge(partials, best, count, rows, merged, rows, with_entropy=True)
     columns = config.statistics_config(torch.bfloat16, target, regular=True, softcap=False, cache=True).columns
-    dz = torch.zeros(64, 1024, dtype=torch.bfloat16)
+    dz = _zeros(64, 1024, dtype=torch.bfloat16)
     yield "bfloat16", lambda: gradient_cached(cache, columns, rows, coefficients, dz, slice(0, 1024))
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bupo_kernels.backends.algebra import Coefficients
 from bupo_kernels.backends.triton_.config import gradient_config
-from bupo_kernels.backends.triton_.product import Launch, in_order, product_tile, readout, store_tile
+from bupo_kernels.backends.triton_.product import LEAST_EXPONENT, Launch, in_order, product_tile, readout, store_tile
 
 DTYPES = {"torch.float32": tl.float32, "torch.bfloat16": tl.bfloat16, "torch.float16": tl.float16}
 
@@ -86,7 +86,7 @@ def gradient_recompute_kernel(
         x = z - tl.load(maximum + rows, mask=counts, other=0.0)[:, None]
         factor = tl.load(constant + rows, mask=counts, other=0.0)[:, None]
         if WITH_ENTROPY:
-            factor = factor - tl.load(slope + rows, mask=counts, other=0.0)[:, None] * x
+            factor = factor - tl.load(slope + rows, mask=counts, other=0.0)[:, None] * tl.maximum(x, LEAST_EXPONENT)
         y = tl.load(targets + rows, mask=counts, other=-1)[:, None]
         on_target = tl.load(dz_target + rows, mask=counts, other=0.0)[:, None]
         gradient = tl.where(columns[None, :] == y, on_target, tl.exp(x) * factor)

@@ -16,7 +16,17 @@ import triton.language as tl
 from torch import Tensor
 
 from bupo_kernels.backends.triton_.config import split_columns, statistics_config
-from bupo_kernels.backends.triton_.product import LOG2E, LOG2E_REST, Launch, in_order, product_tile, readout, store_tile
+from bupo_kernels.backends.triton_.product import (
+    LEAST_EXPONENT,
+    LOG2E,
+    LOG2E_REST,
+    LOWEST,
+    Launch,
+    in_order,
+    product_tile,
+    readout,
+    store_tile,
+)
 
 
 @triton.jit
@@ -71,7 +81,7 @@ def linear_statistics_kernel(
         if ROW_SCALE:
             z_scale = tl.load(row_scale + rows, mask=counts, other=1.0)[:, None]
 
-        m = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+        m = tl.full((BLOCK_N,), LOWEST, tl.float32)
         s = tl.zeros((BLOCK_N,), tl.float32)
         t = tl.zeros((BLOCK_N,), tl.float32)
         z_y = tl.zeros((BLOCK_N,), tl.float32)
@@ -106,13 +116,14 @@ def linear_statistics_kernel(
             e = tl.exp(x)
             a = tl.exp(m - new_m)
             if WITH_ENTROPY:
-                carried = tl.where(s > 0, m - new_m, 0.0) * s  # m is −inf before the first block
-                t = a * (t + carried) + tl.sum(tl.where(inside[None, :], x, 0.0) * e, 1)
+                carried = tl.maximum(m - new_m, LEAST_EXPONENT) * s
+                t = a * (t + carried) + tl.sum(tl.maximum(x, LEAST_EXPONENT) * e, 1)  # a NaN stays one in e
             s = a * s + tl.sum(e, 1)
             m = new_m
             if CACHE:
-                k = tl.ceil(m * LOG2E)
-                power = tl.math.fma(m, LOG2E_REST, tl.math.fma(m, LOG2E, -k))  # m·log2e − k
+                base = tl.maximum(m, -1e9)  # of a block of −inf, whose E is 0 whatever k, as long as that is an int32
+                k = tl.ceil(base * LOG2E)
+                power = tl.math.fma(base, LOG2E_REST, tl.math.fma(base, LOG2E, -k))  # m·log2e − k
                 kept = rows < tl.minimum(cached_rows, rows_that_count)
                 store_tile((e * tl.exp2(power)[:, None]).to(tl.bfloat16), cache, cache_stride, rows, kept, first, TMA)
                 tl.store(exponents + rows * exponent_stride + first // BLOCK_V, k.to(tl.int32), mask=kept)

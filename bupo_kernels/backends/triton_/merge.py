@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bupo_kernels.backends.triton_.product import LEAST_EXPONENT, LOWEST
+
 
 @triton.jit
 def merge_kernel(
@@ -23,7 +25,7 @@ def merge_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     counts = rows < tl.load(count)
-    m = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    m = tl.full((BLOCK_N,), LOWEST, tl.float32)
     s = tl.zeros((BLOCK_N,), tl.float32)
     t = tl.zeros((BLOCK_N,), tl.float32)
     z_y = tl.zeros((BLOCK_N,), tl.float32)
@@ -38,8 +40,8 @@ def merge_kernel(
         a, b = tl.exp(m - new_m), tl.exp(split_m - new_m)
         if WITH_ENTROPY:
             split_t = tl.load(partial + 2 * N, mask=counts, other=0.0)
-            carried = tl.where(s > 0, m - new_m, 0.0) * s
-            t = a * (t + carried) + b * (split_t + (split_m - new_m) * split_s)
+            carried = tl.maximum(m - new_m, LEAST_EXPONENT) * s
+            t = a * (t + carried) + b * (split_t + tl.maximum(split_m - new_m, LEAST_EXPONENT) * split_s)
         if WITH_ARGMAX:
             arg_max = tl.where(split_m > m, tl.load(best_of_split, mask=counts, other=0), arg_max)
             best_of_split += N

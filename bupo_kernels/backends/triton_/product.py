@@ -23,6 +23,10 @@ LOG2E = tl.constexpr(1.4426950216293335)  # log2(e) rounded to fp32 …
 LOG2E_REST = tl.constexpr(1.9259629911266175e-08)  # … and what the rounding left out
 LN2 = tl.constexpr(0.6931471805599453)
 
+# As in algebra.py: the maximum of no logits, and where exponents end.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
+LEAST_EXPONENT = tl.constexpr(-1e4)
+
 # Elements: 16 bytes or more, what TMA asks of a row and a vectorised, asynchronous load of its address.
 ALIGNMENT = tl.constexpr(8)
 # Elements: a whole number of steps of any kernel, so that nothing along D is masked. Every model's width is one.
