@@ -19,6 +19,7 @@ from rich.table import Table
 from transformers import AutoConfig, PretrainedConfig
 
 from bupo.config import ConfigError, TrainConfig
+from bupo.model import unusable
 from bupo_kernels.dispatch import default_memory_budget
 from bupo_kernels.internal_policy import MODEL_TYPES
 
@@ -77,8 +78,8 @@ def load_architecture(config: TrainConfig) -> PretrainedConfig:
             raise ConfigError(f"architecture: {source} is not a file, accepted is a model's config.json")
     try:
         return AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ConfigError(f"{key}: {source} cannot be used: {' '.join(str(error).split())}") from None
+    except Exception as error:  # of as many kinds as there are ways to damage a file
+        raise unusable(source, error, key) from error
 
 
 def check_fits(architecture: PretrainedConfig, config: TrainConfig) -> None:
