@@ -7,12 +7,15 @@ import os
 import random
 import re
 import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException, FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -25,6 +28,15 @@ from transformers import PreTrainedModel
 from bupo.config import ConfigError, TrainConfig, check_new_folder
 from bupo.distributed import World
 
+T = TypeVar("T")
+
+FORMAT = 1  # of what a checkpoint says about itself; those without it are from before there was one
+# Of a model's config, what its weights mean something else without, though they fit.
+ARCHITECTURE = (
+    *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters", "sliding_window", "layer_types"),
+    *("attention_bias", "mlp_bias", "tie_word_embeddings"),
+)
 OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)  # by parameter name: loads on any number of ranks
 
 
@@ -33,6 +45,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int, world: World) -> None:
         self.folder, self.keep, self.world = folder, keep, world
+        self.damaged: set[int] = set()  # steps of those that could not be read: as if they were not there
 
     def steps(self) -> list[int]:
         """Of the complete ones, ascending; as rank 0 sees the folder."""
@@ -51,12 +64,15 @@ class Checkpoints:
             partial.mkdir(parents=True)
         self.world.barrier()
         try:
-            self._write(partial, {"step": step, "world_size": self.world.size, **state}, model, optimizer)
+            about = {"step": step, "world_size": self.world.size, **_identity(model), **state}
+            self._write(partial, about, model, optimizer)
         except BaseException:  # of a full disk dcp makes one that is no Exception
             shutil.rmtree(partial, ignore_errors=True)
             raise
         if self.world.main:
+            shutil.rmtree(self.path(step), ignore_errors=True)  # a damaged one
             os.replace(partial, self.path(step))
+            self.damaged.discard(step)
             _sync(self.folder)
             for old in self._steps()[: -self.keep]:
                 shutil.rmtree(self.path(old))
@@ -72,34 +88,138 @@ class Checkpoints:
             for path in (*folder.iterdir(), folder):  # on disk before the name says that it is
                 _sync(path)
 
+    def newest(self, load: Callable[[int], T]) -> T:
+        """What ``load`` makes of the step of the newest checkpoint that can be read; those that cannot are named. A collective.
+
+        Raises :class:`ConfigError` when there is none.
+        """
+        while steps := self.steps():
+            try:
+                return load(steps[-1])
+            except Damaged as error:
+                self.damaged.add(steps[-1])
+                if self.world.main:
+                    print(f"{error}: " + ("the one before it is taken" if steps[:-1] else "there is none before it"))
+        with self.world.agree():
+            raise ConfigError(f"output_dir: no checkpoint in {self.folder} can be read, accepted is a new folder, or a whole one")
+
     def load(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Puts weights and optimizer state back, and, on as many ranks as saved it, random states; returns the ``state``."""
-        state = json.loads((self.path(step) / "state.json").read_text(encoding="utf-8"))
+        """Puts weights and optimizer state back, and, on as many ranks as saved it, random states; returns the ``state``.
+
+        Raises :class:`ConfigError` when the checkpoint is of another model, and :class:`Damaged`, model and optimizer then being
+        of no use before another one is loaded. What a configuration says of the optimizer (decay, scale) is not put back.
+        """
+        state, random_state = self._read(step, model)
         weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
-        dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=self.path(step))
+        self._read_tensors(step, {"model": weights, "optimizer": moments})
+        configured = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
         set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=moments, options=OPTIONS)
-        if state["world_size"] == self.world.size:
-            _restore(torch.load(self.path(step) / f"random-{self.world.rank}.pt", weights_only=True))
+        for group, settings in zip(optimizer.param_groups, configured, strict=True):
+            group.update(settings)
+        if random_state is not None:
+            _restore(random_state)
         return state
 
-    def load_model(self, step: int, model: PreTrainedModel) -> None:
-        """Puts the weights alone back."""
+    def load_model(self, step: int, model: PreTrainedModel) -> int:
+        """Puts the weights alone back; returns the step. Raises as :meth:`load` does."""
+        self._read(step, model, trained=False)
         weights = get_model_state_dict(model, options=OPTIONS)
-        dcp.load({"model": weights}, checkpoint_id=self.path(step))
+        self._read_tensors(step, {"model": weights})
         set_model_state_dict(model, weights, options=OPTIONS)
+        return step
+
+    def _read(self, step: int, model: PreTrainedModel, trained: bool = True) -> tuple[dict[str, Any], dict[str, Any] | None]:
+        """State, and this rank's random state if it is to be restored, of a checkpoint that is whole and is ``model``'s."""
+        folder, fault = self.path(step), None
+        try:
+            state, random_state = json.loads((folder / "state.json").read_text(encoding="utf-8")), None
+            if trained and state["world_size"] == self.world.size:
+                random_state = torch.load(folder / f"random-{self.world.rank}.pt", weights_only=True)
+            metadata = FileSystemReader(folder).read_metadata()
+            for entry in metadata.storage_data.values():
+                if (folder / entry.relative_path).stat().st_size < entry.offset + entry.length:
+                    raise EOFError(f"{entry.relative_path} is cut off")
+        except Exception as error:  # of as many kinds as there are ways to damage a file
+            fault = _in_one_line(error)
+        if faults := [fault for fault in self.world.gather([fault]) if fault is not None]:
+            raise Damaged(f"{folder} is damaged ({faults[0]})")
+        with self.world.agree():
+            self._compare(step, state, metadata, model, trained)
+        return state, random_state
+
+    def _compare(self, step: int, state: dict[str, Any], metadata: Metadata, model: PreTrainedModel, trained: bool) -> None:
+        place = f"output_dir: {self.path(step)}"
+        if (found := state.get("format", 0)) > FORMAT:
+            raise ConfigError(f"{place} is of format {found}, accepted are up to {FORMAT}: it comes from a newer bupo")
+        now = _identity(model)
+        before = state.get("architecture", {})
+        other = [
+            f"{key} was {before[key]}, is {value}"
+            for key, value in now["architecture"].items()
+            if key in before and _differ(before[key], value)
+        ]
+        saved = metadata.state_dict_metadata
+        saved = {key.removeprefix("model."): tuple(entry.size) for key, entry in saved.items() if key.startswith("model.")}
+        made = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+        needed = [name for name, _ in model.named_parameters()]  # of tied weights one name
+        changed = [key for key in dict.fromkeys([*needed, *saved]) if saved.get(key) != made.get(key)]
+        if changed and not other:
+            other = [f"{changed[0]} was {saved.get(changed[0], 'absent')}, is {made.get(changed[0], 'absent')}"]
+        if other:
+            raise ConfigError(f"{place} is of another model, accepted is the one it was saved from: {other[0]}")
+        moments = (re.fullmatch(r"optimizer\.state\.(.+)\.exp_avg", key) for key in metadata.state_dict_metadata)
+        before = state.get("trained") or [match[1] for match in moments if match]  # those of before there was a format
+        if trained and (different := sorted({*before} ^ {*now["trained"]})):
+            raise ConfigError(
+                f"{place} is of a run that trained {len(before)} parameters, accepted are the same, here are {len(now['trained'])} "
+                f"({different[0]}, …): optimizer.upper_layers, optimizer.upper_from"
+            )
+
+    def _read_tensors(self, step: int, into: dict[str, Any]) -> None:
+        try:
+            dcp.load(into, checkpoint_id=self.path(step))
+        except CheckpointException as error:  # raised on every rank
+            reason = next(iter(error.failures.values()))[0]
+            raise Damaged(f"{self.path(step)} is damaged ({_in_one_line(reason)})") from error
 
     def _steps(self) -> list[int]:
         names = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
-        return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name)))
+        steps = {int(match[1]) for name in names if (match := re.fullmatch(r"step-(\d+)", name))}
+        return sorted(steps - self.damaged)
 
 
-def last_step(config: TrainConfig, checkpoints: Checkpoints) -> int:
-    """The step of the newest checkpoint in the run folder, 0 if there is none. Raises :class:`ConfigError` for a folder that is no
-    run's, or not to be continued."""
+class Damaged(ConfigError):
+    """A checkpoint that cannot be read: which, and why."""
+
+
+def _identity(model: PreTrainedModel) -> dict[str, Any]:
+    """What a checkpoint says about itself, as JSON gives it back."""
+    config = model.config.to_dict()
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    about = {"format": FORMAT, "architecture": {key: config[key] for key in ARCHITECTURE if key in config}, "trained": trained}
+    return json.loads(json.dumps(about))
+
+
+def _differ(before: Any, now: Any) -> bool:
+    """Whether two values of a config mean something else; what only one version of transformers writes down is left out."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        return any(_differ(before[key], now[key]) for key in before.keys() & now.keys())
+    return before != now
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def last_step(config: TrainConfig, steps: Sequence[int]) -> int:
+    """The newest of the ``steps`` of the checkpoints in the run folder, 0 if there is none; none of them is read yet.
+
+    Raises :class:`ConfigError` for a folder that is no run's, or not to be continued.
+    """
     folder = config.output_dir
     if config.checkpoints.resume == "never" or not (folder / "config.yaml").is_file():
         check_new_folder(folder, "output_dir")
-    last = max(checkpoints.steps(), default=0)
+    last = max(steps, default=0)
     if last > config.steps:
         raise ConfigError(f"steps: {config.steps} given, accepted are {last} and more: {folder} holds a checkpoint of that step")
     return last

@@ -3,35 +3,78 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import itertools
 import json
 import logging
 import os
+import signal
 import sys
+import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import get_args
 
-from bupo.config import ConfigError, describe_config, load_config, override, parse_config
+from bupo.config import ConfigError, ExportType, describe_config, load_config, override, parse_config
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0 done, 1 sides of a benchmark that do not agree, 2 bad input (one line on stderr,
-    nothing written), 130 interrupted."""
+    """Runs a command; returns the exit code: 0 done, 1 sides of a benchmark that do not agree or a full disk, 2 bad input (one
+    line on stderr, nothing written), 130 interrupted, 143 terminated."""
     parser = _parser()
     options, left = parser.parse_known_args(arguments)
     if left and (options.command != "train" or any(word.startswith("-") for word in left)):
         parser.error(f"unrecognized arguments: {' '.join(left)}")
     if left:  # argparse takes no positional arguments behind an option
         options.overrides += left
+    told = [signal.signal(signal.SIGTERM, _terminate)] if threading.current_thread() is threading.main_thread() else []
     try:
         return options.do(options)
     except ConfigError as error:
-        if os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ:  # under torchrun all say the same
-            print(f"bupo {options.command}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\nbupo {options.command}: interrupted; what the run folder holds so far stays", file=sys.stderr)
-        return 130
+        return _refuse(options.command, error)
+    except KeyboardInterrupt as error:
+        terminated = isinstance(error, Terminated)
+        if int(os.environ.get("RANK", 0)) == 0:
+            unfinished = "; what is in --out stays, and the same command goes on from there"
+            if getattr(options, "out", None) is None:
+                unfinished = "; nothing is kept without --out"
+            kept = {"evaluate": unfinished, "analyze": unfinished}
+            kept["train"] = "; the same command goes on from the newest checkpoint in the run folder"
+            said = ("SIGTERM" if terminated else "interrupted") + kept.get(options.command, "")
+            print(f"\nbupo {options.command}: {said}", file=sys.stderr)
+        return 143 if terminated else 130
+    except BaseException as error:  # among those of a full disk is one of torch that is no Exception
+        if not _says_no_space(error):
+            raise
+        print(f"bupo {options.command}: the disk is full; what was written before is whole", file=sys.stderr)
+        return 1
+    finally:
+        for handler in told:
+            signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does, where it is not waited for."""
+
+
+def _terminate(*_) -> None:
+    raise Terminated
+
+
+def _refuse(command: str, error: ConfigError) -> int:
+    """Prints the line of an error, once: under torchrun it is one rank's, or all say the same."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        from bupo.distributed import agree_on
+
+        error = agree_on(error)
+    if error.speaker in (None, int(os.environ.get("RANK", 0))):
+        print(f"bupo {command}: {error}", file=sys.stderr)
+    return 2
+
+
+def _says_no_space(error: BaseException) -> bool:
+    """Whether it comes of a full disk: libraries turn that into errors of their own."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +110,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("model", metavar="MODEL", help="folder of a Hugging Face checkpoint, or a model's name on the hub")
     evaluate.add_argument("--data", nargs="+", required=True, metavar="FILE", help="as data.train of `bupo train`")
-    evaluate.add_argument("--out", type=Path, metavar="DIR", help="new folder for accuracy.json and responses.jsonl")
+    evaluate.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="new folder for accuracy.json and responses.jsonl, or that of an unfinished evaluation",
+    )
     evaluate.add_argument("--samples", type=int, default=16, help="responses per problem, for avg@ and pass@ (default 16)")
     evaluate.add_argument("--k", type=int, nargs="+", default=[1, 4, 16], help="of pass@k (default 1 4 16)")
     evaluate.add_argument(
@@ -156,6 +204,9 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("run", type=Path, metavar="RUN", help="folder of a run (its output_dir)")
     export.add_argument("output", type=Path, metavar="DIR", help="new folder")
     export.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
+    export.add_argument(
+        "--dtype", choices=get_args(ExportType), help="of its weights (default: checkpoints.export_dtype of the run, else auto)"
+    )
     export.set_defaults(do=_export)
 
     demo = commands.add_parser(
@@ -272,7 +323,8 @@ def _export(options: argparse.Namespace) -> int:
     _prepare_process()
     from bupo.commands import export_command
 
-    print(f"step {export_command(options.run, options.output, options.step)} is in {options.output}")
+    step = export_command(options.run, options.output, options.step, options.dtype)
+    print(f"step {step} is in {options.output}")
     return 0
 
 

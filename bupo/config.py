@@ -24,10 +24,16 @@ from pydantic_core import PydanticCustomError
 
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+ExportType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+BASE = "base"  # in a run folder: config and tokenizer of the model it started from
 
 
 class ConfigError(Exception):
     """One line that names the key, what was given and what is accepted."""
+
+    speaker: int | None = None  # the rank that prints it, where all ranks know of it
 
 
 def _allows_flags(annotation: Any) -> bool:
@@ -165,6 +171,7 @@ class Checkpoints(Section):
     resume: Literal["auto", "never"] = Field(
         "auto", description="auto continues a run found in output_dir; never refuses such a folder"
     )
+    export_dtype: ExportType = Field("auto", description="of the exported model; auto = as `model` is loaded by default")
 
 
 class Telemetry(Section):
@@ -245,6 +252,21 @@ class TrainConfig(Section):
     def heldout(self) -> list[str]:
         return [self.data.heldout] if isinstance(self.data.heldout, str) else self.data.heldout
 
+    def with_absolute_paths(self) -> TrainConfig:
+        """The same with the files and folders that are there named absolutely, so that it means the same in any folder."""
+
+        def absolute(names: Any) -> Any:
+            if isinstance(names, list):
+                return [absolute(name) for name in names]
+            return str(Path(names).absolute()) if Path(names).exists() else names  # else a name on the hub
+
+        data = {name: absolute(getattr(self.data, name)) for name in ("train", "heldout")}
+        changes = {"model": absolute(self.model), "output_dir": self.output_dir.absolute()}
+        changes["data"] = self.data.model_copy(update=data)
+        if self.architecture is not None:
+            changes["architecture"] = self.architecture.absolute()
+        return self.model_copy(update=changes)
+
     @property
     def lengths(self) -> tuple[int, int]:
         """Tokens at most of a prompt, and of a response."""
@@ -259,7 +281,8 @@ class TrainConfig(Section):
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """The checked configuration in ``path`` with ``key.path=value`` overrides; values are YAML.
 
-    Raises :class:`ConfigError`. The model and the files it names are not looked at here.
+    That of a run folder means the folder it lies in, wherever that was moved to. Raises :class:`ConfigError`. The model and the
+    files it names are not looked at here.
     """
     if not path.is_file():
         raise ConfigError(f"config: {path} is not a file, accepted is a YAML file")
@@ -269,6 +292,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
         raise ConfigError(f"config: {path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"config: {path} holds a {type(tree).__name__}, accepted is a mapping of keys to values")
+    if (path.parent / BASE).is_dir():
+        tree["output_dir"] = str(path.absolute().parent)
     return parse_config(override(tree, overrides))
 
 
@@ -281,11 +306,14 @@ def parse_config(tree: dict[str, Any]) -> TrainConfig:
 
 
 def check_new_folder(path: Path, key: str) -> None:
-    """Raises :class:`ConfigError` unless ``path`` is an empty folder, or can become one."""
+    """Raises :class:`ConfigError` unless ``path`` is an empty folder, or can become one.
+
+    What a process leaves that was killed before it had written anything whole (a lock, a file's first part) does not count.
+    """
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not existing.is_dir():
         raise ConfigError(f"{key}: {existing} is a file, accepted is a new or empty folder")
-    if existing == path and any(path.iterdir()):
+    if existing == path and any(entry.name != "lock" and entry.suffix != ".partial" for entry in path.iterdir()):
         raise ConfigError(f"{key}: {path} is not empty, accepted is a new or empty folder")
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from transformers import AutoConfig, PretrainedConfig
 
 from bupo.config import ConfigError, TrainConfig
+from bupo.model import pretrained, unusable
 from bupo_kernels.dispatch import default_memory_budget
 from bupo_kernels.internal_policy import MODEL_TYPES
 
@@ -65,19 +66,6 @@ def peak_flops(device_name: str, precision: str, *, tf32: bool = False) -> float
     return 1e12 * (bfloat16 if precision == "bfloat16" else bfloat16 / 2 if tf32 else float32)
 
 
-def pretrained(name: str) -> dict[str, str]:
-    """``name``, a folder, a name on the hub or a GGUF file, as ``from_pretrained`` takes it.
-
-    Raises ``FileNotFoundError`` for a GGUF file that is not there.
-    """
-    path = Path(name)
-    if path.suffix.lower() != ".gguf":
-        return {"pretrained_model_name_or_path": name}
-    if not path.is_file():
-        raise FileNotFoundError("it does not exist")
-    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
-
-
 def load_architecture(config: TrainConfig) -> PretrainedConfig:
     """The model's own config: of the local folder or file ``config.model``, else ``config.architecture``, else of the hub (or its
     cache).
@@ -91,8 +79,8 @@ def load_architecture(config: TrainConfig) -> PretrainedConfig:
             raise ConfigError(f"architecture: {source} is not a file, accepted is a model's config.json")
     try:
         return AutoConfig.from_pretrained(**pretrained(str(source)))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
-        raise ConfigError(f"{key}: {source} cannot be used: {' '.join(str(error).split())}") from None
+    except Exception as error:  # of as many kinds as there are ways to damage a file
+        raise unusable(source, error, key) from error
 
 
 def check_fits(architecture: PretrainedConfig, config: TrainConfig) -> None:

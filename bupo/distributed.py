@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import time
@@ -73,6 +74,21 @@ class World:
         if self.size > 1:
             dist.barrier()
 
+    @contextmanager
+    def agree(self) -> Iterator[None]:
+        """What is done within, on each rank by itself, has failed on all ranks if it fails on one, which alone says why.
+
+        Without it the others would wait for ever for the one that is gone, or carry its error into a collective.
+        """
+        failure = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        if self.size == 1 and failure is not None:
+            raise failure
+        _raise_together(self.rank, failure, self.gather([None if failure is None else str(failure)]))
+
     def _reduce(self, values: Tensor, how) -> Tensor:
         if self.size > 1:
             dist.all_reduce(values, how)
@@ -86,12 +102,16 @@ def process_group(hardware: Hardware) -> Iterator[World]:
     Raises :class:`ConfigError` when the device is not there, or the environment describes no world.
     """
     rank, size, local_rank = _launched()
-    device = _device(hardware.device, local_rank if size > 1 else None)
+    timeout, failure = timedelta(seconds=hardware.timeout), None
+    try:
+        device = _device(hardware.device, local_rank if size > 1 else None)
+    except ConfigError as error:
+        failure = error
+    store = _meet(rank, size, failure, timeout)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    how = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
-    dist.init_process_group(backend, timeout=timedelta(seconds=hardware.timeout), **how)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=size)
     try:
         yield World(rank, size, device)
     finally:
@@ -115,6 +135,62 @@ def _launched() -> tuple[int, int, int]:
     shown = ", ".join(f"{name}={value}" for name, value in given.items())
     accepted = "accepted are RANK, below WORLD_SIZE, and LOCAL_RANK, all as torchrun sets them, or none of them"
     raise ConfigError(f"environment: {shown} given, {accepted}")
+
+
+_meetings = 0  # of this process with the other ranks
+
+
+def _meet(rank: int, size: int, failure: ConfigError | None, timeout: timedelta) -> dist.Store:
+    """What a process group is made of, once every rank is there and none has failed: else all raise, and one of them says why."""
+    global _meetings
+    _meetings += 1
+    if size == 1:
+        _raise_together(rank, failure, [failure and str(failure)])
+        return dist.HashStore()
+    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
+    store = dist.PrefixStore(f"bupo/{_meetings}", store)
+    store.set(f"said/{rank}", json.dumps(failure and str(failure)))
+    said = [json.loads(store.get(f"said/{other}")) for other in range(size)]
+    if any(said):
+        store.set(f"left/{rank}", "")
+        if rank == 0:  # it may be the one that keeps the store
+            store.wait([f"left/{other}" for other in range(size)], timedelta(seconds=10))
+    _raise_together(rank, failure, said)
+    return store
+
+
+def agree_on(error: ConfigError) -> ConfigError:
+    """The error as all ranks know it, with a speaker: ``error`` itself, or another rank's if that comes first.
+
+    One that was raised before the process group is brought to the others, which wait for this rank there.
+    """
+    rank, size, _ = (int(os.environ.get(name, default)) for name, default in _LAUNCH)
+    if error.speaker is None and size > 1 and _meetings == 0:
+        try:
+            _meet(rank, size, error, timedelta(seconds=60))
+        except ConfigError as agreed:
+            return agreed
+        except Exception:  # nobody to meet: it is said all the same
+            pass
+    if error.speaker is None:
+        error = ConfigError(f"rank {rank}: {error}" if size > 1 else str(error))
+        error.speaker = rank
+    return error
+
+
+def _raise_together(rank: int, failure: Exception | None, said: list[str | None]) -> None:
+    """Raises on every rank if any has said something: the first of them is its speaker."""
+    speaker = next((rank for rank, line in enumerate(said) if line is not None), None)
+    if speaker is None:
+        return
+    if failure is not None and not isinstance(failure, ConfigError):
+        raise failure
+    error = ConfigError(said[0] if len(set(said)) == 1 else f"rank {speaker}: {said[speaker]}")
+    error.speaker = speaker
+    raise error from failure
+
+
+_LAUNCH = (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"))  # as torchrun sets them
 
 
 def _device(name: str, local_rank: int | None) -> torch.device:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from math import comb
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bupo.config import check_new_folder
+from bupo.config import ConfigError, check_new_folder
 from bupo.data import Example, question, stream_seed
-from bupo.distributed import World
-from bupo.output import progress_bar, replace_file
+from bupo.distributed import Termination, World
+from bupo.output import FolderLock, claim, progress_bar, replace_file
 from bupo.rewards import RewardPool
-from bupo.rollout import Rollout
+from bupo.rollout import Rollout, Stopped
 
 SOLVED = 0.5  # a response is right when its reward is above this
 RESPONSES = 2048  # sampled at a time per device: what token ids and log-probs may take of the memory
@@ -140,7 +144,9 @@ def evaluate(
     seed: int,
     greedy: bool = True,
     progress: Callable[[int, int], None] | None = None,
-    collect: Callable[[list[Response]], None] | None = None,
+    collect: Callable[[int, list[Response]], None] | None = None,
+    finished: Mapping[int, list[Response]] | None = None,
+    termination: Termination | None = None,
 ) -> Accuracy:
     """Accuracy of the policy behind ``rollout`` on ``examples``. A collective: arguments and result are those of every rank.
 
@@ -152,19 +158,27 @@ def evaluate(
         samples: n, responses sampled per problem.
         ks: of pass@k, each at most n.
         progress: told how many problems of this rank are done, and of how many.
-        collect: given the responses of all ranks, some problems at a time.
+        collect: given the number of a part, some of the problems, and all ranks' responses to it.
+        finished: what an earlier call has collected; those parts are not done again. That of rank 0 counts.
+        termination: when it is requested, responses are given up within a second and :class:`Stopped` is raised on every rank.
     """
     if not examples or not ks or not all(1 <= k <= samples for k in ks):
         raise ValueError(f"examples: {len(examples)}, ks: {list(ks)} given, accepted are at least 1 and 1 to samples ({samples})")
 
-    def respond(policy: Rollout, problems: Sequence[int], n: int, greedy: bool) -> list[list[Response]]:
+    def told() -> bool:
+        return termination is not None and termination.received
+
+    def respond(policy: Rollout, problems: Sequence[int], n: int, greedy: bool) -> list[Response]:
         """``n`` responses to each of the problems, scored."""
-        asked = [i for i in problems for _ in range(n)]
-        generated = policy.generate([examples[i].prompt_ids for i in problems], n, step)
+        asked, generated = [i for i in problems for _ in range(n)], None
+        with suppress(Stopped):
+            generated = policy.generate([examples[i].prompt_ids for i in problems], n, step)
+        if termination is not None and termination.requested():  # asked by every rank, has it given up or not
+            raise Stopped
         texts = [decode(sample.response_ids) for sample in generated]
         replies = zip(asked, texts, generated, strict=True)
         rewards = pool.score([question(examples[i], text, sample.response_ids) for i, text, sample in replies])
-        responses = [
+        return [
             Response(
                 problem=i,
                 source=examples[i].source,
@@ -180,40 +194,40 @@ def evaluate(
             )
             for i, text, reward, sample in zip(asked, texts, rewards, generated, strict=True)
         ]
-        return [responses[start : start + n] for start in range(0, len(responses), n)]
 
     mine = world.share(range(len(examples)))
     width = max(1, RESPONSES // samples)
     # Generating is a collective: a rank with fewer problems, or none, takes part as often as the others.
     parts = math.ceil(math.ceil(len(examples) / world.size) / width)
-    outcomes = []
+    done = world.from_main(sorted(finished or {}))
+    outcomes = _outcomes(response for part in done for response in finished[part]) if world.main else {}
     for part in range(parts):
         problems = mine[part * width : (part + 1) * width]
-        policy = rollout.with_sampling(stream="evaluation", seed=stream_seed(seed, "evaluation", part))
-        first = respond(policy.with_sampling(temperature=0.0), problems, 1, greedy=True) if greedy else [[] for _ in problems]
-        responses = [[*one, *more] for one, more in zip(first, respond(policy, problems, samples, greedy=False), strict=True)]
-        outcomes += map(_outcome, responses)
-        if collect:
-            collect(world.gather([response for group in responses for response in group]))
+        if part not in done:
+            policy = rollout.with_sampling(stream="evaluation", seed=stream_seed(seed, "evaluation", part), stop=told)
+            responses = respond(policy.with_sampling(temperature=0.0), problems, 1, greedy=True) if greedy else []
+            responses += respond(policy, problems, samples, greedy=False)
+            responses.sort(key=lambda response: response.problem)  # stable: the greedy one comes first
+            outcomes |= _outcomes(responses)
+            if collect:
+                collect(part, world.gather(responses))
         if progress:
             progress(min((part + 1) * width, len(mine)), len(mine))
-    rows = np.array(world.gather(outcomes), dtype=np.float64)  # [problems, 5], in the order of the examples
+    outcomes = dict(world.gather(list(outcomes.items())))
+    rows = np.array([outcomes[i] for i in range(len(examples))], dtype=np.float64)  # [problems, 5]
     source = np.array([example.source for example in examples])
     how = {"samples": samples, "ks": ks, "greedy": greedy, "seed": seed}
     sources = {name: _accuracy(rows[source == name], **how) for name in dict.fromkeys(source.tolist())}
     return replace(_accuracy(rows, **how), sources=sources)
 
 
-def _outcome(responses: list[Response]) -> tuple[int, ...]:
-    """What counts of one problem: greedy right; samples right; their tokens; how many finished; failed rewards."""
-    sampled = [r for r in responses if not r.greedy]
-    return (
-        sum(r.right for r in responses if r.greedy),
-        sum(r.right for r in sampled),
-        sum(r.tokens for r in sampled),
-        sum(r.finished for r in sampled),
-        sum(r.reward is None for r in responses),
-    )
+def _outcomes(responses: Iterable[Response]) -> dict[int, tuple[int, ...]]:
+    """What counts of each problem: greedy right; samples right; their tokens; how many finished; failed rewards."""
+    outcomes = defaultdict(lambda: (0, 0, 0, 0, 0))
+    for r in responses:
+        counts = (r.right, 0, 0, 0) if r.greedy else (0, r.right, r.tokens, r.finished)
+        outcomes[r.problem] = tuple(a + b for a, b in zip(outcomes[r.problem], (*counts, r.reward is None), strict=True))
+    return dict(outcomes)
 
 
 def _accuracy(rows: np.ndarray, samples: int, ks: Sequence[int], greedy: bool, seed: int) -> Accuracy:  # rows [problems, 5]
@@ -247,27 +261,43 @@ def evaluate_model(
     seed: int,
     greedy: bool = True,
     out: Path | None = None,
+    plan: Mapping[str, Any] | None = None,
 ) -> Accuracy:
     """:func:`evaluate` as ``bupo evaluate`` runs it: with a progress bar and a table at the end.
 
-    The new folder ``out`` receives ``responses.jsonl`` and ``accuracy.json``, each whole or not at all.
-    Raises :class:`ConfigError` when ``out`` is not new or empty.
+    The new folder ``out`` receives ``responses.jsonl`` and ``accuracy.json``, each whole or not at all. While it runs, its folder
+    ``partial`` holds the responses so far, part by part, and a call that finds them there goes on after them.
+
+    Args:
+        plan: what the responses depend on beside the other arguments: those of another plan are not gone on with.
+
+    Raises:
+        ConfigError: ``out`` is not new or empty, is in use, or has the part of another evaluation.
     """
-    if out is not None:
-        check_new_folder(out, "--out")
-        world.barrier()  # before rank 0 puts something there
-    writes = out is not None and world.main
-    if writes:
-        out.mkdir(parents=True, exist_ok=True)
-    settings = {"samples": samples, "ks": ks, "step": 0, "seed": seed, "greedy": greedy}
+    folder = None if out is None else out / "partial"
+    numbers = {"samples": samples, "seed": seed, "greedy": greedy}
+    with FolderLock(folder, "--out") if folder and world.main else nullcontext() as lock:
+        finished: dict[int, list[Response]] = {}
+        with world.agree():
+            if folder and world.main:
+                if not folder.is_dir():
+                    check_new_folder(out, "--out")
+                lock.take()
+                texts = [(example.prompt_ids, example.prompt, example.answer, example.source) for example in examples]
+                problems = hashlib.sha256(json.dumps(texts).encode()).hexdigest()
+                settings = {**numbers, "devices": world.size, "responses at a time": RESPONSES}
+                claim(folder, "plan.json", {"problems": problems, **(plan or {}), **settings}, "evaluation")
+                for path in sorted(folder.glob("part-*.jsonl")):
+                    rows = path.read_text(encoding="utf-8").splitlines()
+                    try:
+                        finished[int(path.stem.removeprefix("part-"))] = [Response(**json.loads(row)) for row in rows]
+                    except (ValueError, TypeError):  # damaged, or of another version
+                        raise ConfigError(f"--out: {path} cannot be read, accepted is a new folder") from None
 
-    def write(responses: list[Response]) -> None:
-        if writes:
-            with partial.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(vars(response)) + "\n" for response in responses)
+        def write(part: int, responses: list[Response]) -> None:
+            if world.main:
+                replace_file(_part(folder, part), "".join(json.dumps(vars(response)) + "\n" for response in responses))
 
-    partial = out / "responses.jsonl.partial" if writes else None
-    try:
         with progress_bar(shown=world.main) as bar:
             task = bar.add_task("evaluation", total=None)
             accuracy = evaluate(
@@ -276,16 +306,18 @@ def evaluate_model(
                 examples,
                 pool,
                 world,
-                **settings,
+                **numbers,
+                ks=ks,
+                step=0,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
-                collect=write if out is not None else None,
+                collect=write if folder else None,
+                finished=finished,
             )
-        if writes:
-            partial.replace(out / "responses.jsonl")
+        if folder and world.main:
+            parts = sorted(folder.glob("part-*.jsonl"))
+            replace_file(out / "responses.jsonl", "".join(path.read_text(encoding="utf-8") for path in parts))
             replace_file(out / "accuracy.json", json.dumps(accuracy.as_dict(), indent=2) + "\n")
-    finally:
-        if writes:
-            partial.unlink(missing_ok=True)
+            shutil.rmtree(folder)
     reasons = [reason for reason in world.gather([pool.last_failure]) if reason]
     if world.main:
         # The width of a file is not known to rich, which would fold the table into 80 columns.
@@ -293,3 +325,7 @@ def evaluate_model(
         if reasons:
             print(f"the last reward that failed: {reasons[-1]}")
     return accuracy
+
+
+def _part(folder: Path, number: int) -> Path:
+    return folder / f"part-{number:06}.jsonl"

@@ -40,11 +40,15 @@ class PerplexityGuard:
                 replace_file(path, json.dumps({"perplexity": self.first, "responses": pairs}))
             world.barrier()
             return
-        if not path.is_file():
-            raise ConfigError(f"output_dir: {path} is missing, accepted is a run folder with it, or bupo.guards.perplexity: null")
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        self._hold([Sample(prompt, response, None, True) for prompt, response in saved["responses"]])
-        self.first = saved["perplexity"]
+        with world.agree():
+            try:
+                saved = json.loads(path.read_text(encoding="utf-8"))
+                samples, self.first = [Sample(*pair, None, True) for pair in saved["responses"]], saved["perplexity"]
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                fault = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+                accepted = "accepted is a run folder with it, or bupo.guards.perplexity: null"
+                raise ConfigError(f"output_dir: {path} is {fault}, {accepted}") from error
+        self._hold(samples)
 
     def _hold(self, samples: list[Sample]) -> None:
         self.micro_batches = pack_all(samples, [0.0] * len(samples), self.max_tokens, self.world)

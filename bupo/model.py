@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,13 +13,23 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.initialization import no_init_weights
+from transformers.utils import logging as transformers_logging
 
 from bupo.config import ConfigError, Hardware, Optimizer
-from bupo.cost import pretrained
 from bupo.distributed import World, shard, sharded_units
 from bupo_kernels import FusedLMHead, policy_divergence, policy_lens, policy_logprobs, policy_loss
 from bupo_kernels.internal_policy import MODEL_TYPES
@@ -25,34 +37,51 @@ from bupo_kernels.internal_policy import MODEL_TYPES
 METHODS = {f.__name__: f for f in (policy_logprobs, policy_loss, policy_divergence, policy_lens)}
 
 
+def pretrained(name: str) -> dict[str, str]:
+    """``name``, a folder, a name on the hub or a GGUF file, as ``from_pretrained`` takes it.
+
+    Raises ``FileNotFoundError`` for a GGUF file that is not there.
+    """
+    path = Path(name)
+    if path.suffix.lower() != ".gguf":
+        return {"pretrained_model_name_or_path": name}
+    if not path.is_file():
+        raise FileNotFoundError("it does not exist")
+    return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """Raises :class:`ConfigError`."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(**pretrained(name))
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise unusable(name, error) from None
+    except Exception as error:  # of as many kinds as there are formats and ways to damage a file
+        raise unusable(name, error) from error
     if tokenizer.eos_token_id is None:
         raise unusable(name, "its tokenizer has no end-of-sequence token")
     return tokenizer
 
 
-def read_model(name: str, **options: Any) -> PreTrainedModel:
-    """The model ``name`` with its weights; those of a GGUF file are unpacked, so that it is a model like any other."""
-    source = pretrained(name)
-    if "gguf_file" in source and hasattr(transformers, "GgufConfig"):  # without it, weights are always unpacked
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**source, **options)
-    if "gguf_file" in source and getattr(model, "hf_quantizer", None) is not None:
-        model.hf_quantizer.remove_quantization_config(model)  # or nothing could be saved
-    return model
-
-
-def load_model(name: str, hardware: Hardware, world: World) -> PreTrainedModel:
+def load_model(name: str, hardware: Hardware, world: World, *, weights: bool = True) -> PreTrainedModel:
     """The model of a folder, a hub name or a GGUF file, with float32 masters, a :class:`FusedLMHead`, and :data:`METHODS` bound to
     it; sharded.
 
-    Only rank 0 reads the weights; the others make room and are sent their shards. Raises :class:`ConfigError`.
+    Only rank 0 reads the weights; the others make room and are sent their shards. Without ``weights`` there is room only, for a
+    checkpoint to fill. Raises :class:`ConfigError`.
     """
+    with world.agree():
+        model = _one_process_model(name, hardware, read=weights and world.main)
+        if hardware.liger:
+            _apply_liger(model, world)
+    make_trainable(model, hardware, METHODS)
+    whole = model.state_dict() if world.main else {}
+    shard(model, world, hardware, list(METHODS))
+    if weights and sharded_units(model) and world.size > 1:
+        set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    # In training mode activations are checkpointed; there is no dropout.
+    return model.train()
+
+
+def _one_process_model(name: str, hardware: Hardware, read: bool) -> PreTrainedModel:
     options = {"attn_implementation": "sdpa" if hardware.attention == "per-sequence" else hardware.attention}
     try:
         architecture = AutoConfig.from_pretrained(**pretrained(name))
@@ -61,26 +90,84 @@ def load_model(name: str, hardware: Hardware, world: World) -> PreTrainedModel:
             raise ValueError(f"of type {architecture.model_type!r}, accepted are {', '.join(MODEL_TYPES)}")
         # The old and the new log-probs of a ratio must come from one and the same network.
         architecture.attention_dropout = 0.0
-        if world.main:
+        if read:
             model = read_model(name, config=architecture, dtype=torch.float32, **options)
         else:
             with no_init_weights():  # memory that is never written is never taken
                 model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, **options)
             model.tie_weights()
+            with contextlib.suppress(OSError):  # there is none: as from_config made it
+                model.generation_config = GenerationConfig.from_pretrained(pretrained(name)["pretrained_model_name_or_path"])
         FusedLMHead.adopt(model.get_output_embeddings())
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise unusable(name, error) from None
-    if world.main:
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise unusable(name, error) from error
+    if read:
         require_finite(name, model)
-    if hardware.liger:
-        _apply_liger(model, world)
-    make_trainable(model, hardware, METHODS)
-    whole = model.state_dict() if world.main else {}
-    shard(model, world, hardware, list(METHODS))
-    if sharded_units(model) and world.size > 1:
-        set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    # In training mode activations are checkpointed; there is no dropout.
-    return model.train()
+    return model
+
+
+# What torch.compile, DDP, FSDP1 and activation checkpointing put in front of the names of what they wrap.
+WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def read_model(name: str, **options: Any) -> PreTrainedModel:
+    """``from_pretrained``, in which every weight comes from the checkpoint and none is left over.
+
+    transformers makes up what is missing, and warns. Names that a wrapper put its own in front of are read without it, with a line.
+    The weights of a GGUF file are unpacked, so that it is a model like any other. Raises :class:`ConfigError`.
+    """
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report is a table; what is wrong is said here, in a line
+    try:
+        source = pretrained(name)
+        if "gguf_file" in source and hasattr(transformers, "GgufConfig"):  # without it, weights are always unpacked
+            options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+        how = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, found = AutoModelForCausalLM.from_pretrained(**source, **options, **how)
+        if "gguf_file" in source and getattr(model, "hf_quantizer", None) is not None:
+            model.hf_quantizer.remove_quantization_config(model)  # or nothing could be saved
+        missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
+        if any(map(WRAPPERS.search, unexpected)):
+            missing, unexpected = _load_unwrapped(model, Path(name))
+    except Exception as error:
+        raise unusable(name, error) from error
+    finally:
+        transformers_logging.set_verbosity(level)
+    mismatched = sorted((key, tuple(given), tuple(made)) for key, given, made in found["mismatched_keys"])
+    wrong = [f"{key} is {given} there and {made} by its config" for key, given, made in mismatched]
+    wrong += [f"it lacks {_some(missing)}"] if missing else []
+    wrong += [f"it has {_some(unexpected)}, which its config knows nothing of"] if unexpected else []
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if model.config.get_text_config().tie_word_embeddings and head is not None and head.weight is not embedding.weight:
+        wrong.append("its config has tie_word_embeddings, but its head and its embedding differ")
+    if wrong:
+        raise unusable(name, "; ".join(wrong[:3]))
+    return model
+
+
+def _load_unwrapped(model: PreTrainedModel, folder: Path) -> tuple[list[str], list[str]]:
+    """Loads the weights in ``folder`` by their names without :data:`WRAPPERS`; returns the names missing and unexpected."""
+    weights = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        weights |= load_file(path)
+    for path in () if weights else sorted(folder.glob("pytorch_model*.bin")):
+        weights |= torch.load(path, map_location="cpu", weights_only=True)
+    plain = {WRAPPERS.sub("", key): weight for key, weight in weights.items()}
+    prefixes = sorted({match for key in weights for match in WRAPPERS.findall(key)})
+    print(f"model: {folder}: {', '.join(prefixes)} taken off the names of its weights")
+    unexpected = model.load_state_dict(plain, strict=False).unexpected_keys
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    filled: dict[int, Tensor] = {}  # of tied weights one name is enough, and a second one must have the same
+    for key in plain.keys() & parameters.keys():
+        if not torch.equal(filled.setdefault(id(parameters[key]), plain[key]), plain[key]):
+            unexpected.append(key)
+    return [key for key, parameter in parameters.items() if id(parameter) not in filled], unexpected
+
+
+def _some(names: list[str]) -> str:
+    return f"{names[0]}" + (f" and {len(names) - 1} other weights" if len(names) > 1 else "")
 
 
 def require_finite(name: str, model: PreTrainedModel) -> None:
@@ -102,8 +189,29 @@ def make_trainable(model: PreTrainedModel, hardware: Hardware, methods: dict[str
         setattr(model, name, MethodType(function, model))
 
 
-def unusable(name: str, reason: object) -> ConfigError:
-    return ConfigError(f"model: {name} cannot be used: {' '.join(str(reason).split())}")
+def unusable(name: str | Path, reason: object, key: str = "model") -> ConfigError:
+    """That the model ``name`` cannot be used, for a ``reason`` that may be whatever was raised; a damaged file of it is named."""
+    found = [fault for path in sorted(Path(name).glob("*")) if (fault := _fault(path))] if Path(name).is_dir() else []
+    if found:
+        reason = found[0]
+    elif isinstance(reason, Exception) and not isinstance(reason, (OSError, ValueError)):
+        reason = f"{type(reason).__name__}: {reason}"
+    return ConfigError(f"{key}: {name} cannot be used: {' '.join(str(reason).split())}")
+
+
+def _fault(path: Path) -> str | None:
+    """What is wrong with a file of a model's folder, as far as that can be seen without the model."""
+    if path.is_file():
+        with path.open("rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs.github.com/spec/"):
+                return f"{path.name} is a pointer of Git LFS, not the file itself (git lfs pull)"
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except Exception as error:
+            return f"{path.name} is damaged: {error}"
+    return None
 
 
 def _apply_liger(model: PreTrainedModel, world: World) -> None:
@@ -149,13 +257,39 @@ def _above(model: PreTrainedModel, layer: int | None) -> list[nn.Parameter]:
     return [parameter for module in (*backbone.layers[layer:], backbone.norm) for parameter in module.parameters()]
 
 
-def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, world: World) -> None:
+def export_type(architecture: PretrainedConfig, asked: str) -> torch.dtype:
+    """The type ``asked`` for; "auto" is the one in which a model of this config is loaded by default."""
+    dtype = asked if asked != "auto" else architecture.dtype or torch.float32
+    return getattr(torch, str(dtype).removeprefix("torch."))
+
+
+def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, world: World, dtype: torch.dtype) -> None:
     """A Hugging Face checkpoint at ``path``, in place of one that is there, which appears whole or not at all; a collective."""
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if world.main:
         partial = path.with_name(path.name + ".partial")
-        model.save_pretrained(partial, state_dict=whole)
+        shutil.rmtree(partial, ignore_errors=True)
+        # Of tied weights, which sharded are no longer seen to be one, the first name only.
+        names = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name in whole]
+        weights = {name: whole[name].to(dtype) if whole[name].is_floating_point() else whole[name] for name in names}
+        model.save_pretrained(partial, state_dict=weights)
+        masters, model.config.dtype = model.config.dtype, dtype
+        model.config.save_pretrained(partial)  # once more: it said what the masters are
+        model.config.dtype = masters
         tokenizer.save_pretrained(partial)
         shutil.rmtree(path, ignore_errors=True)  # a folder cannot be put over another
         os.replace(partial, path)
     world.barrier()
+
+
+def keep_base(name: str, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Config, generation config and tokenizer of the model ``name`` at ``path``, in place of what is there: all but its weights."""
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    source = pretrained(name)
+    AutoConfig.from_pretrained(**source).save_pretrained(partial)
+    with contextlib.suppress(OSError):  # there is none
+        GenerationConfig.from_pretrained(source["pretrained_model_name_or_path"]).save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(path, ignore_errors=True)
+    os.replace(partial, path)

@@ -66,7 +66,8 @@ class RunFolder:
     """The folder of a run, as a context manager. Rank 0 writes and prints; on the others every method does nothing.
 
     ========================  ==================================================================
-    ``config.yaml``           the resolved configuration
+    ``config.yaml``           the resolved configuration, with absolute paths
+    ``base/``                 config and tokenizer of the model it started from
     ``metrics.jsonl``         one line per step, written as it happens
     ``accuracy.jsonl``        held-out accuracy, one line per evaluation
     ``episodes.txt``          groups of sampled responses with reward and advantage, to read
@@ -82,7 +83,7 @@ class RunFolder:
 
     def __init__(self, config: TrainConfig, world: World, resumed_step: int = 0) -> None:
         self.path, self.steps = config.output_dir, config.steps
-        self.config, self.main, self.resumed_step = config, world.main, resumed_step
+        self.config, self.world, self.main, self.resumed_step = config, world, world.main, resumed_step
         self.metrics: list[dict] = []
         self.accuracies: list[dict] = []
         self.progress = progress_bar(world.main)
@@ -153,6 +154,10 @@ class RunFolder:
         self.say(f"held-out after step {step}: {accuracy}")
         self._publish("heldout", step, self.accuracies[-1])
         self._draw()
+
+    def has_accuracy(self, step: int) -> bool:
+        """Whether held-out accuracy after ``step`` is there. A collective."""
+        return self.world.from_main(any(row["step"] == step for row in self.accuracies))
 
     def log_episodes(
         self,

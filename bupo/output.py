@@ -1,11 +1,19 @@
-"""How anything here is shown and written: a progress bar, a file that is whole at any moment."""
+"""How anything here is shown and written: a progress bar, a file that is whole at any moment, a folder that one process writes."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
 import os
+import socket
+import time
 from pathlib import Path
+from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from bupo.config import ConfigError
 
 
 def progress_bar(shown: bool = True) -> Progress:
@@ -26,3 +34,70 @@ def replace_file(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
+
+
+def claim(partial: Path, name: str, plan: dict[str, Any], what: str) -> None:
+    """Writes ``plan`` into the file ``name`` of ``partial``, where unfinished work, ``what``, is kept.
+
+    Raises :class:`ConfigError` where another one is there.
+    """
+    path, plan = partial / name, json.loads(json.dumps(plan))
+    if not path.exists():
+        partial.mkdir(parents=True, exist_ok=True)
+        replace_file(path, json.dumps(plan, indent=2) + "\n")
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise ConfigError(f"{path} cannot be read, accepted is a new folder") from None
+    if changed := [name for name in plan if before.get(name) != plan[name]]:
+        raise ConfigError(
+            f"{partial} is of an unfinished {what} with another {' and '.join(changed)}, accepted is the same, or a new folder"
+        )
+
+
+class FolderLock:
+    """Keeps every other process out of a folder, as a context manager: a file in it, locked, that names host and process.
+
+    The operating system lets go of it when the process ends, however it ends. Where the file system knows no locks, that is said.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.path, self.key, self.file, self.taken = folder / "lock", key, None, False
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def take(self) -> None:
+        """Raises :class:`ConfigError` when another process has it; does nothing when this one has it."""
+        while not self.taken:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                file = self.path.open("a+", encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(f"{self.key}: {self.path.parent} cannot be written ({error.strerror})") from None
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    raise ConfigError(
+                        f"{self.key}: {self.path.parent} is in use by {holder}, accepted is a folder of its own"
+                    ) from None
+                print(f"{self.key}: {self.path.parent} cannot be locked ({error.strerror}): nothing keeps another job out of it")
+                self.taken = True
+                return
+            if not self.path.exists() or not os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
+                file.close()  # the one before has just removed it: what is locked is no longer there
+                continue
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+            file.flush()
+            self.file, self.taken = file, True
+
+    def __exit__(self, *_) -> None:
+        if self.file is not None:
+            self.path.unlink(missing_ok=True)
+            self.file.close()
+        self.file, self.taken = None, False

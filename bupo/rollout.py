@@ -6,7 +6,7 @@ import gc
 import math
 import os
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
@@ -37,6 +37,11 @@ class Sampling:
     temperature: float  # 0 = greedy
     seed: int  # of the run
     stream: str = "rollout"  # of data.STREAMS
+    stop: Callable[[], bool] | None = None  # asked between tokens; once it says so, `generate` raises Stopped
+
+
+class Stopped(Exception):
+    """What was asked for is given up, because this process was told to end."""
 
 
 Response = tuple[list[int], list[float] | None]  # tokens, log-probs
@@ -59,7 +64,8 @@ class Rollout(Protocol):
         """``n`` responses to each prompt, those of one prompt together, in order.
 
         A collective: every rank calls it, also with no prompts. The samples depend on weights, prompts, ``sampling``, ``step``
-        and rank alone, and the global random generators stay as they were. Raises RuntimeError when a response fails.
+        and rank alone, and the global random generators stay as they were. Raises RuntimeError when a response fails, and
+        :class:`Stopped`, on this rank alone, when ``sampling.stop`` says so (vLLM does not ask).
         """
         ...
 
@@ -164,6 +170,10 @@ class _Transformers(_Engine):
             for prompt, (tokens, logprobs) in zip(requests, responses, strict=True)
         ]
 
+    def _ask(self) -> None:
+        if self.sampling.stop is not None and self.sampling.stop():
+            raise Stopped
+
     @abstractmethod
     def _responses(self, prompts: list[list[int]], settings: GenerationConfig, step: int) -> list[Response]:
         """One response to each prompt."""
@@ -223,6 +233,7 @@ class ContinuousBatching(_Transformers):
             manager.warmup()  # makes the cache in this thread, so that its errors are raised here
             manager.start()
             while len(outputs) < len(names) and manager.is_running():
+                self._ask()
                 if (output := manager.get_result(timeout=1)) is not None:
                     outputs[output.request_id] = output
         except MemoryError as error:
@@ -258,11 +269,12 @@ class Generate(_Transformers):
         ids = [[settings.pad_token_id] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]
         mask = [[0] * pad + [1] * (width - pad) for pad in padding]
         drawn = _DrawnLogprobs(settings.temperature) if settings.do_sample else None
+        asking = _Asking(self._ask) if self.sampling.stop is not None else None
         sequences = self.model.generate(
             torch.tensor(ids, device=self.model.device),
             attention_mask=torch.tensor(mask, device=self.model.device),
             generation_config=settings,
-            logits_processor=[drawn] if drawn else None,
+            logits_processor=[processor for processor in (drawn, asking) if processor is not None],
             synced_gpus=False,  # every rank has whole weights and generates by itself
         )
         ends = settings.eos_token_id or []
@@ -291,6 +303,17 @@ class _DrawnLogprobs(LogitsProcessor):
 
     def _draw(self, input_ids: Tensor) -> None:
         self.columns.append(self.scores.gather(1, input_ids[:, -1:]).squeeze(1) - self.scores.logsumexp(1))
+
+
+class _Asking(LogitsProcessor):
+    """Changes nothing; calls ``ask``, which may raise, before each token."""
+
+    def __init__(self, ask: Callable[[], None]) -> None:
+        self.ask = ask
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.ask()
+        return scores
 
 
 _ENGINES = {"continuous": ContinuousBatching, "generate": Generate}

@@ -6,8 +6,11 @@ import math
 import random
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -18,16 +21,17 @@ from bupo.advantages import estimate_advantages
 from bupo.attention import packed_options, training_attention
 from bupo.batching import IGNORE, MicroBatch, fill, pack, pack_all, token_weights, tokens
 from bupo.checkpoint import Checkpoints, last_step, require_space, space_needed
-from bupo.config import ConfigError, TrainConfig
+from bupo.config import BASE, ConfigError, TrainConfig, load_config
 from bupo.cost import check_fits, load_architecture, parameters, peak_flops, training_flops, work_of
 from bupo.data import Example, PromptOrder, load_examples, question, stream_seed
 from bupo.distributed import Termination, World, full, process_group
 from bupo.evaluation import Accuracy, evaluate
 from bupo.guard import PerplexityGuard
-from bupo.model import export, load_model, load_tokenizer, make_optimizer
+from bupo.model import export, export_type, keep_base, load_model, load_tokenizer, make_optimizer
 from bupo.monitor import RunFolder
+from bupo.output import FolderLock
 from bupo.rewards import RewardPool
-from bupo.rollout import Rollout, Sample, configured_rollout, text_of
+from bupo.rollout import Rollout, Sample, Stopped, configured_rollout, text_of
 from bupo.schedule import FINAL, OptimisedPolicy, Schedule, learning_rate
 from bupo_kernels import PolicyObjective
 
@@ -38,36 +42,46 @@ def train(config: TrainConfig) -> list[Accuracy]:
     """Trains as ``config`` says, from the start or from the newest checkpoint in its run folder; returns the held-out accuracies.
 
     Raises :class:`ConfigError`, before anything is written, when a value does not fit the model, the data or the machine; and when
-    every reward of the first :data:`HOPELESS` steps failed. On SIGTERM the step is finished and a checkpoint written; the same
-    call later goes on from there.
+    every reward of the first :data:`HOPELESS` steps failed. On SIGTERM the step is finished, or the evaluation given up, and a
+    checkpoint written; the same call later goes on from there.
     """
-    with (
-        process_group(config.hardware) as world,
-        Termination(world) as termination,
-        RewardPool(**config.reward.model_dump()) as pool,
-    ):
-        prepared = prepare(config, world, pool)
-        architecture, model, tokenizer, optimizer, schedule, rollout, order, heldout, checkpoints, last = prepared
-        group, accuracies, scored = config.rollout.samples, [], 0
+    config = config.with_absolute_paths()
+    lock = FolderLock(config.output_dir, "output_dir")
+    with process_group(config.hardware) as world, Termination(world) as termination, lock, ExitStack() as closing:
+        with world.agree():
+            pool = closing.enter_context(RewardPool(**config.reward.model_dump()))
+        setup = prepare(config, world, lock, pool)
+        architecture, model, tokenizer, optimizer, schedule, rollout, order, heldout, checkpoints, last, _ = setup
+        dtype, group, accuracies, scored = export_type(architecture, config.checkpoints.export_dtype), config.rollout.samples, [], 0
         decode = partial(text_of, tokenizer=tokenizer, ends=rollout.ends, skip_special_tokens=config.rollout.skip_special_tokens)
 
-        with RunFolder(config, world, last) as run:
+        with opened(config, world, lock, setup) as run:
 
-            def log_accuracy(step: int) -> None:
+            def log_accuracy(step: int) -> bool:
+                """Whether it is there now: on SIGTERM it is given up, to be made when the run goes on."""
                 how, sampled = config.evaluation, rollout.with_sampling(temperature=config.evaluation.temperature)
                 if heldout:
                     numbers = {"samples": how.samples, "ks": how.k, "step": 0, "seed": config.seed}
-                    progress = partial(run.show_progress, "evaluation")
-                    accuracies.append(evaluate(sampled, decode, heldout, pool, world, **numbers, progress=progress))
+                    watched = {"progress": partial(run.show_progress, "evaluation"), "termination": termination}
+                    try:
+                        accuracies.append(evaluate(sampled, decode, heldout, pool, world, **numbers, **watched))
+                    except Stopped:
+                        return False
                     run.log_accuracy(step, accuracies[-1])
+                return True
+
+            def due(step: int, every: int) -> bool:
+                return every > 0 and step % every == 0 and step < config.steps
 
             size = f"{architecture.num_hidden_layers} layers, {parameters(architecture).total / 1e6:,.1f} M parameters"
             devices = f"{config.hardware.precision} on {world.size} x {world.device.type}"
             run.say(f"{architecture.model_type}, {size}; {devices}; {len(order.examples):,} prompts")
             guarded = schedule.needs_perplexity(last + 1)
             guard = PerplexityGuard(model, rollout, heldout, config, world, last) if guarded else None
-            if last == 0:
-                log_accuracy(0)
+            redone = due(last, config.evaluation.every) and not run.has_accuracy(last)  # it was interrupted
+            if (last == 0 or redone) and not log_accuracy(last):
+                run.say(f"SIGTERM: nothing was trained after step {last}; the same command goes on from there")
+                return accuracies
             for step in range(last + 1, config.steps + 1):
                 clock = Clock()
                 policy = schedule.policy(step)
@@ -113,20 +127,25 @@ def train(config: TrainConfig) -> list[Accuracy]:
                 run.log_step(metrics)
                 if scored == 0 and step == min(last + HOPELESS, config.steps):
                     all_of_them = f"for every response since step {last + 1}"
-                    raise ConfigError(f"reward.function: {config.reward.function!r} failed {all_of_them}: {failures[0]}")
+                    with world.agree():
+                        raise ConfigError(f"reward.function: {config.reward.function!r} failed {all_of_them}: {failures[0]}")
                 if step == 1 or step % config.telemetry.episodes_every == 0:
                     first = (samples[:group], rewards[0].tolist(), advantages[0].tolist())
                     run.log_episodes(step, policy.phase, asked[0], responses[:group], *first)
-                if config.evaluation.every and step % config.evaluation.every == 0 and step < config.steps:
-                    log_accuracy(step)
-                stop = termination.requested()
-                if stop or step == config.steps or (config.checkpoints.every and step % config.checkpoints.every == 0):
-                    checkpoints.save(step, model, optimizer, {"schedule": schedule.state_dict()})
+                state, stop = {"schedule": schedule.state_dict()}, termination.requested()
+                if stop or step == config.steps or due(step, config.checkpoints.every):
+                    checkpoints.save(step, model, optimizer, state)
+                if due(step, config.evaluation.every) and not stop:
+                    stop = not log_accuracy(step)
                 if stop and step < config.steps:
+                    checkpoints.save(step, model, optimizer, state)
                     run.say(f"SIGTERM: a checkpoint of step {step} is written; the same command goes on from there")
                     return accuracies
-            export(model, tokenizer, config.output_dir / "model", world)
-            log_accuracy(config.steps)
+            export(model, tokenizer, config.output_dir / "model", world, dtype)
+            run.say(f"the model is in {config.output_dir / 'model'}, in {str(dtype).removeprefix('torch.')}")
+            if not log_accuracy(config.steps):
+                run.say("SIGTERM: its last evaluation is missing; the same command makes it")
+                return accuracies
             run.say(f"picture, metrics, episodes, checkpoints and the model are in {config.output_dir}")
     return accuracies
 
@@ -142,26 +161,69 @@ class Setup(NamedTuple):
     heldout: list[Example]
     checkpoints: Checkpoints
     last: int  # step of the checkpoint that it comes from, or 0
+    source: str  # folder or hub name that config and tokenizer come from
 
 
-def prepare(config: TrainConfig, world: World, pool: RewardPool) -> Setup:
-    """All that a run needs, as the newest checkpoint left it. Nothing is written; raises :class:`ConfigError`."""
+def prepare(config: TrainConfig, world: World, lock: FolderLock, pool: RewardPool) -> Setup:
+    """All that a run needs, as the newest checkpoint left it. Nothing is written but the ``lock`` of a folder that was begun.
+
+    Raises :class:`ConfigError`.
+    """
+    with world.agree():
+        if world.main and (config.output_dir / "config.yaml").exists():
+            lock.take()
     checkpoints = Checkpoints(config.output_dir / "checkpoints", config.checkpoints.keep, world)
-    last = last_step(config, checkpoints)
-    architecture = load_architecture(config)
-    check_fits(architecture, config)
-    require_space(config.output_dir, space_needed(parameters(architecture).total, config.checkpoints.keep))
-    tokenizer = load_tokenizer(config.model)
-    asked = {"columns": pool.columns, "vocab": architecture.vocab_size}
-    examples = load_examples(config.data.train, config.data, tokenizer, "data.train", **asked)
-    heldout = load_examples(config.heldout, config.data, tokenizer, "data.heldout", **asked)
-    model = load_model(config.model, config.hardware, world)
+    steps = checkpoints.steps()
+    with world.agree():
+        last = last_step(config, steps)
+        source = model_source(config) if last else config.model
+        architecture = load_architecture(config.model_copy(update={"model": source}))
+        check_fits(architecture, config)
+        require_space(config.output_dir, space_needed(parameters(architecture).total, config.checkpoints.keep))
+        tokenizer = load_tokenizer(source)
+        asked = {"columns": pool.columns, "vocab": architecture.vocab_size}
+        examples = load_examples(config.data.train, config.data, tokenizer, "data.train", **asked)
+        heldout = load_examples(config.heldout, config.data, tokenizer, "data.heldout", **asked)
+    model = load_model(source, config.hardware, world, weights=not last)
     optimizer, schedule = make_optimizer(model, config.optimizer), Schedule(config)
     if last:
-        schedule.load_state_dict(checkpoints.load(last, model, optimizer)["schedule"])
-    rollout = configured_rollout(config, model, tokenizer, world)
+        state = checkpoints.newest(lambda step: checkpoints.load(step, model, optimizer))
+        last = state["step"]
+        schedule.load_state_dict(state["schedule"])
+    with world.agree():
+        rollout = configured_rollout(config, model, tokenizer, world)
     order = PromptOrder(examples, config.rollout.prompts, config.seed)
-    return Setup(architecture, model, tokenizer, optimizer, schedule, rollout, order, heldout, checkpoints, last)
+    return Setup(architecture, model, tokenizer, optimizer, schedule, rollout, order, heldout, checkpoints, last, source)
+
+
+def model_source(config: TrainConfig) -> str:
+    """Where config and tokenizer come from when a run goes on: the model's folder, or where that is gone, or on the hub, the run's
+    own, unless another model is named than before."""
+    own = config.output_dir / BASE
+    with suppress(ConfigError):  # what was named before may be unreadable
+        if (
+            not Path(config.model).exists()
+            and own.is_dir()
+            and load_config(config.output_dir / "config.yaml").model == config.model
+        ):
+            return str(own)
+    return config.model
+
+
+@contextmanager
+def opened(config: TrainConfig, world: World, lock: FolderLock, setup: Setup) -> Iterator[RunFolder]:
+    """The run folder, from here on written by this job alone. Raises :class:`ConfigError`."""
+    with ExitStack() as closing:
+        with world.agree():
+            run, base = RunFolder(config, world, setup.last), config.output_dir / BASE
+            if world.main and not lock.taken:
+                lock.take()
+                if (config.output_dir / "config.yaml").exists():
+                    raise ConfigError(f"output_dir: {config.output_dir} was begun by another process, accepted is a new folder")
+            closing.enter_context(run)
+            if world.main and setup.source != str(base):
+                keep_base(setup.source, setup.tokenizer, base)
+        yield run
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:

@@ -16,6 +16,7 @@ from bupo.analysis.command import load_responses
 from bupo.config import ConfigError, Data
 from bupo.data import load_examples
 from bupo.demo import character_tokenizer, small_model
+from bupo.rollout import Generate
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,8 @@ def without_pictures(monkeypatch):
 
 def run(checkpoint, out, *words, what=None):
     what = what or ("--data", str(checkpoint / "problems.jsonl"))
-    return cli.main(["analyze", str(checkpoint / "model"), *map(str, what), "--out", str(out), *words, "--set", *SMALL])
+    words = words if "--set" in words else (*words, "--set", *SMALL)
+    return cli.main(["analyze", str(checkpoint / "model"), *map(str, what), "--out", str(out), *words])
 
 
 def test_the_command_writes_all_and_reads_its_own_responses(checkpoint, tmp_path, capsys):
@@ -177,6 +179,26 @@ def test_an_interrupted_command_goes_on_with_the_responses_it_has(checkpoint, tm
     one, other = read_statistics(whole), read_statistics(out)
     assert one.summary == other.summary
     assert all(np.array_equal(a, b) for key in one.curves for a, b in zip(one.curves[key], other.curves[key], strict=True))
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_responses_that_were_finished_before_an_interruption_are_not_sampled_again(checkpoint, tmp_path, monkeypatch):
+    generate, asked = Generate.generate, []
+
+    def counted(self, prompts, n, step):
+        if len(asked) == 1:
+            asked.append(None)
+            raise KeyboardInterrupt
+        asked.append(step)
+        return generate(self, prompts, n, step)
+
+    monkeypatch.setattr(Generate, "generate", counted)
+    whole, out, parts = tmp_path / "whole", tmp_path / "out", ("--set", *SMALL, "rollout.sequences=2")
+    assert run(checkpoint, out, *parts) == 130
+    assert run(checkpoint, out, *parts) == 0
+    assert asked == [0, None, 1, 2]
+    assert run(checkpoint, whole, *parts) == 0
+    assert (out / "responses.jsonl").read_text() == (whole / "responses.jsonl").read_text()
 
 
 @pytest.mark.parametrize(

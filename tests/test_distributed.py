@@ -1,7 +1,10 @@
 """Two gloo ranks against one process: the same losses, gradients and weights, whatever is sharded, checkpointed or left to do."""
 
+import contextlib
+import io
 import itertools
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +14,7 @@ from problems import CONTRACT, covering, divergence_factor, model_error, policy_
 from ranks import on_ranks
 from test_batching import random_samples
 
+from bupo import cli
 from bupo.attention import training_attention
 from bupo.config import ConfigError, Hardware, Optimizer, parse_config
 from bupo.distributed import full, process_group, sharded_units, unsharded
@@ -240,3 +244,53 @@ def test_optimizer_state_is_there_for_every_parameter_from_the_start_and_changes
                 optimizer.zero_grad()
             trajectories.append([p.detach().clone() for p in model.parameters()])
     assert all(map(torch.equal, *trajectories))
+
+
+# ---- ranks that do not fail alike
+
+
+def rank_fails_alone(folder: str) -> None:
+    """Whatever one rank alone raises, all raise, and it alone says why."""
+    with process_group(Hardware(device="cpu")) as world:
+        with world.agree():
+            pass
+        for failing in ([1], [0, 1]):
+            errors = []
+            for kind in (ConfigError, RuntimeError):
+                with pytest.raises(Exception) as raised, world.agree():  # noqa: PT011, PT012 (which of them is what is asked)
+                    if world.rank in failing:
+                        raise kind("data.train: it is not here")
+                errors.append(raised.value)
+            assert str(errors[0]) == ("rank 1: " if failing == [1] else "") + "data.train: it is not here"
+            assert (type(errors[0]), errors[0].speaker) == (ConfigError, failing[0])
+            assert type(errors[1]) is (RuntimeError if world.rank in failing else ConfigError)
+            said = io.StringIO()
+            with contextlib.redirect_stderr(said):
+                assert cli._refuse("train", errors[0]) == 2
+            assert said.getvalue() == (f"bupo train: {errors[0]}\n" if world.rank == failing[0] else "")
+        with pytest.raises(ConfigError, match=f"rank 1: model: {folder}/nowhere cannot be used") as raised:
+            load_model(f"{folder}/{'nowhere' if world.rank else 'tied'}", Hardware(device="cpu"), world)
+        assert raised.value.speaker == 1
+        with pytest.raises(ConfigError, match=f"rank 0: model: {folder}/empty cannot be used: .*no file named"):
+            load_model(f"{folder}/empty", Hardware(device="cpu"), world)  # rank 0 alone reads the weights
+
+
+def test_what_one_rank_alone_meets_all_fail_of_and_it_says_why(folder):
+    (folder / "empty").mkdir()
+    (folder / "empty" / "config.json").write_bytes((folder / "tied" / "config.json").read_bytes())
+    on_ranks("test_distributed:rank_fails_alone", 2, str(folder))
+
+
+def rank_command(config: str) -> None:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        code = cli.main(["train", config.format(os.environ["RANK"])])
+    print(json.dumps([code, said.getvalue()]))
+
+
+def test_a_configuration_that_one_rank_lacks_ends_all_before_there_is_a_process_group(tmp_path):
+    tree = {"model": "nowhere", "output_dir": "nowhere", "policy": "grpo", "data": {"train": "nowhere"}}
+    (tmp_path / "0.yaml").write_text(json.dumps(tree | {"hardware": {"device": "cpu"}}))
+    printed = on_ranks("test_distributed:rank_command", 2, str(tmp_path / "{}.yaml"))
+    line = f"bupo train: rank 1: config: {tmp_path / '1.yaml'} is not a file, accepted is a YAML file\n"
+    assert [json.loads(text.splitlines()[-1]) for text in printed] == [[2, ""], [2, line]]

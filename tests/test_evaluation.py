@@ -18,6 +18,7 @@ from bupo.config import ConfigError
 from bupo.data import Example
 from bupo.distributed import World
 from bupo.evaluation import Accuracy, Estimate, evaluate, evaluate_model, intervals, pass_at_k
+from bupo.rollout import Stopped
 
 ALONE = World(0, 1, torch.device("cpu"))
 
@@ -68,6 +69,9 @@ class ThreadWorld(World):
         together = [item for part in self.parts for item in part]
         self.wait.wait()
         return together
+
+    def from_main(self, value):
+        return self.gather([value])[0]
 
     def barrier(self):
         self.wait.wait()
@@ -203,11 +207,13 @@ def test_many_problems_are_generated_in_parts_with_seeds_of_their_own(monkeypatc
     whole, told, collected = run(problems(7)), [], []
     monkeypatch.setattr(evaluation, "RESPONSES", 9)  # two problems at a time
     policy = rollout()
-    parts = run(problems(7), policy=policy, progress=lambda *state: told.append(state), collect=collected.append)
+    parts = run(
+        problems(7), policy=policy, progress=lambda *state: told.append(state), collect=lambda *part: collected.append(part)
+    )
     assert [call[:2] for call in policy.calls] == [(2, 1), (2, 4)] * 3 + [(1, 1), (1, 4)]
     assert len({call[5] for call in policy.calls}) == 4
     assert told == [(2, 7), (4, 7), (6, 7), (7, 7)]
-    assert [len(part) for part in collected] == [10, 10, 10, 5]
+    assert [(number, len(part)) for number, part in collected] == [(0, 10), (1, 10), (2, 10), (3, 5)]
     assert parts == whole
 
 
@@ -216,7 +222,7 @@ def test_every_rank_returns_what_one_process_does_and_generates_as_often(monkeyp
     monkeypatch.setattr(evaluation, "RESPONSES", 4)  # one problem at a time
     collected = [[] for _ in range(size)]
     results, rollouts = on_ranks(
-        size, lambda world, policy: run(problems(number), world, policy, collect=collected[world.rank].extend)
+        size, lambda world, policy: run(problems(number), world, policy, collect=lambda _, part: collected[world.rank].extend(part))
     )
     assert results == [run(problems(number))] * size
     assert {len(policy.calls) for policy in rollouts} == {2 * math.ceil(number / size)}  # else the others would wait for ever
@@ -226,7 +232,7 @@ def test_every_rank_returns_what_one_process_does_and_generates_as_often(monkeyp
 
 def test_a_failed_reward_is_wrong_and_recorded_as_null():
     collected = []
-    run(problems(3), collect=collected.extend)
+    run(problems(3), collect=lambda _, part: collected.extend(part))
     failed = [response for response in collected if response.response == "3"]
     assert [(r.problem, r.reward, r.right, r.source, r.prompt, r.answer, r.greedy) for r in failed] == [
         (2, None, False, "even", "p2", "0", False)
@@ -287,7 +293,8 @@ def test_bad_arguments_are_named(changes):
 
 def evaluated(out, world=ALONE, policy=None, **settings):
     settings = {"samples": 4, "ks": [1, 4], "seed": 5, **settings}
-    return evaluate_model(policy or rollout(), decode, problems(3), FakePool(), world, out=out, **settings)
+    examples = settings.pop("examples", problems(3))
+    return evaluate_model(policy or rollout(), decode, examples, FakePool(), world, out=out, **settings)
 
 
 def test_an_evaluation_prints_its_table_and_leaves_two_files(tmp_path, capsys):
@@ -320,20 +327,85 @@ def test_a_folder_that_is_in_use_is_refused_before_anything_is_generated(tmp_pat
     assert policy.calls == []
 
 
-def test_an_evaluation_that_fails_leaves_no_half_written_file(tmp_path, monkeypatch):
+@dataclass(frozen=True)
+class Breaking(FakeRollout):
+    """Raises ``error`` at its fifth call."""
+
+    error: BaseException = field(default_factory=KeyboardInterrupt)
+
+    def generate(self, prompts, n, step):
+        if len(self.calls) == 4:
+            raise self.error
+        return super().generate(prompts, n, step)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")], ids=repr)
+def test_an_evaluation_that_is_interrupted_keeps_its_responses_and_goes_on_after_them(tmp_path, monkeypatch, error):
+    monkeypatch.setattr(evaluation, "RESPONSES", 4)  # one problem at a time
+    accuracy = evaluated(tmp_path / "whole")
+    with pytest.raises(type(error)):
+        evaluated(tmp_path / "out", policy=Breaking(rollout().settings, error=error))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["partial"]
+    (tmp_path / "out" / "partial" / "part-000002.jsonl.partial").write_text("{")  # as of a process that was killed
+    with pytest.raises(ConfigError, match=r"unfinished evaluation with another samples, accepted is the same, or a new folder"):
+        evaluated(tmp_path / "out", samples=5)
+    again = rollout()
+    assert evaluated(tmp_path / "out", policy=again) == accuracy
+    assert [call[:2] for call in again.calls] == [(1, 1), (1, 4)]  # the third problem only
+    for name in ("responses.jsonl", "accuracy.json"):
+        assert (tmp_path / "out" / name).read_text() == (tmp_path / "whole" / name).read_text()
+    assert not (tmp_path / "out" / "partial").exists()
+
+
+def test_responses_of_other_problems_of_another_model_or_on_other_devices_are_not_gone_on_with(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation, "RESPONSES", 4)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(tmp_path, policy=Breaking(rollout().settings), plan={"model": "a"})
+    for word, changes in (("model", {"plan": {"model": "b"}}), ("problems", {"plan": {"model": "a"}, "examples": problems(4)})):
+        with pytest.raises(ConfigError, match=f"unfinished evaluation with another {word}"):
+            evaluated(tmp_path, **changes)
+    results, _ = on_ranks(2, lambda world, policy: evaluated(tmp_path, world, policy, plan={"model": "a"}))
+    assert [str(error).partition(" with ")[2].partition(",")[0] for error in results] == ["another devices"] * 2
+    (tmp_path / "partial" / "part-000000.jsonl").write_text('{"problem": 0}\n')
+    with pytest.raises(ConfigError, match=r"part-000000.jsonl cannot be read, accepted is a new folder"):
+        evaluated(tmp_path, plan={"model": "a"})
+
+
+@pytest.mark.parametrize("when", ["within", "after"])
+def test_on_sigterm_every_rank_gives_up_its_responses(monkeypatch, when):
+    """The rank that was told, within its responses or after them, and the other at the ask that follows."""
+
+    class Told:
+        received = False
+
+        def __init__(self, world):
+            self.world = world
+
+        def requested(self):
+            return any(self.world.gather([self.received]))
 
     @dataclass(frozen=True)
-    class Breaking(FakeRollout):
-        def generate(self, prompts, n, step):
-            if len(self.calls) == 4:
-                assert (tmp_path / "out" / "responses.jsonl.partial").exists()
-                raise RuntimeError("out of memory")
-            return super().generate(prompts, n, step)
+    class Asking(FakeRollout):
+        told: Told = None
 
-    with pytest.raises(RuntimeError, match="out of memory"):
-        evaluated(tmp_path / "out", policy=Breaking(rollout().settings))
-    assert list((tmp_path / "out").iterdir()) == []
+        def generate(self, prompts, n, step):
+            samples = super().generate(prompts, n, step)
+            self.told.received = self.told.world.rank == 1 and len(self.calls) == 3
+            if self.settings["stop"]() and when == "within":
+                raise Stopped
+            return samples
+
+    monkeypatch.setattr(evaluation, "RESPONSES", 4)
+
+    def work(world, policy):
+        told = Told(world)
+        with pytest.raises(Stopped):
+            run(problems(6), world, Asking(policy.settings, policy.calls, told), termination=told)
+
+    results, rollouts = on_ranks(2, work)
+    assert results == [None, None]
+    assert [len(policy.calls) for policy in rollouts] == [3, 3]
+    assert run(problems(3), termination=Told(ALONE)) == run(problems(3))
 
 
 def test_only_rank_zero_writes_and_prints(tmp_path, capsys):

@@ -1,6 +1,9 @@
 """Whole runs on a tiny model: the folder they leave, the parameters they move, and the command line around them."""
 
+import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -80,6 +83,7 @@ def test_a_run_leaves_everything_a_reader_needs(config_file, tmp_path, capsys):
     run, printed = tmp_path / "run", capsys.readouterr().out
     files = (
         "accuracy.jsonl",
+        "base",
         "checkpoints",
         "config.yaml",
         "episodes.txt",
@@ -165,6 +169,18 @@ def test_an_interrupted_run_keeps_what_it_has(config_file, tmp_path, monkeypatch
     assert len(metrics_of(tmp_path / "run")) == 1
     assert (tmp_path / "run" / "run.png").exists()
     assert not (tmp_path / "run" / "model").exists()
+
+
+def test_a_command_that_is_told_to_end_says_what_it_keeps_and_exits_with_143(tmp_path, monkeypatch, capsys):
+    words = ["evaluate", "nowhere", "--data", "nowhere"]
+    before = signal.getsignal(signal.SIGTERM)
+    told = {signal.SIGTERM: ("SIGTERM", 143), signal.SIGINT: ("interrupted", 130)}
+    kept = {(): "nothing is kept without --out", ("--out", "x"): "what is in --out stays, and the same command goes on from there"}
+    for (number, (name, code)), (out, rest) in itertools.product(told.items(), kept.items()):
+        monkeypatch.setattr("bupo.commands.evaluate_command", lambda *_, number=number: os.kill(os.getpid(), number))
+        assert main([*words, *out]) == code
+        assert capsys.readouterr().err == f"\nbupo evaluate: {name}; {rest}\n"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_rewards_that_fail_cost_their_samples_only_and_are_counted(config_file, tmp_path):

@@ -31,8 +31,8 @@ from bupo.analysis.blocks import (
     residual_points,
 )
 from bupo.analysis.statistics import Statistics, Sums, estimate
-from bupo.config import ConfigError
-from bupo.output import progress_bar, replace_file
+from bupo.distributed import full
+from bupo.output import claim, progress_bar
 from bupo.rollout import Sample
 from bupo_kernels import FusedLMHead
 
@@ -116,7 +116,7 @@ def collect(
     batches = batches_of(lengths, max_tokens)
     if partial is not None:
         options = {"final_norm": final_norm, "temperature": temperature, "max_tokens": max_tokens}
-        claim(partial, "plan.json", _plan(model, samples, options))
+        claim(partial, "plan.json", _plan(model, samples, options), "analysis")
     parts = []
     with progress_bar() as bar:
         task = bar.add_task("analysis, tokens", total=sum(lengths))
@@ -266,19 +266,6 @@ def _wide(states: Tensor) -> Tensor:
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
-def claim(partial: Path, name: str, plan: dict[str, Any]) -> None:
-    """Writes ``plan`` into the file ``name`` of ``partial``. Raises :class:`ConfigError` where another one is there."""
-    path = partial / name
-    if not path.exists():
-        partial.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(plan, indent=2) + "\n")
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if changed := [name for name in plan if before.get(name) != plan[name]]:
-        raise ConfigError(
-            f"{partial} is of an unfinished analysis with another {' and '.join(changed)}, accepted is the same, or a new folder"
-        )
-
-
 def _plan(model: PreTrainedModel, samples: Sequence[Sample], options: dict[str, Any]) -> dict[str, Any]:
     """What a batch's sums depend on."""
     return {
@@ -295,12 +282,12 @@ def ids_fingerprint(sequences: Sequence[Sequence[int]]) -> str:
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Of the config, and of some 64 numbers of each parameter: another training step changes nearly all of them."""
+    """Of the config, and of some 64 numbers of each parameter: another training step changes nearly all of them. A collective."""
     config = {
         name: value for name, value in model.config.to_dict().items() if name not in ("_name_or_path", "transformers_version")
     }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
-        some = parameter.detach().flatten()[:: max(parameter.numel() // 64, 1)].float().cpu()
+        some = full(parameter.detach()).flatten()[:: max(parameter.numel() // 64, 1)].float().cpu()
         digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
     return digest.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from bupo.analysis.blocks import UnsupportedModel, decoder_of
 from bupo.analysis.boundary import describe, suggest
-from bupo.analysis.collect import analyze, claim, ids_fingerprint, model_fingerprint
+from bupo.analysis.collect import analyze, ids_fingerprint, model_fingerprint
 from bupo.analysis.figures import draw_statistics
 from bupo.analysis.heatmap import heat_maps
 from bupo.analysis.report import write_report
@@ -28,7 +29,7 @@ from bupo.cost import load_architecture
 from bupo.data import encode, jsonl_rows, load_examples, require_known
 from bupo.distributed import World, process_group
 from bupo.model import load_tokenizer, read_model, require_finite, unusable
-from bupo.output import progress_bar, replace_file
+from bupo.output import FolderLock, claim, progress_bar, replace_file
 from bupo.rollout import Sample, configured_rollout
 from bupo_kernels import FusedLMHead
 
@@ -57,9 +58,10 @@ def analyze_command(
     if not partial.is_dir():
         check_new_folder(out, "--out")
     require_pyarrow()
-    with process_group(config.hardware) as world:
-        if world.size > 1:
-            raise ConfigError(f"analyze: started on {world.size} devices, accepted is one process")
+    with process_group(config.hardware) as world, FolderLock(partial, "--out") as lock:
+        with world.agree():
+            if world.size > 1:
+                raise ConfigError(f"analyze: started on {world.size} devices, accepted is one process")
         architecture = load_architecture(config)
         _check_blocks(config.model, architecture)
         tokenizer, greedy, vocab = load_tokenizer(config.model), 0, architecture.get_text_config().vocab_size
@@ -79,6 +81,7 @@ def analyze_command(
                 f"accepted are at most {positions} (the positions of {config.model})"
             )
         model = _load_for_reading(config, world)
+        lock.take()
         if not responses:
             samples = _respond(model, tokenizer, asked, config, world, partial)
         try:
@@ -162,10 +165,7 @@ def _check_blocks(name: str, architecture: PretrainedConfig) -> None:
 
 
 def _load_for_reading(config: TrainConfig, world: World) -> PreTrainedModel:
-    try:
-        model = read_model(config.model, dtype=getattr(torch, config.hardware.precision))
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise unusable(config.model, error) from None
+    model = read_model(config.model, dtype=getattr(torch, config.hardware.precision))
     require_finite(config.model, model)
     FusedLMHead.adopt(model.get_output_embeddings())
     return model.to(world.device).eval()
@@ -182,20 +182,20 @@ def _respond(
     """Responses to the prompts, ``rollout.samples`` each: those that an unfinished analysis in ``partial`` has, or new ones."""
     how = config.rollout
     plan = {"model": model_fingerprint(model), "prompts": ids_fingerprint(prompts), "seed": config.seed}
-    plan |= how.model_dump(include={"engine", "samples", "max_new_tokens", "temperature"}) | {
-        "precision": config.hardware.precision
-    }
-    claim(partial, "sampling.json", plan)
-    path, samples = partial / "samples.json", []
-    if path.exists():
-        return [Sample(prompt, ids, None, finished) for prompt, ids, finished in json.loads(path.read_text(encoding="utf-8"))]
-    rollout = configured_rollout(config, model, tokenizer, world)
+    plan |= how.model_dump(include={"engine", "samples", "sequences", "max_new_tokens", "temperature"})
+    claim(partial, "sampling.json", plan | {"precision": config.hardware.precision}, "analysis")
     width = max(how.sequences // how.samples, 1)
+    paths = [partial / f"samples-{step:06}.json" for step in range(math.ceil(len(prompts) / width))]
+    rollout = None if all(path.exists() for path in paths) else configured_rollout(config, model, tokenizer, world)
+    samples = []
     with progress_bar() as bar:
-        for step, first in enumerate(bar.track(range(0, len(prompts), width), description="responses, parts")):
-            samples += rollout.generate(prompts[first : first + width], how.samples, step)
-    ids = [([int(x) for x in s.prompt_ids], [int(x) for x in s.response_ids], s.finished) for s in samples]
-    replace_file(path, json.dumps(ids))
+        for step, path in enumerate(bar.track(paths, description="responses, parts")):
+            if not path.exists():
+                new = rollout.generate(prompts[step * width : (step + 1) * width], how.samples, step)
+                ids = [([int(x) for x in s.prompt_ids], [int(x) for x in s.response_ids], s.finished) for s in new]
+                replace_file(path, json.dumps(ids))
+            parts = json.loads(path.read_text(encoding="utf-8"))
+            samples += [Sample(prompt, ids, None, finished) for prompt, ids, finished in parts]
     return samples
 
 
