@@ -32,7 +32,7 @@ constexpr float lowest = -FLT_MAX;
 
 // An exponent as a factor of its power: 0 · −inf would be NaN. Where it is NaN, so is its power.
 template <class Real>
-BUPO_HD Real finite(Real exponent) {
+BUPO_HD Real floored(Real exponent) {
   return maximum(exponent, Real(-1e4f));
 }
 
@@ -44,7 +44,7 @@ struct Partial {
 template <class Real>
 BUPO_HD Partial<Real> merge(const Partial<Real>& a, const Partial<Real>& b) {
   const Real m = maximum(a.m, b.m);
-  const Real of_a = finite(a.m - m), of_b = finite(b.m - m);  // one of them is 0
+  const Real of_a = floored(a.m - m), of_b = floored(b.m - m);  // one of them is 0
   const Real scale_a = exponential(of_a), scale_b = exponential(of_b);
   return {m, scale_a * a.s + scale_b * b.s, scale_a * (a.t + of_a * a.s) + scale_b * (b.t + of_b * b.s)};
 }
@@ -52,7 +52,7 @@ BUPO_HD Partial<Real> merge(const Partial<Real>& a, const Partial<Real>& b) {
 // dz_j for j ≠ y, from x = z_j − m and e = e^x: the constant and the slope are `Coefficients` of bupo_kernels/backends/algebra.py.
 template <class Real>
 BUPO_HD Real logit_gradient(Real x, Real e, Real constant, Real slope) {
-  return e * (constant - slope * finite(x));
+  return e * (constant - slope * floored(x));
 }
 
 }  // namespace bupo

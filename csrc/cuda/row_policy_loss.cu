@@ -24,7 +24,7 @@ __device__ RowCoefficients coefficients(float g_logprob, float g_entropy, const 
                                         int target) {
   const float p_y = expf(of.logprob);
   const float constant = (-g_logprob - g_entropy * (of.entropy - of.log_s)) / row.s;
-  const float on_target = -g_logprob * expm1f(of.logprob) - g_entropy * (p_y * (finite(of.logprob) + of.entropy));
+  const float on_target = -g_logprob * expm1f(of.logprob) - g_entropy * (p_y * (floored(of.logprob) + of.entropy));
   return {row.m, scale * constant, scale * (g_entropy / row.s), scale * on_target, target};
 }
 

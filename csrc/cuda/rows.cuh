@@ -168,13 +168,13 @@ __device__ __forceinline__ void fold(Partial<float>& total, const float (&z)[N])
   float m = total.m;
 #pragma unroll
   for (int i = 0; i < N; ++i) m = maximum(m, z[i]);
-  const float shift = finite(total.m - m), scale = exponential(shift);
+  const float shift = floored(total.m - m), scale = exponential(shift);
   float s = scale * total.s, t = scale * (total.t + shift * total.s);
 #pragma unroll
   for (int i = 0; i < N; ++i) {
     const float x = z[i] - m, e = exponential(x);
     s += e;
-    t += finite(x) * e;
+    t += floored(x) * e;
   }
   total = {m, s, t};
 }
