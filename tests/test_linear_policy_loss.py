@@ -169,9 +169,9 @@ def test_in_16_bit_triton_does_in_one_pass_what_it_does_in_two_with_a_cache(rows
     two_passes = (weights * terms.d_logprob * out.logprobs + weights * terms.d_entropy * out.entropy).sum()
     ours, theirs = (gradients(x, case.hidden, case.weight) for x in (loss, two_passes))
     whole = explain(hidden, case.weight, targets, objective=objective, backend="triton", memory_budget=budget)
-    if whole.schedule.chunk_rows >= rows:
+    if whole.schedule.chunk_rows >= rows and whole.schedule.tile.columns >= vocab:
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
-    else:  # dW is then summed over chunks, each rounded as it is stored: up to an eps of each of its terms
+    else:  # dW is then summed over chunks, or dH over slices, each rounded as it is stored: up to an eps of each of its terms
         for a, b in zip(ours, theirs, strict=True):
             assert (a.double() - b.double()).norm() <= 4 * torch.finfo(dtype).eps * b.double().norm()
 

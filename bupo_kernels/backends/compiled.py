@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from types import ModuleType
 
 import torch
@@ -22,8 +23,15 @@ ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 
 @functools.cache
 def isas() -> tuple[str, ...]:
-    """Instruction sets that were built and that this CPU has, the fastest first."""
-    return () if built is None else tuple(built.cpu.isas())
+    """Instruction sets that were built and that this CPU has, the fastest first; with ``BUPO_MAX_ISA`` in the environment from that
+    one on, as on an older CPU.
+
+    Raises ``ValueError`` where ``BUPO_MAX_ISA`` names none.
+    """
+    fastest = os.environ.get("BUPO_MAX_ISA", ISAS[0])
+    if fastest not in ISAS:
+        raise ValueError(f"BUPO_MAX_ISA: {fastest!r} given, accepted are {', '.join(ISAS)}")
+    return () if built is None else tuple(isa for isa in built.cpu.isas() if ISAS.index(isa) >= ISAS.index(fastest))
 
 
 @functools.cache
