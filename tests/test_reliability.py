@@ -14,19 +14,21 @@ import torch
 import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
-from models import tiny_model, token_batch
+from models import LARGEST, tiny_model, token_batch
 from problems import (
     CONTRACT,
     OPTIONS,
     assert_stored_gradients,
     assert_values,
     case_with,
+    contract,
     covering,
     dense_fp32_error,
     device_of,
     gradients,
     largest_logit,
     leaves,
+    policy_error,
     products,
     random_case,
     roundoff,
@@ -55,6 +57,7 @@ from bupo_kernels.backends.triton_ import config
 
 FIELDS = ("logprobs", "entropy", "logsumexp")
 MIB = 2**20
+EPS = torch.finfo(torch.float32).eps
 SOME_MIB = 2 * (1 + torch.get_num_threads()) * MIB  # each thread of the native kernels has panels of its own
 
 # Cut even small problems into several tiles. Triton's smallest is 256 columns wide, which torch's is not.
@@ -128,8 +131,8 @@ def test_T02_logits_of_both_extremes_in_one_row(backend):
     weight = torch.tensor([[6e4], [-6e4], [0.0], [5.9e4]], device=device, requires_grad=True)
     hidden = torch.tensor([[1.0], [-1.0], [0.0]], device=device, requires_grad=True)
     ours = linear_logprobs(hidden, weight, torch.tensor([0, 0, 3], device=device), backend=backend)
-    assert ours.logprobs.tolist() == pytest.approx([0.0, -1.2e5, -math.log(4)], rel=1e-6)
-    assert ours.entropy.tolist() == pytest.approx([0.0, 0.0, math.log(4)], rel=1e-6)
+    assert ours.logprobs.tolist() == pytest.approx([0.0, -1.2e5, -math.log(4)], rel=8 * EPS)
+    assert ours.entropy.tolist() == pytest.approx([0.0, 0.0, math.log(4)], rel=8 * EPS)
     found = gradients(ours.logprobs.sum() + ours.entropy.sum(), hidden, weight)
     assert all(torch.isfinite(gradient).all() for gradient in found)
 
@@ -143,13 +146,13 @@ def test_T03_uniform_rows_reach_the_largest_entropy_and_their_gradient_sums_to_z
     targets = torch.tensor([0, 1, vocab - 2, vocab - 1], device=device)
     weight = torch.randn(vocab, 2).to(device).requires_grad_()
     ours = linear_logprobs(torch.zeros(4, 2, device=device), weight, targets, backend=backend)
-    assert ours.entropy.tolist() == pytest.approx([math.log(vocab)] * 4, rel=1e-6)
+    assert ours.entropy.tolist() == pytest.approx([math.log(vocab)] * 4, rel=8 * EPS)
     (of_entropy,) = gradients(ours.entropy.sum(), weight)
     assert (of_entropy == 0).all()
     ones = torch.cat([torch.randn(4, 1) / 100, torch.ones(4, 1)], 1).to(device)  # the last column of dW is dz, summed over rows
     near = (torch.cat([torch.randn(vocab, 1), torch.zeros(vocab, 1)], 1)).to(device).requires_grad_()
     (d_weight,) = gradients(linear_logprobs(ones, near, targets, backend=backend).logprobs.sum(), near)
-    assert abs(d_weight[:, -1].double().sum().item()) < 5e-6
+    assert abs(d_weight[:, -1].double().sum().item()) <= len(ones) * contract(5.0)  # of each p, which add up to 1 in each row
     assert (d_weight[:, -1] != 0).all()
 
 
@@ -420,7 +423,7 @@ def test_T12_packed_sequences_do_not_see_one_another(backend):
     apart = policy_logprobs(model, ids, targets, layer=2, backend=backend).logprobs
     positions = torch.arange(11, device=ids.device).repeat(2)[None]
     packed = policy_logprobs(model, ids.view(1, -1), targets.view(1, -1), position_ids=positions, layer=2, backend=backend).logprobs
-    assert (packed.view(2, 11) - apart).abs().max() < 1e-5
+    assert (packed.view(2, 11) - apart).abs().max() <= 2 * policy_error(model.config, 22, LARGEST)
     assert (apart[:, -1] == 0).all()
     assert (apart[:, :-1] < 0).all()
     with pytest.raises(ValueError, match="position_ids: given with attention_mask"):

@@ -13,7 +13,8 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from models import tiny_model
+from models import LARGEST, tiny_model
+from problems import policy_error
 from ranks import on_ranks
 from test_data import END, EOS, PAD, SPECIAL, START, characters
 from torch import nn
@@ -165,7 +166,7 @@ def test_logprobs_are_those_that_training_computes(model, name, temperature):
         expected = policy_logprobs(model, ids[:, :-1], ids[:, 1:], temperature=temperature).logprobs[
             0, len(sample.prompt_ids) - 1 :
         ]
-        assert (torch.tensor(sample.logprobs) - expected).abs().max() < 1e-5
+        assert (torch.tensor(sample.logprobs) - expected).abs().max() <= 2 * policy_error(model.config, 60, LARGEST / temperature)
 
 
 def test_samples_follow_the_softmax(name):
@@ -488,7 +489,7 @@ def test_vllm_samples_with_the_logprobs_of_the_temperature_and_a_seed_for_each_p
     for sample in samples:
         ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
         expected = policy_logprobs(model, ids[:, :-1], ids[:, 1:], temperature=0.7).logprobs[0, len(sample.prompt_ids) - 1 :]
-        assert (torch.tensor(sample.logprobs) - expected).abs().max() < 1e-5
+        assert (torch.tensor(sample.logprobs) - expected).abs().max() <= 2 * policy_error(model.config, 60, LARGEST / 0.7)
         assert sample.finished == (sample.response_ids[-1] in model.generation_config.eos_token_id)
     assert rollout.generate(prompts, 3, 1) == samples
     assert responses(rollout.generate(prompts, 3, 2)) != responses(samples)
