@@ -321,7 +321,7 @@ class BuildModule(build_ext):
         left_out, cuda = [], None
         try:
             if wishes.cuda and not wishes.cuda_asked_by and not has_gpu(os.environ):
-                raise Impossible("no GPU here that nvidia-smi lists")
+                raise Impossible("nvidia-smi lists no device here")
             if wishes.cuda and (any(CSRC.glob("cuda/*.cu")) or wishes.cuda_asked_by):
                 cuda, unknown = find_cuda(os.environ, wishes, cxx)
                 left_out += [f"nvcc {cuda.version} knows no sm_{arch}" for arch in unknown]

@@ -82,19 +82,21 @@ def examples(count: int) -> settings:
     return settings(max_examples=max(count * settings().max_examples // 40, 3))
 
 
-def covering(cases: Sequence[Sequence]) -> list:
+def covering(cases: Sequence[Sequence], together: int = 2, *, unpacked: bool = False) -> list:
     """Parameters of a test that takes a whole product of options: ``make test-all`` runs every case, ``make test`` so many of them
-    that each pair of values stands in one. Cases of one length, or dicts of the same keys."""
+    that each pair of values, or so many ``together``, stands in one. Cases of one length, or dicts of the same keys; ``unpacked``
+    for as many parameters."""
 
-    def pairs(case: Sequence) -> set:
+    def groups(case: Sequence) -> set:
         values = [f"{place}: {value}" for place, value in enumerate(case.values() if isinstance(case, dict) else case)]
-        return set(itertools.combinations(values, 2))
+        return set(itertools.combinations(values, together))
 
-    left, chosen = set().union(*map(pairs, cases)), []
+    left, chosen = set().union(*map(groups, cases)), []
     while left:
-        chosen.append(max(cases, key=lambda case: len(pairs(case) & left)))
-        left -= pairs(chosen[-1])
-    return [case if case in chosen else pytest.param(case, marks=pytest.mark.broad) for case in cases]
+        chosen.append(max(cases, key=lambda case: len(groups(case) & left)))
+        left -= groups(chosen[-1])
+    marks = [() if case in chosen else pytest.mark.broad for case in cases]
+    return [pytest.param(*(case if unpacked else (case,)), marks=mark) for case, mark in zip(cases, marks, strict=True)]
 
 
 def first_of(values: Iterable) -> list:

@@ -170,7 +170,7 @@ NOT_OURS = {  # what plain torch, transformers and peft refuse
 }
 ORDERS = [order for step in STEPS if step != "apply" for order in ((step, "apply"), ("apply", step), ("apply", step, "apply"))]
 ORDERS += [
-    order
+    pytest.param(order, marks=pytest.mark.broad)
     for a, b in itertools.permutations(TOGETHER, 2)
     if (a, b) not in NOT_OURS
     for order in ((a, "apply", b), ("apply", a, b, "apply"))

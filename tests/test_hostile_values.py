@@ -14,6 +14,7 @@ from problems import (
     assert_values,
     case_with,
     contract,
+    covering,
     divergence_factor,
     entropy_factor,
     gradients,
@@ -82,7 +83,7 @@ def on(*names: str, dtypes=(FP32, BF16, FP16)):
     """Each of these backends with each of the dtypes that it has."""
     pairs = [(name, dtype) for name in names or DTYPES for dtype in DTYPES[name] if dtype in dtypes]
     ids = [f"{name}-{str(dtype).removeprefix('torch.')}" for name, dtype in pairs]
-    return pytest.mark.parametrize(("backend", "dtype"), pairs, indirect=["backend"], ids=ids)
+    return pytest.mark.parametrize(("backend", "dtype"), covering(pairs, 1, unpacked=True), indirect=["backend"], ids=ids)
 
 
 def stores_16_bits(backend: str) -> bool:

@@ -261,7 +261,7 @@ def test_what_was_asked_for_and_is_impossible_is_an_error(project):
 
 def test_what_was_not_asked_for_is_left_out_with_a_line(project):
     script(project / "csrc/cuda/kernel.cu", "")
-    for gpus, reason in ((0, "no GPU here that nvidia-smi lists"), (1, "no bin/nvcc in CUDA_HOME, /nonexistent\n")):
+    for gpus, reason in ((0, "nvidia-smi lists no device here"), (1, "no bin/nvcc in CUDA_HOME, /nonexistent\n")):
         script(project / "bin" / "nvidia-smi", "echo GPU 0: NVIDIA H100\n" * gpus)
         path = os.pathsep.join([str(project / "bin"), os.environ["PATH"]])
         code, text = build(project, CUDA_HOME="/nonexistent", PATH=path)

@@ -25,6 +25,7 @@ from problems import (
     covering,
     dense_fp32_error,
     device_of,
+    first_of,
     gradients,
     largest_logit,
     leaves,
@@ -137,7 +138,7 @@ def test_T02_logits_of_both_extremes_in_one_row(backend):
     assert all(torch.isfinite(gradient).all() for gradient in found)
 
 
-@pytest.mark.parametrize("vocab", [5003, 70001])
+@pytest.mark.parametrize("vocab", first_of([5003, 70001]))
 def test_T03_uniform_rows_reach_the_largest_entropy_and_their_gradient_sums_to_zero(backend, vocab):
     # 70001 columns are 11.2 nat, where a filter on p would drop every column.
     if vocab > 5003 and backend == "triton" and config.interpreted():
@@ -199,7 +200,7 @@ def test_T04_logprob_never_positive_and_entropy_in_its_range_at_any_scale(backen
 
 @with_cached
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(64, 500, 64), (5, 2999, 40), (200, 33, 17)], ids=str)
+@pytest.mark.parametrize("shape", first_of([[5, 2999, 40], [64, 500, 64], [200, 33, 17]]), ids=str)
 def test_T05_sixteen_bit_inputs_are_closer_to_float64_than_rounded_logits(backend, dtype, shape):
     if backend == "native" and dtype == torch.float16:
         pytest.skip("takes fp32 and bf16")
@@ -473,7 +474,7 @@ def test_T14_autocast_takes_mixed_operands(backend):
     assert torch.equal(mixed.logprobs, same.logprobs)
 
 
-@with_cached
+@pytest.mark.parametrize("backend", first_of(["native", "torch", "triton", "triton:cached"]), indirect=True)
 def test_T15_compiled_calls_of_any_length_are_eager_ones_bit_for_bit(backend):
     torch._dynamo.reset()
     graphs = CompileCounterWithBackend("aot_eager")
@@ -677,7 +678,7 @@ assert plan.backend in ("native", "torch")
     ("forbid", "check"),
     [
         ("sys.modules['triton'] = None", "assert plan.why_not['triton'] == 'triton: not installed'"),
-        ("", "assert 'device: cpu given, accepted is cuda' in plan.why_not['triton']"),
+        pytest.param("", "assert 'device: cpu given, accepted is cuda' in plan.why_not['triton']", marks=pytest.mark.broad),
     ],
     ids=["not installed", "installed"],
 )

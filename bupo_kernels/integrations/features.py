@@ -39,10 +39,10 @@ def require_values(peer: str, function: str, names: Sequence[str], theirs: Calla
 
 def small_input() -> dict[str, Tensor]:
     """Operands to ask for a value with: ``hidden[3, 5]``, ``weight[7, 5]``, ``bias[7]``, ``targets[3]``, fp32 on the CPU."""
-    options = {"dtype": torch.float32, "device": "cpu"}
+    numbers = torch.arange(35, dtype=torch.float32, device="cpu")
     return {
-        "hidden": torch.arange(15, **options).view(3, 5).sin(),
-        "weight": torch.arange(35, **options).view(7, 5).cos(),
-        "bias": torch.arange(7, **options) / 7,
+        "hidden": numbers[:15].view(3, 5).sin(),
+        "weight": numbers.view(7, 5).cos(),
+        "bias": numbers[:7] / 7,
         "targets": torch.tensor([0, 6, 3], dtype=torch.int64, device="cpu"),
     }

@@ -54,8 +54,9 @@ def measure_readout(model: nn.Module, head: nn.Module, linear: nn.Linear) -> Rea
     def instead_of_the_head(given: Tensor, *_, **__) -> Tensor:
         """[..., D] -> [..., V]; each column goes through all values, and no two neighbours are alike in a row."""
         states.append(given)
-        rows = torch.arange(given.shape[:-1].numel(), device=device)
-        answers.append(values[(rows[:, None] + torch.arange(columns, device=device)) % len(VALUES)])
+        rows = torch.arange(given.shape[:-1].numel(), dtype=torch.int64, device=device)
+        ids = torch.arange(columns, dtype=torch.int64, device=device)
+        answers.append(values[(rows[:, None] + ids) % len(VALUES)])
         return answers[-1].clone().view(*given.shape[:-1], columns)  # models write into it
 
     ids = torch.zeros(1, len(VALUES), dtype=torch.int64, device=device)
