@@ -107,7 +107,7 @@ OTHERS = {  # config, and what is measured of it
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_statistics_are_those_of_the_models_own_logits_with_the_gradients_of_plain_torch(name, caplog):
-    config, measured = OTHERS[name]
+    config, measured = copy.deepcopy(OTHERS[name])
     model = in_float64(AutoModelForCausalLM.from_config(config)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -143,7 +143,7 @@ def warnings_in(caplog):
 
 
 def test_every_statistic_is_of_the_capped_and_scaled_logits():
-    model = AutoModelForCausalLM.from_config(OTHERS["gemma2"][0]).double()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(OTHERS["gemma2"][0])).double()
     head, options = apply_fused_head(model).lm_head, {"softcap": 2.0}
     (hidden, targets), advantages = rows(), torch.randn(3, 7)
     hidden, weight = 9 * hidden, head.weight
@@ -224,7 +224,7 @@ def test_what_is_measured_does_not_depend_on_a_dtype_that_logits_are_rounded_to(
 
 
 def test_a_model_is_measured_without_reading_running_or_drawing_anything():
-    model = AutoModelForCausalLM.from_config(OTHERS["gemma2"][0]).train()
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(OTHERS["gemma2"][0])).train()
     model.model.eval()
     model.gradient_checkpointing_enable()
     with torch.no_grad():
@@ -244,11 +244,11 @@ def test_a_model_is_measured_without_reading_running_or_drawing_anything():
 
 def test_a_model_on_the_meta_device_is_measured_and_so_is_one_under_other_defaults():
     with torch.device("meta"):
-        model = apply_fused_head(AutoModelForCausalLM.from_config(OTHERS["gemma2"][0]))
+        model = apply_fused_head(AutoModelForCausalLM.from_config(copy.deepcopy(OTHERS["gemma2"][0])))
     assert model.lm_head.readout == {"softcap": 2.0}
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = apply_fused_head(AutoModelForCausalLM.from_config(OTHERS["granite"][0]))
+        model = apply_fused_head(AutoModelForCausalLM.from_config(copy.deepcopy(OTHERS["granite"][0])))
     finally:
         torch.set_default_dtype(torch.float32)
     assert model.lm_head.readout == {"logit_scale": 1 / 13}
@@ -260,7 +260,7 @@ def test_a_cap_that_its_model_applies_in_chunks_is_measured():
 
 
 def test_what_is_measured_follows_the_model_when_it_is_applied_again():
-    model = apply_fused_head(AutoModelForCausalLM.from_config(OTHERS["gemma2"][0]))
+    model = apply_fused_head(AutoModelForCausalLM.from_config(copy.deepcopy(OTHERS["gemma2"][0])))
     model.config.final_logit_softcapping = None
     assert apply_fused_head(model).lm_head.readout == {}
 

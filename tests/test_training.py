@@ -178,6 +178,7 @@ def test_an_interrupted_run_keeps_what_it_has(config_file, tmp_path, monkeypatch
 
 def test_a_command_that_is_told_to_end_says_what_it_keeps_and_exits_with_143(tmp_path, monkeypatch, capsys):
     words = ["evaluate", "nowhere", "--data", "nowhere"]
+    background = signal.signal(signal.SIGINT, signal.default_int_handler)  # where background jobs ignore it
     before = signal.getsignal(signal.SIGTERM)
     told = {signal.SIGTERM: ("SIGTERM", 143), signal.SIGINT: ("interrupted", 130)}
     kept = {(): "nothing is kept without --out", ("--out", "x"): "what is in --out stays, and the same command goes on from there"}
@@ -186,6 +187,7 @@ def test_a_command_that_is_told_to_end_says_what_it_keeps_and_exits_with_143(tmp
         assert main([*words, *out]) == code
         assert capsys.readouterr().err == f"\nbupo evaluate: {name}; {rest}\n"
     assert signal.getsignal(signal.SIGTERM) == before
+    signal.signal(signal.SIGINT, background)
 
 
 def test_rewards_that_fail_cost_their_samples_only_and_are_counted(config_file, tmp_path):
