@@ -50,7 +50,7 @@ test-machines: install ## the tests as on other CPUs, with other numbers of thre
 	$(BIN)/python tests/machines.py --jobs $(JOBS) --write
 
 test-triton: install ## the kernels with another Triton: make test-triton TRITON=triton==3.9.0 (then again without, for the default)
-	$(BIN)/python -m pytest tests/test_triton.py tests/test_kernels.py tests/test_reliability.py
+	$(PYTEST) --broad tests/test_triton.py tests/test_kernels.py tests/test_reliability.py
 
 # Peers bring versions of their own: an environment each, with this library installed as their users would.
 test-trl test-verl: test-%: install
@@ -63,14 +63,15 @@ kernels: install ## compile every Triton configuration for every target, and pri
 	$(BIN)/python -m bupo_kernels.backends.triton_.compile
 
 test-demo: install ## the demo must learn; minutes
-	$(BIN)/python -m pytest -m slow -s
+	$(PYTEST) -m slow
 
 SANITIZE := BUPO_SANITIZE=address,undefined ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1
 
 sanitize: install ## the native kernels under AddressSanitizer and UndefinedBehaviorSanitizer, built apart from the installed ones
 	$(SANITIZE) BUPO_BUILD_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/sanitize/lib --build-temp build/sanitize/temp
 	$(SANITIZE) LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	PYTHONPATH=build/sanitize/lib $(BIN)/pytest -s tests/test_native.py tests/test_install.py::test_the_module_is_the_one_asked_for
+	PYTHONPATH=build/sanitize/lib $(BIN)/pytest -s -k "native or module_is_the_one" \
+	tests/test_native.py tests/test_defaults_and_empties.py tests/test_install.py
 
 lint: install
 	$(BIN)/ruff check .
