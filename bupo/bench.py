@@ -28,9 +28,10 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
 from bupo.attention import training_attention
 from bupo.batching import MicroBatch, pack
-from bupo.config import ConfigError, TrainConfig, parse_config
+from bupo.config import TrainConfig, parse_config
 from bupo.cost import load_architecture, parameters
 from bupo.distributed import World, full, process_group, shard
+from bupo.errors import ConfigError
 from bupo.measurement import machine, peak_bytes, rates, results_path, timed, write_section
 from bupo.model import METHODS, make_optimizer, make_trainable
 from bupo.output import progress_bar

@@ -25,8 +25,9 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from transformers import PreTrainedModel
 
-from bupo.config import ConfigError, TrainConfig, check_new_folder
+from bupo.config import TrainConfig, check_new_folder
 from bupo.distributed import World
+from bupo.errors import ConfigError
 
 T = TypeVar("T")
 

@@ -15,7 +15,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import get_args
 
-from bupo.config import ConfigError, ExportType, describe_config, load_config, override, parse_config
+from bupo.config import ExportType, describe_config, load_config, override, parse_config
+from bupo.errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:

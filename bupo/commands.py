@@ -10,10 +10,11 @@ from transformers import AutoConfig
 
 from bupo.analysis.collect import model_fingerprint
 from bupo.checkpoint import Checkpoints
-from bupo.config import BASE, ConfigError, Hardware, TrainConfig, check_new_folder, load_config
+from bupo.config import BASE, Hardware, TrainConfig, check_new_folder, load_config
 from bupo.cost import check_fits, load_architecture
 from bupo.data import load_examples
 from bupo.distributed import process_group
+from bupo.errors import ConfigError
 from bupo.evaluation import Accuracy, evaluate_model
 from bupo.model import export, export_type, load_model, load_tokenizer
 from bupo.rewards import RewardPool

@@ -22,18 +22,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from bupo.errors import ConfigError
+
 Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 ExportType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 BASE = "base"  # in a run folder: config and tokenizer of the model it started from
-
-
-class ConfigError(Exception):
-    """One line that names the key, what was given and what is accepted."""
-
-    speaker: int | None = None  # the rank that prints it, where all ranks know of it
 
 
 def _allows_flags(annotation: Any) -> bool:

@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoConfig, PretrainedConfig
 
-from bupo.config import ConfigError, TrainConfig
+from bupo.config import TrainConfig
+from bupo.errors import ConfigError
 from bupo.model import pretrained, unusable
 from bupo_kernels.dispatch import default_memory_budget
 from bupo_kernels.internal_policy import MODEL_TYPES

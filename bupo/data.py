@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from bupo.config import ConfigError, Data
+from bupo.config import Data
+from bupo.errors import ConfigError
 from bupo.rewards import Columns, Question
 
 

@@ -24,7 +24,8 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 
-from bupo.config import ConfigError, Hardware
+from bupo.config import Hardware
+from bupo.errors import ConfigError
 
 T = TypeVar("T")
 

@@ -20,9 +20,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bupo.config import ConfigError, check_new_folder
+from bupo.config import check_new_folder
 from bupo.data import Example, question, stream_seed
 from bupo.distributed import Termination, World
+from bupo.errors import ConfigError
 from bupo.output import FolderLock, claim, progress_bar, replace_file
 from bupo.rewards import RewardPool
 from bupo.rollout import Rollout, Stopped

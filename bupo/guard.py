@@ -11,9 +11,10 @@ from transformers import PreTrainedModel
 
 from bupo.attention import packed_options, training_attention
 from bupo.batching import pack_all
-from bupo.config import ConfigError, TrainConfig
+from bupo.config import TrainConfig
 from bupo.data import Example
 from bupo.distributed import World
+from bupo.errors import ConfigError
 from bupo.output import replace_file
 from bupo.rollout import Rollout, Sample
 

@@ -29,8 +29,9 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from bupo.config import ConfigError, Hardware, Optimizer
+from bupo.config import Hardware, Optimizer
 from bupo.distributed import World, shard, sharded_units
+from bupo.errors import ConfigError
 from bupo_kernels import FusedLMHead, policy_divergence, policy_lens, policy_logprobs, policy_loss
 from bupo_kernels.internal_policy import MODEL_TYPES
 

@@ -17,9 +17,10 @@ from typing import Any
 import yaml
 
 from bupo.analysis.figures import draw_training
-from bupo.config import ConfigError, TrainConfig, dump_config
+from bupo.config import TrainConfig, dump_config
 from bupo.data import Example
 from bupo.distributed import World
+from bupo.errors import ConfigError
 from bupo.evaluation import Accuracy
 from bupo.output import progress_bar, replace_file
 from bupo.plots import draw_run

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from bupo.config import ConfigError
+from bupo.errors import ConfigError
 
 
 def progress_bar(shown: bool = True) -> Progress:

@@ -26,7 +26,7 @@ from functools import cache
 from multiprocessing.connection import wait
 from typing import Any, NamedTuple
 
-from bupo.config import ConfigError
+from bupo.errors import ConfigError
 
 MATH_VERIFY = importlib.util.find_spec("math_verify") is not None
 DEFAULT = "bupo.rewards:math_answer"

@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from bupo.config import ConfigError, TrainConfig
+from bupo.config import TrainConfig
 from bupo.data import stream_seed
 from bupo.distributed import World, full, unsharded
+from bupo.errors import ConfigError
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from bupo.advantages import estimate_advantages
 from bupo.attention import packed_options, training_attention
 from bupo.batching import IGNORE, MicroBatch, fill, pack, pack_all, token_weights, tokens
 from bupo.checkpoint import Checkpoints, last_step, require_space, space_needed
-from bupo.config import BASE, ConfigError, TrainConfig, load_config
+from bupo.config import BASE, TrainConfig, load_config
 from bupo.cost import check_fits, load_architecture, parameters, peak_flops, training_flops, work_of
 from bupo.data import Example, PromptOrder, load_examples, question, stream_seed
 from bupo.distributed import Termination, World, full, process_group
+from bupo.errors import ConfigError
 from bupo.evaluation import Accuracy, evaluate
 from bupo.guard import PerplexityGuard
 from bupo.model import export, export_type, keep_base, load_model, load_tokenizer, make_optimizer

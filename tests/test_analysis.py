@@ -14,8 +14,8 @@ from bupo.analysis.blocks import UnsupportedModel
 from bupo.analysis.collect import batches_of, make_batch, measure
 from bupo.analysis.heatmap import token_text
 from bupo.analysis.statistics import Sums, estimate, first_layer, layer_table, resampled_means
-from bupo.config import ConfigError
 from bupo.demo import character_tokenizer, small_model
+from bupo.errors import ConfigError
 from bupo.rollout import Sample
 from bupo_kernels import FusedLMHead
 

@@ -14,9 +14,10 @@ from bupo import cli
 from bupo.analysis import collect, read_statistics
 from bupo.analysis.collect import measure
 from bupo.analysis.command import load_responses
-from bupo.config import ConfigError, Data
+from bupo.config import Data
 from bupo.data import load_examples
 from bupo.demo import character_tokenizer, small_model
+from bupo.errors import ConfigError
 from bupo.rollout import Generate
 
 

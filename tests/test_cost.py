@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from bupo.attention import training_attention
-from bupo.config import ConfigError, TrainConfig, load_config, parse_config
+from bupo.config import TrainConfig, load_config, parse_config
 from bupo.cost import (
     Work,
     activation_bytes,
@@ -28,6 +28,7 @@ from bupo.cost import (
     work_of,
 )
 from bupo.distributed import process_group, shard
+from bupo.errors import ConfigError
 from bupo.measurement import peak_bytes
 from bupo_kernels import policy_logprobs, policy_loss
 

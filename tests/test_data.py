@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from bupo.config import ConfigError, Data
+from bupo.config import Data
 from bupo.data import Example, PromptOrder, _name, load_examples, stream_seed
+from bupo.errors import ConfigError
 from bupo.rewards import Columns
 
 CHATML = (

@@ -16,8 +16,9 @@ from test_batching import random_samples
 
 from bupo import cli
 from bupo.attention import training_attention
-from bupo.config import ConfigError, Hardware, Optimizer, parse_config
+from bupo.config import Hardware, Optimizer, parse_config
 from bupo.distributed import full, process_group, sharded_units, unsharded
+from bupo.errors import ConfigError
 from bupo.model import load_model, make_optimizer
 from bupo.schedule import FINAL, OptimisedPolicy
 from bupo.trainer import look, look_at_layers, make_mini_batches, update, with_old_logprobs

@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bupo import evaluation
-from bupo.config import ConfigError
 from bupo.data import Example
 from bupo.distributed import World
+from bupo.errors import ConfigError
 from bupo.evaluation import Accuracy, Estimate, evaluate, evaluate_model, intervals, pass_at_k
 from bupo.rollout import Stopped
 

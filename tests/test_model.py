@@ -12,10 +12,11 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from bupo.analysis.command import _load_for_reading
 from bupo.cli import main
-from bupo.config import ConfigError, Hardware, parse_config
+from bupo.config import Hardware, parse_config
 from bupo.cost import load_architecture
 from bupo.demo import character_tokenizer
 from bupo.distributed import World
+from bupo.errors import ConfigError
 from bupo.model import load_model, load_tokenizer
 
 ALONE = World(0, 1, torch.device("cpu"))

@@ -17,9 +17,10 @@ import yaml
 from matplotlib.image import imread
 
 from bupo import monitor
-from bupo.config import Bupo, ConfigError, Data, Telemetry, TrainConfig, load_config
+from bupo.config import Bupo, Data, Telemetry, TrainConfig, load_config
 from bupo.data import Example
 from bupo.distributed import World
+from bupo.errors import ConfigError
 from bupo.monitor import RunFolder, step_line
 from bupo.output import progress_bar, replace_file
 from bupo.plots import draw_run

@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bupo.checkpoint import Checkpoints, require_space, space_needed
 from bupo.cli import main
-from bupo.config import ConfigError, Optimizer, check_new_folder, load_config
+from bupo.config import Optimizer, check_new_folder, load_config
 from bupo.distributed import World
+from bupo.errors import ConfigError
 from bupo.evaluation import evaluate
 from bupo.model import make_optimizer
 from bupo.rollout import _Asking

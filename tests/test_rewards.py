@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from bupo import rewards
-from bupo.config import ConfigError, Reward
+from bupo.config import Reward
+from bupo.errors import ConfigError
 from bupo.rewards import (
     Columns,
     Question,

@@ -22,8 +22,9 @@ from transformers import AttentionInterface, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from bupo.config import ConfigError, Hardware
+from bupo.config import Hardware
 from bupo.distributed import World, process_group, shard
+from bupo.errors import ConfigError
 from bupo.rollout import Rollout, Sample, Sampling, make_rollout, text_of
 from bupo_kernels import policy_logprobs
 

@@ -21,9 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bupo.attention import training_attention
 from bupo.batching import IGNORE, MicroBatch
 from bupo.cli import main
-from bupo.config import ConfigError, dump_config, load_config
+from bupo.config import dump_config, load_config
 from bupo.demo import character_tokenizer
 from bupo.distributed import World
+from bupo.errors import ConfigError
 from bupo.model import load_model, load_tokenizer, read_model
 from bupo.schedule import FINAL, OptimisedPolicy
 from bupo.trainer import look, look_at_layers, make_mini_batches, train, update, with_old_logprobs

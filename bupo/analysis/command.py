@@ -24,10 +24,11 @@ from bupo.analysis.figures import draw_statistics
 from bupo.analysis.heatmap import heat_maps
 from bupo.analysis.report import write_report
 from bupo.analysis.statistics import Statistics, layer_table, require_pyarrow, write_statistics
-from bupo.config import ConfigError, TrainConfig, check_new_folder
+from bupo.config import TrainConfig, check_new_folder
 from bupo.cost import load_architecture
 from bupo.data import encode, jsonl_rows, load_examples, require_known
 from bupo.distributed import World, process_group
+from bupo.errors import ConfigError
 from bupo.model import load_tokenizer, read_model, require_finite, unusable
 from bupo.output import FolderLock, claim, progress_bar, replace_file
 from bupo.rollout import Sample, configured_rollout

@@ -12,7 +12,7 @@ import numpy as np
 from rich.table import Table
 
 from bupo.analysis.boundary import find_boundary
-from bupo.config import ConfigError
+from bupo.errors import ConfigError
 from bupo.output import replace_file
 
 POINTS = ("attention_input", "attention", "attention_residual", "ffn_input", "ffn", "layer")
