@@ -59,7 +59,7 @@ def pytest_collection_modifyitems(config, items):
         return
     broad = [item for item in items if item.get_closest_marker("broad")]
     config.hook.pytest_deselected(items=broad)
-    items[:] = [item for item in items if item not in set(broad)]
+    items[:] = [item for item in items if not item.get_closest_marker("broad")]
 
 
 @pytest.fixture(autouse=True)

@@ -54,6 +54,12 @@ def contract(largest: float, dtype: torch.dtype = torch.float32) -> float:
     return CONTRACT * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps * (1 + largest)
 
 
+def head_error(largest: float, width: int, dtype: torch.dtype = torch.float32) -> float:
+    """Bound how far a log-prob of an op may be from that of dense logits, which reach ``largest`` and are sums over the ``width``
+    of a head in ``dtype``; twice what these lose, once for the target's own logit and once for the logsumexp."""
+    return contract(largest, dtype) + 2 * chain_error(width, dtype=dtype) * (1 + largest)
+
+
 def policy_error(config, positions: int, largest: float, *, dtype: torch.dtype = torch.float32) -> float:
     """Bound the error of a log-prob that a model gives whose logits reach ``largest``: the contract's, and twice that of a logit,
     once for the target's own and once for the logsumexp."""

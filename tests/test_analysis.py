@@ -7,7 +7,7 @@ import pytest
 import torch
 from analysis_models import FAMILIES, LARGEST, family_model, log_policy, points_by_hand, some_samples, values_by_hand
 from models import in_float64
-from problems import CONTRACT, chain_error, divergence_factor, entropy_factor, policy_error
+from problems import chain_error, contract, divergence_factor, entropy_factor, policy_error
 
 from bupo.analysis import analyze, collect, heat_maps, read_statistics, statistics, write_statistics
 from bupo.analysis.blocks import UnsupportedModel
@@ -71,7 +71,7 @@ def test_statistics_equal_a_plain_float64_computation(family, tied, final_norm):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_the_same_hidden_states_statistics_are_those_of_float64(dtype):
     # Of statistics of the same hidden states, in which the model itself has no part.
-    bound = CONTRACT * (1 + LARGEST) * entropy_factor(61)
+    bound = contract(LARGEST) * entropy_factor(61)
     model, (sample, *_) = family_model().to(dtype), some_samples(((3, 40),))
     batch = make_batch([sample], model.device)
     FusedLMHead.adopt(model.lm_head)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from analysis_models import FAMILIES, LARGEST, family_model, log_policy, points_by_hand
 from models import token_batch
-from problems import CONTRACT, chain_error
+from problems import head_error
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from bupo.analysis.blocks import UnsupportedModel, check_readout, decoder_of, readout_options, residual_points
@@ -50,7 +50,7 @@ def test_the_final_policy_is_the_models_own(family, tied):
         final = model.model(ids, use_cache=False).last_hidden_state
     found = FusedLMHead.adopt(model.lm_head)([final], top_k=61, outputs=("entropy",), **readout_options(model))
     ours = torch.empty_like(own).scatter_(-1, found.top_ids[0], found.top_logprobs[0])
-    bound = (CONTRACT + 2 * chain_error(32)) * (1 + LARGEST)  # the model's own logits are fp32 sums over D = 32
+    bound = head_error(LARGEST, 32)
     assert (ours - own).abs().max() < bound
     assert (log_policy(model, final, False, 1.0) - own).abs().max() < bound  # so the oracle is right, too
     check_readout(model, ids[:1])

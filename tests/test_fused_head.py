@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from models import FAMILIES, in_float64, tiny_model, token_batch
-from problems import chain_error, contract, entropy_factor
+from problems import chain_error, contract, entropy_factor, head_error
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -52,7 +52,7 @@ EXACT = 8 * contract(10.0, torch.float64)  # of what is made of a few log-probs,
 def assert_answers_for(logits, statistics, targets):
     """Within the contract, and what logits lose that are sums over the width of the head."""
     largest = logits.detach().abs().max().item()
-    bound = contract(largest, logits.dtype) + 2 * chain_error(32, dtype=logits.dtype) * (1 + largest)
+    bound = head_error(largest, 32, logits.dtype)
     factors = 1, entropy_factor(logits.shape[-1])
     answers = statistics.logprobs, statistics.entropy
     for ours, want, factor in zip(answers, dense(logits, targets), factors, strict=True):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import tiny_model
-from problems import chain_error, contract, entropy_factor
+from problems import entropy_factor, head_error
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils.parametrizations import weight_norm
@@ -204,7 +204,7 @@ def assert_answers_for_its_model(model):
     found = head_of(model)(states[0], targets)
     want = logits.log_softmax(-1)
     largest = logits.abs().max().item()
-    bound = contract(largest) + 2 * chain_error(32) * (1 + largest)  # of the statistics, and of the logits: sums over D = 32
+    bound = head_error(largest, 32)
     chosen = want.gather(-1, targets[..., None])[..., 0]
     torch.testing.assert_close(found.logprobs.double(), chosen, atol=bound, rtol=0)
     torch.testing.assert_close(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import FAMILIES, LARGEST, in_float64, tiny_model, token_batch
-from problems import CONTRACT, chain_error, divergence_factor, entropy_factor, model_error, policy_error
+from problems import contract, divergence_factor, entropy_factor, head_error, model_error, policy_error
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -67,14 +67,14 @@ def test_the_lens_of_a_model_holds_every_layer_s_raw_policy_and_last_its_own(fam
     seen = policy_lens(model, ids, targets, outputs=("entropy", "logprobs", "kl_to_final"), top_k=2)
     assert seen.entropy.shape == (DEPTH + 2, *ids.shape)
     largest = log_p.abs().max().item()
-    bound = CONTRACT * (1 + largest)  # the hidden states are the same, bit for bit
+    bound = contract(largest)  # the hidden states are the same, bit for bit
     entropy, kl = -(log_p.exp() * log_p).sum(-1) * counts, (log_p.exp() * (log_p - log_p[-1])).sum(-1) * counts
     torch.testing.assert_close(seen.entropy.double(), entropy, atol=bound * entropy_factor(61), rtol=0)
     torch.testing.assert_close(seen.kl_to_final.double(), kl, atol=bound * divergence_factor(kl.max().item()), rtol=0)
     chosen = log_p.gather(-1, targets.where(counts, 0).expand(DEPTH + 2, -1, -1).unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(seen.logprobs.double(), chosen * counts, atol=bound, rtol=0)
     own = model(ids, use_cache=False).logits.double().log_softmax(-1).gather(-1, targets.where(counts, 0).unsqueeze(-1))
-    bound += 2 * chain_error(32) * (1 + largest)  # the model's own logits are fp32 sums over D = 32
+    bound = head_error(largest, 32)  # the model's own logits are dense
     torch.testing.assert_close(seen.logprobs[-1].double(), own.squeeze(-1) * counts, atol=bound, rtol=0)
     assert (seen.top_logprobs[:, counts, 0] >= seen.top_logprobs[:, counts, 1]).all()
     hooks = [module._forward_pre_hooks for module in (model.base_model.norm, *model.base_model.layers)]

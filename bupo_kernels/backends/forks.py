@@ -8,6 +8,7 @@ child as in the parent, makes a new one. Runtimes other than libgomp see to this
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 from pathlib import Path
 
@@ -16,10 +17,16 @@ import torch
 HARD = 2  # omp_pause_hard
 
 
-def give_up_threads() -> None:
+@functools.cache
+def _libgomps() -> tuple[str, ...]:
+    """Where libgomp may be, loaded or not: a wheel may have its own, under a name of its own."""
     site_packages = Path(torch.__file__).parents[1]
     bundled = (path for folder in ("torch/lib", "torch.libs") for path in site_packages.glob(f"{folder}/libgomp*"))
-    for library in ("libgomp.so.1", *map(str, bundled)):  # a wheel may have its own, under a name of its own
+    return "libgomp.so.1", *map(str, bundled)
+
+
+def give_up_threads() -> None:
+    for library in _libgomps():
         try:
             runtime = ctypes.CDLL(library, mode=os.RTLD_NOLOAD)
         except OSError:  # not in use here
