@@ -76,6 +76,7 @@ sanitize: install ## the native kernels under AddressSanitizer and UndefinedBeha
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: ## everything in benchmarks/results/<device>.json and docs/benchmarks.md, peers included; an hour and a half on two cores
 	test -x .venv-bench/bin/pip || $(PYTHON) -m venv .venv-bench
