@@ -131,7 +131,7 @@ def _planned(x: Inputs, **options) -> dict:
     except ValueError as error:
         reason = str(error).partition("it cannot run this: ")[2] or str(error)
         return {"products": 0, "why_not": lambda x: reason}
-    memory, kept = plan.schedule.memory, plan.schedule.cached_rows
+    memory, kept = plan.tile_plan.memory, plan.tile_plan.cached_rows
     widened = plan.backend == "torch" and x.device.type == "cpu" and x.hidden.itemsize == 2
     by_itself = explain(*x.leaves, x.targets, **options | {"backend": "auto"}).backend
     remarks = {

@@ -22,7 +22,7 @@ from benchmarks.inputs import Case, Inputs
 from bupo.measurement import finite, machine, rates, results_path, timed, write_section
 from bupo_kernels import linear_logprobs
 from bupo_kernels.backends.algebra import Coefficients
-from bupo_kernels.backends.problem import Operands, Readout
+from bupo_kernels.backends.base import Operands, Readout
 from bupo_kernels.backends.triton_ import config, target_of
 
 CASES = [Case.of("Qwen3-4B", 32768), Case.of("Qwen3-8B", 32768)]

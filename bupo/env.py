@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bupo_kernels.backends.problem import Problem
+from bupo_kernels.backends.base import Problem
 from bupo_kernels.dispatch import default_memory_budget, make_plan
 
 PACKAGES = ("bupo-kernels", "torch", "triton", "transformers", "liger-kernel")
@@ -157,7 +157,7 @@ def _call(device: torch.device, dtype: torch.dtype, kind: str) -> dict[str, Any]
     finally:
         log.setLevel(level)
     names = {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "call": kind}
-    return names | {"backend": plan.backend, "strategy": plan.schedule.strategy, "why_not": dict(plan.why_not)}
+    return names | {"backend": plan.backend, "strategy": plan.tile_plan.strategy, "why_not": dict(plan.why_not)}
 
 
 def _columns(rows: list[list[str]]) -> list[str]:

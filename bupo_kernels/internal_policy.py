@@ -15,7 +15,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from bupo_kernels.functional import LensStatistics, LinearLogprobs
+from bupo_kernels.functional import LinearLogprobs
+from bupo_kernels.lens import LensStatistics
 from bupo_kernels.modules import FusedLMHead
 from bupo_kernels.policy_losses import PolicyMetrics
 

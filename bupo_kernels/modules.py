@@ -10,14 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from bupo_kernels.functional import (
-    LensStatistics,
-    LinearLogprobs,
-    linear_divergence,
-    linear_logprobs,
-    linear_policy_loss,
-    logit_lens,
-)
+from bupo_kernels.functional import LinearLogprobs, linear_logprobs, linear_policy_loss
+from bupo_kernels.lens import LensStatistics, linear_divergence, logit_lens
 from bupo_kernels.policy_losses import PolicyMetrics
 
 

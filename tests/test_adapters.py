@@ -463,7 +463,7 @@ def test_compiles_to_one_graph(call):
 
 @each_adapter
 def test_logits_are_never_whole(call, monkeypatch):
-    monkeypatch.setattr("bupo_kernels.functional.default_memory_budget", lambda device: 2**20)
+    monkeypatch.setattr("bupo_kernels.request.default_memory_budget", lambda device: 2**20)
     hidden, weight = torch.randn(512, WIDTH, requires_grad=True), torch.randn(8192, WIDTH, requires_grad=True)
     targets = torch.randint(0, 8192, (512,))
     logits = 4 * 512 * 8192
@@ -534,8 +534,8 @@ def test_apples_older_positional_ignore_index_is_not_taken_for_a_bias():
 
 def test_options_about_memory_scale_the_working_memory(monkeypatch):
     budgets = []
-    prepare = adapters.prepare
-    monkeypatch.setattr(adapters, "prepare", lambda *a, **k: (call := prepare(*a, **k), budgets.append(call.memory_budget))[0])
+    logprobs_of = adapters.logprobs_of
+    monkeypatch.setattr(adapters, "logprobs_of", lambda request: budgets.append(request.memory_budget) or logprobs_of(request))
     p = Problem(torch.float32)
     operands = p.hidden, p.weight, p.targets
     FusedLinearForPPO()(*operands), FusedLinearForPPO(256)(*operands)

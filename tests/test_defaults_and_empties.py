@@ -22,13 +22,13 @@ from bupo_kernels import (
 )
 from bupo_kernels.backends import compiled
 from bupo_kernels.backends.compiled import address
-from bupo_kernels.functional import LENS_OUTPUTS
 from bupo_kernels.integrations.functional import (
     apple_linear_cross_entropy,
     liger_fused_linear_cross_entropy,
     torch_linear_cross_entropy,
     verl_linear_cross_entropy,
 )
+from bupo_kernels.lens import LENS_OUTPUTS
 
 backend, on_gpu, emulated = test_hostile_values.backend, test_hostile_values.on_gpu, test_hostile_values.emulated  # fixtures
 FP32, BF16 = torch.float32, torch.bfloat16

@@ -55,7 +55,7 @@ def test_backends_are_those_that_real_calls_use(dtype):
     for kind, (gradients, one_pass) in env.CALLS.items():
         operands = [torch.empty(n, env.WIDTH, dtype=dtype, requires_grad=gradients) for n in (env.ROWS, env.VOCAB)]
         plan = explain(*operands, objective=PolicyObjective() if one_pass else None)
-        expected = (plan.backend, plan.schedule.strategy, plan.why_not)
+        expected = (plan.backend, plan.tile_plan.strategy, plan.why_not)
         assert (calls[kind]["backend"], calls[kind]["strategy"], calls[kind]["why_not"]) == expected
 
 

@@ -154,7 +154,7 @@ def check(rows: int, vocab: int, width: int, dtype, device, backend: str, scale:
     """Statistics and gradients of one call, on rows and columns that include the first and the last."""
     case, upstream = large_case(rows, vocab, width, dtype, device, scale), random_upstream(rows, device)
     options = {"backend": backend, "memory_budget": budget}
-    cached = explain(case.hidden, case.weight, case.targets, **options).schedule.cached_rows > 0
+    cached = explain(case.hidden, case.weight, case.targets, **options).tile_plan.cached_rows > 0
     *statistics, d_hidden, d_weight = run(case, upstream, **options)
     assert torch.isfinite(torch.stack(statistics)).all()
     assert d_hidden.dtype == d_weight.dtype == dtype
@@ -595,7 +595,7 @@ def test_T28_peak_memory_is_what_explain_states(rows, vocab, width, dtype, backe
     options = {"backend": backend, "memory_budget": budget}
     # What is stated is the most a call can need: as many rows as possible, but not all, so that those of H are gathered.
     upstream = [torch.ones(rows, device="cuda").index_fill(0, torch.tensor([rows // 2], device="cuda"), 0) for _ in range(3)]
-    stated = explain(case.hidden, case.weight, case.targets, **options).schedule.memory
+    stated = explain(case.hidden, case.weight, case.targets, **options).tile_plan.memory
     warm = large_case(64, 5000, width, dtype, ignored=False)  # the library's own workspace lives on
     run(warm, [g[:64] for g in upstream], backend=backend)
     del warm

@@ -35,7 +35,7 @@ from bupo_kernels import (
     logit_lens,
 )
 from bupo_kernels.backends import compiled
-from bupo_kernels.functional import LENS_OUTPUTS
+from bupo_kernels.lens import LENS_OUTPUTS
 from bupo_kernels.policy_losses import policy_terms
 
 NAN, INF = math.nan, math.inf

@@ -169,7 +169,7 @@ def test_in_16_bit_triton_does_in_one_pass_what_it_does_in_two_with_a_cache(rows
     two_passes = (weights * terms.d_logprob * out.logprobs + weights * terms.d_entropy * out.entropy).sum()
     ours, theirs = (gradients(x, case.hidden, case.weight) for x in (loss, two_passes))
     whole = explain(hidden, case.weight, targets, objective=objective, backend="triton", memory_budget=budget)
-    if whole.schedule.chunk_rows >= rows and whole.schedule.tile.columns >= vocab:
+    if whole.tile_plan.chunk_rows >= rows and whole.tile_plan.tile.columns >= vocab:
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     else:  # dW is then summed over chunks, or dH over slices, each rounded as it is stored: up to an eps of each of its terms
         for a, b in zip(ours, theirs, strict=True):
@@ -273,12 +273,12 @@ def test_measured_memory_is_what_explain_states_and_within_the_budget(dtype, sha
     case = random_case(rows, vocab, width, dtype=dtype)
     plan = explain(case.hidden, case.weight, case.targets, objective=PolicyObjective(), memory_budget=budget)
     used = peak_bytes(lambda: linear_policy_loss(*_plain(case), memory_budget=budget))
-    stated = plan.schedule.memory.forward + plan.schedule.memory.accumulator
+    stated = plan.tile_plan.memory.forward + plan.tile_plan.memory.accumulator
     results = case.hidden.nbytes + case.weight.nbytes
     per_row = 40 * 8 * rows  # the loss terms of a row and its metrics, some forty numbers
     assert used <= stated + results + per_row
     assert used >= 0.6 * (stated + results)
-    assert plan.schedule.memory.forward <= plan.problem.memory_budget
+    assert plan.tile_plan.memory.forward <= plan.problem.memory_budget
 
 
 # ---- as part of a training step

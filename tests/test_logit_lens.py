@@ -15,8 +15,8 @@ from problems import CONTRACT, OPTIONS, chain_error, contract, device_of, exampl
 from torch import Tensor
 
 from bupo.measurement import peak_bytes
-from bupo_kernels import FusedLMHead, LensStatistics, explain, logit_lens, reference
-from bupo_kernels.backends import compiled, native
+from bupo_kernels import FusedLMHead, LensStatistics, dispatch, explain, logit_lens, reference
+from bupo_kernels.backends import compiled
 
 OUTPUTS = (
     *("logsumexp", "logprobs", "entropy", "max_probability", "argmax", "rank"),
@@ -573,8 +573,9 @@ def test_native_answers_what_it_can(dtype, options):
 @needs_native
 def test_native_is_chosen_for_what_it_can_and_torch_for_the_rest(monkeypatch):
     lens = random_lens(leading=(9,), vocab=131, width=32, dtype=torch.bfloat16)
-    statistics, calls = native.statistics, []
-    monkeypatch.setattr(native, "statistics", lambda *arguments: calls.append(None) or statistics(*arguments))
+    backend, calls = dispatch.CPU_BF16, []
+    statistics = backend.statistics
+    monkeypatch.setattr(backend, "statistics", lambda *arguments: calls.append(None) or statistics(*arguments))
 
     def runs_native(*arguments, **options) -> bool:
         calls.clear()

@@ -26,9 +26,8 @@ from problems import (
 from torch import Tensor
 
 from bupo_kernels import PolicyObjective, explain, linear_logprobs, linear_policy_loss, reference
-from bupo_kernels.backends import compiled, torch_chunked
+from bupo_kernels.backends import compiled, cpu_bf16, native_rows, tile_loop
 from bupo_kernels.backends.compiled import address
-from bupo_kernels.backends.native import packed
 
 BF16, FP32 = torch.bfloat16, torch.float32
 EPS = torch.finfo(FP32).eps  # 2 roundoffs; an ulp of x is between EPS/2 and EPS times |x|
@@ -62,9 +61,9 @@ def threads(count):
 def tiles_of(rows, columns):
     """At most this many at a time, in both paths."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed, "MOST_ROWS", rows)
-        patch.setattr(packed, "MOST_COLUMNS", columns)
-        patch.setattr(torch_chunked, "CPU_TILE", (rows, columns))
+        patch.setattr(cpu_bf16, "MOST_ROWS", rows)
+        patch.setattr(cpu_bf16, "MOST_COLUMNS", columns)
+        patch.setattr(tile_loop, "CPU_TILE", (rows, columns))
         yield
 
 
@@ -256,7 +255,7 @@ def test_the_one_pass_loss_has_the_gradients_of_its_log_probs(isa, dtype, entrop
         arguments = {"objective": objective, "backend": f"native:{isa}", "memory_budget": budget, **case.options}
         with threads(2), tiles_of(32 if budget and dtype == BF16 else 512, 2048):
             plan = explain(case.hidden, case.weight, case.targets, **arguments)
-            assert (plan.schedule.chunk_rows < 90) == (dtype == FP32 and budget is not None)
+            assert (plan.tile_plan.chunk_rows < 90) == (dtype == FP32 and budget is not None)
             loss, _ = linear_policy_loss(case.hidden, case.weight, case.targets, advantages, **arguments)
         got = gradients(loss, *leaves(case))
         of_entropy = torch.full((90,), -entropy / 90) if entropy else None
@@ -724,9 +723,9 @@ def test_the_hyperbolic_tangent(isa):
 def test_the_backend_runs_what_was_asked_for(isa):
     case = random_case(4, 20, 8, dtype=BF16)
     plan = explain(case.hidden, case.weight, case.targets, backend=f"native:{isa}")
-    assert (plan.backend, plan.schedule.isa) == ("native", isa)
+    assert (plan.backend, plan.tile_plan.isa) == ("native", isa)
     assert f"with {isa}," in str(plan)
-    assert explain(case.hidden, case.weight, case.targets).schedule.isa == compiled.isas()[0]
+    assert explain(case.hidden, case.weight, case.targets).tile_plan.isa == compiled.isas()[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
@@ -743,10 +742,11 @@ def test_other_instruction_sets_are_refused(monkeypatch):
         run(case, "nope")
     with pytest.raises(ValueError, match=r"isa: 'nope' given, which this build or this machine does not have"):
         compiled.built.cpu.Kernels("nope")
-    monkeypatch.setattr("bupo_kernels.backends.native.isas", lambda: ("avx2", "portable"))
+    for module in (native_rows, cpu_bf16):
+        monkeypatch.setattr(module, "isas", lambda: ("avx2", "portable"))
     with pytest.raises(ValueError, match=r"instruction set: amx given, .* does not have; it has avx2, portable"):
         run(case, "amx")
-    assert explain(case.hidden, case.weight, case.targets).schedule.isa == "avx2"
+    assert explain(case.hidden, case.weight, case.targets).tile_plan.isa == "avx2"
 
 
 def test_without_the_module_torch_runs_and_explain_says_why(monkeypatch):
@@ -771,7 +771,7 @@ def test_without_the_module_torch_runs_and_explain_says_why(monkeypatch):
 
 def test_the_least_budget_is_enough_and_less_is_left_to_torch(isa):
     case = random_case(100, 300, 40, dtype=BF16)
-    least = packed.least_budget(explain(case.hidden, case.weight).problem, isa)
+    least = cpu_bf16.least_budget(explain(case.hidden, case.weight).problem, isa)
     check(case, isa, memory_budget=least)
     reason = f"memory_budget: {least - 1} bytes given, accepted are at least {least} with {torch.get_num_threads()} threads"
     with pytest.raises(ValueError, match=reason):

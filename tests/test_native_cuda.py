@@ -17,10 +17,9 @@ from problems import (
     random_case,
 )
 
-from bupo_kernels import PolicyObjective, explain, linear_logprobs, linear_policy_loss
-from bupo_kernels.backends import compiled, native
-from bupo_kernels.backends.native.rows import CudaRows
-from bupo_kernels.backends.problem import Problem
+from bupo_kernels import PolicyObjective, dispatch, explain, linear_logprobs, linear_policy_loss
+from bupo_kernels.backends import compiled
+from bupo_kernels.backends.base import Problem
 from bupo_kernels.dispatch import choose
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -50,10 +49,9 @@ def on_gpu(emulated, monkeypatch):
         def __getattr__(self, name):
             return lambda **arguments: calls.append(name) or getattr(emulated, name)(**arguments)
 
-    monkeypatch.setattr(native, "_packed", lambda problem: False)
-    monkeypatch.setattr(native, "_isa", lambda problem, strategy: "")
-    monkeypatch.setattr(native, "_on_rows", lambda problem, plan: CudaRows(Counted()))
-    monkeypatch.setattr(native, "one_pass_schedule", lambda problem, strategy: native.fused_rows_schedule(problem))
+    monkeypatch.setattr(compiled, "cuda", Counted)
+    monkeypatch.setattr(dispatch.NATIVE_CUDA, "why_not_default", lambda problem: None)
+    monkeypatch.setitem(dispatch.BACKENDS, "native", lambda problem: dispatch.NATIVE_CUDA)
     return calls
 
 
@@ -114,7 +112,7 @@ def test_without_gradients_no_dz_is_written(on_gpu):
         theirs, _ = linear_policy_loss(case.hidden, case.weight, case.targets, torch.ones(5), backend="torch")
     torch.testing.assert_close(ours, theirs, atol=chain_error(5), rtol=0)  # ratios of 1: a mean of the advantages
     plan = explain(case.hidden.detach(), case.weight.detach(), backend="native", objective=PolicyObjective())
-    assert plan.schedule.fused_rows
+    assert plan.tile_plan.fused_rows
     assert plan.flops_forward == 2 * 5 * 60 * 8
 
 
@@ -122,10 +120,10 @@ def test_a_gpu_takes_them_where_they_were_built_and_only_when_asked(monkeypatch)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(compiled, "cuda", lambda: object())
     problem = Problem(4, 4, 20, 8, torch.bfloat16, torch.device("cuda"), True, True, False, False, 2**20)
-    assert native.why_not(problem, None) is None
+    assert dispatch.NATIVE_CUDA.why_not(problem, None) is None
     assert "never yet measured" in choose(problem)[3]["native"]
     assert choose(problem, "native")[0] == "native"
     with pytest.raises(ValueError, match="instruction set: avx2 given, accepted is none on cuda"):
         choose(problem, "native:avx2")
     monkeypatch.setattr(compiled, "cuda", lambda: None)
-    assert native.why_not(problem, None) == "the CUDA kernels were not built; `bupo env` says why"
+    assert dispatch.NATIVE_CUDA.why_not(problem, None) == "the CUDA kernels were not built; `bupo env` says why"

@@ -6,12 +6,12 @@ import pytest
 import torch
 from problems import random_case
 
-from bupo_kernels import explain, linear_cross_entropy, linear_logprobs
-from bupo_kernels.backends import compiled, native
+from bupo_kernels import dispatch, explain, linear_cross_entropy, linear_logprobs
+from bupo_kernels.backends import compiled
 
 
 def test_working_memory_does_not_grow_with_the_vocabulary():
-    stated = [explain(torch.randn(256, 8), torch.randn(vocab, 8)).schedule.memory.forward for vocab in (4000, 64000)]
+    stated = [explain(torch.randn(256, 8), torch.randn(vocab, 8)).tile_plan.memory.forward for vocab in (4000, 64000)]
     assert stated[0] == stated[1]
 
 
@@ -28,7 +28,7 @@ def test_auto_goes_to_torch_where_the_native_kernels_need_more_than_the_budget(m
     def needs_more(problem, strategy):
         problem.require_budget(problem.rows * 2**20)
 
-    monkeypatch.setattr(native, "schedule", needs_more)
+    monkeypatch.setattr(dispatch.NATIVE_CPU, "plan", needs_more)
     case, budget = random_case(20, 50, 8), 10 * 2**20
     with pytest.raises(ValueError, match=f"memory_budget: {budget} bytes given") as refused:
         explain(case.hidden, case.weight, case.targets, backend="native", memory_budget=budget)
@@ -41,7 +41,7 @@ def test_auto_goes_to_torch_where_the_native_kernels_need_more_than_the_budget(m
 
 
 def test_slice_borders_do_not_depend_on_the_number_of_rows():
-    tiles = [explain(torch.randn(rows, 64), torch.randn(70000, 64)).schedule.tile for rows in (1, 100, 2000)]
+    tiles = [explain(torch.randn(rows, 64), torch.randn(70000, 64)).tile_plan.tile for rows in (1, 100, 2000)]
     assert len({tile.columns for tile in tiles}) == 1
 
 

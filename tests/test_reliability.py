@@ -52,8 +52,7 @@ from bupo_kernels import (
     policy_logprobs,
     reference,
 )
-from bupo_kernels.backends import native, torch_chunked, triton_
-from bupo_kernels.backends.problem import Operands, Problem, Readout
+from bupo_kernels.backends.base import Operands, Problem, Readout
 from bupo_kernels.backends.triton_ import config
 
 FIELDS = ("logprobs", "entropy", "logsumexp")
@@ -269,7 +268,7 @@ def test_T08_no_grad_records_nothing(backend):
         out = all_of(case, backend)
         plan = explain(case.hidden, case.weight, case.targets, backend=backend)
     assert not out.logprobs.requires_grad
-    assert plan.flops_backward == plan.schedule.cached_rows == 0
+    assert plan.flops_backward == plan.tile_plan.cached_rows == 0
     assert_values(out, case)
 
 
@@ -650,12 +649,12 @@ def test_T24_the_triton_forward_never_waits_for_a_value(strategy, options):
         case.targets,
         Readout(case.options.get("temperature", 1.0), 1.0, None),
     )
-    plan = triton_.schedule(problem, strategy)
+    plan = dispatch.TRITON.plan(problem, strategy)
     with ForbidWaiting():
-        statistics, _ = triton_.statistics(operands, counts, problem, plan, True)
+        statistics, _ = dispatch.TRITON.statistics(operands, counts, problem, plan, True)
     assert ((statistics.m > -math.inf) == counts).all()
     with ForbidWaiting(), pytest.raises(RuntimeError, match="waits: aten::nonzero"):  # where waiting is no loss
-        torch_chunked.statistics(operands, counts, problem, torch_chunked.schedule(problem, None), True)
+        dispatch.TORCH.statistics(operands, counts, problem, dispatch.TORCH.plan(problem, None), True)
 
 
 WITHOUT_TRITON = """
@@ -714,9 +713,9 @@ def test_T26_a_backend_that_was_asked_for_is_never_replaced(monkeypatch):
 
 
 def test_T26_a_downgrade_is_logged_once(monkeypatch, caplog):
-    monkeypatch.setattr(triton_, "why_not", lambda problem, strategy: None)
-    monkeypatch.setattr(triton_, "why_not_default", lambda problem: "not today")
-    monkeypatch.setattr(native, "why_not", lambda problem, strategy: "it rains")
+    monkeypatch.setattr(dispatch.TRITON, "why_not", lambda problem, strategy: None)
+    monkeypatch.setattr(dispatch.TRITON, "why_not_default", lambda problem: "not today")
+    monkeypatch.setattr(dispatch.NATIVE_CUDA, "why_not", lambda problem, strategy: "it rains")
     dispatch.log_once.cache_clear()
     problem = Problem(4, 4, 20, 8, torch.bfloat16, torch.device("cuda"), True, True, False, False, MIB)
     with caplog.at_level(logging.WARNING, "bupo_kernels"):
@@ -761,10 +760,10 @@ def test_T28_measured_memory_is_what_explain_states_and_within_the_budget(case):
     operands = case.hidden.nbytes + case.weight.nbytes
     # What is stated is no guess either: of everything but the numbers of each row, of which not every call has all, two thirds.
     of_rows = 2 * (8 * 8 + 12 * 4) * rows
-    assert 0.67 * (plan.schedule.memory.forward - of_rows) <= forward <= plan.schedule.memory.forward + results
-    assert backward <= plan.schedule.memory.backward + plan.schedule.memory.accumulator + operands
-    assert backward >= 0.67 * (plan.schedule.memory.backward + plan.schedule.memory.accumulator)
-    assert max(plan.schedule.memory.forward, plan.schedule.memory.backward) <= plan.problem.memory_budget
+    assert 0.67 * (plan.tile_plan.memory.forward - of_rows) <= forward <= plan.tile_plan.memory.forward + results
+    assert backward <= plan.tile_plan.memory.backward + plan.tile_plan.memory.accumulator + operands
+    assert backward >= 0.67 * (plan.tile_plan.memory.backward + plan.tile_plan.memory.accumulator)
+    assert max(plan.tile_plan.memory.forward, plan.tile_plan.memory.backward) <= plan.problem.memory_budget
 
 
 # ---- options

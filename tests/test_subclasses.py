@@ -146,9 +146,9 @@ def test_T48_it_is_dequantised_a_slice_at_a_time_within_the_budget():
         forward = peak_bytes(lambda kept=kept, b=budget: kept.append(linear_logprobs(hidden, quantised, targets, memory_budget=b)))
         loss = kept[0].logprobs.sum()
         backward = peak_bytes(lambda kept=kept, loss=loss: kept.append(gradients(loss, hidden)))
-        assert max(Int8Rows.dequantised) <= plan.schedule.tile.columns < 20_000
+        assert max(Int8Rows.dequantised) <= plan.tile_plan.tile.columns < 20_000
         assert sum(Int8Rows.dequantised) <= 2 * (20_000 + 1)  # once forward, once backward, and a look at the first
-        memory = plan.schedule.memory
+        memory = plan.tile_plan.memory
         assert 0.6 * memory.forward <= forward <= memory.forward + 3 * 64 * 4
         assert 0.6 * memory.backward <= backward <= memory.backward + hidden.nbytes
         assert memory.working <= plan.problem.memory_budget

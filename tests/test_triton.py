@@ -22,7 +22,7 @@ from problems import (
 
 from bupo_kernels import explain, linear_logprobs, reference
 from bupo_kernels.backends import triton_
-from bupo_kernels.backends.problem import Operands, Readout
+from bupo_kernels.backends.base import Operands, Readout
 from bupo_kernels.backends.triton_ import config
 
 pytest.importorskip("triton")
@@ -104,8 +104,8 @@ def test_a_small_budget_cuts_the_backward_into_slices_and_blocks_of_rows(arch, d
     case = random_case(270, 700, WIDTH, dtype=dtype, device=DEVICE)
     with running_as(arch):
         plan, _ = check(case, memory_budget=500 * 1024)
-    assert 1 < plan.schedule.tile.rows < 270
-    assert plan.schedule.tile.columns == 512
+    assert 1 < plan.tile_plan.tile.rows < 270
+    assert plan.tile_plan.tile.columns == 512
 
 
 @pytest.mark.parametrize(("arch", "masked"), [(80, True), (90, False)], ids=["sm_80, masked rows", "sm_90"])
@@ -115,8 +115,8 @@ def test_rows_past_the_cache_are_recomputed(arch, masked):
         case.options = {"mask": torch.arange(300, device=DEVICE) % 8 != 1}
     with running_as(arch):
         plan, _ = check(case, "triton:cached", memory_budget=800 * 1024)
-    assert plan.schedule.strategy == "cached and recompute"
-    assert 0 < plan.schedule.cached_rows < 300 * 7 // 8  # past it even with the masked rows gone
+    assert plan.tile_plan.strategy == "cached and recompute"
+    assert 0 < plan.tile_plan.cached_rows < 300 * 7 // 8  # past it even with the masked rows gone
 
 
 @pytest.mark.parametrize("backend", ["triton", "triton:cached"])

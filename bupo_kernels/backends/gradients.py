@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ PRODUCT_ROWS = 4096
 
 
 def accumulate_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:  # [m, n] += [m, k] @ [k, n]
-    """Adds a product without rounding it first, to an fp32 (or float64) ``total``; or puts the ``first`` one there, rounded to the
+    """Add a product to an fp32 (or float64) ``total`` without rounding it first; or put the ``first`` one there, rounded to the
     dtype of ``total``."""
     dtype = torch.promote_types(a.dtype, torch.float32)
     if a.dtype != dtype and a.is_cuda:
@@ -37,12 +37,33 @@ def accumulate_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:  # [m
         total.copy_(torch.mm(a, b))
 
 
-class GradientTile(NamedTuple):
-    """``dz`` of some rows and a slice of the vocabulary, and the operands its products take. Slices come in ascending order,
-    and within a slice blocks of rows. All three matrices have one dtype; ``dz`` is overwritten by the next tile.
+class GradientTile(Protocol):
+    """One tile of dz: columns side by side, a slice of the vocabulary, and rows side by side, a block of them. Tiles come slice by
+    slice in ascending order, and within a slice block by block; each is overwritten by the next.
 
-    Sums ask a tile for its columns and rows, and for the three methods. ``total`` is fp32 (float64); where the product is the
-    ``first`` there, and alone, it may be of another dtype, to which the product is then rounded."""
+    ``total`` is fp32 (float64); where the product is the ``first`` there, and alone, it may be of another dtype, to which the
+    product is then rounded.
+    """
+
+    @property
+    def columns(self) -> slice: ...
+
+    @property
+    def rows(self) -> slice: ...
+
+    def add_to_hidden(self, total: Tensor, first: bool) -> None:  # [r, D]
+        """Add ``dz W`` to ``total``; put it there if it is the ``first``."""
+
+    def add_to_weight(self, total: Tensor, first: bool) -> None:  # [c, D]
+        """Add ``dzᵀ h`` to ``total``; put it there if it is the ``first``."""
+
+    def column_sums(self, dtype: torch.dtype) -> Tensor:  # [c]
+        """Return the sums of dz over the rows, in ``dtype``."""
+        ...
+
+
+class MatrixTile(NamedTuple):
+    """A tile of dz as a matrix, with the operands that the library's products take. All three are of one dtype."""
 
     columns: slice
     rows: slice
@@ -54,6 +75,7 @@ class GradientTile(NamedTuple):
         accumulate_(total, self.dz, self.weight, first)
 
     def add_to_weight(self, total: Tensor, first: bool) -> None:  # [c, D]
+        assert self.hidden is not None
         accumulate_(total, self.dz.T, self.hidden, first)
 
     def column_sums(self, dtype: torch.dtype) -> Tensor:  # [c]
@@ -64,21 +86,33 @@ class GradientSums:
     """The gradients of one call, summed in ``dtype`` and each rounded once, to the dtype of its tensor. Rows that were never added
     get exactly 0.
 
-    ``parts``: whether the rows come in several additions. Then dW and db are summed over all of them in ``dtype``; otherwise each
-    slice of dW is finished, and rounded, while it is at hand.
+    ``parts`` says whether the rows come in several additions. Then dW and db are summed over all of them in ``dtype``; otherwise
+    each slice of dW is finished, and rounded, while it is at hand.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, *, need: tuple[bool, ...], dtype: torch.dtype, parts: bool
+        self,
+        hidden: Tensor,  # [..., D]
+        weight: Tensor,  # [V, D]
+        bias: Tensor | None,  # [V]
+        *,
+        needed: tuple[bool, bool, bool],
+        dtype: torch.dtype,
+        parts: bool,
     ):
-        self.dtype, self.parts, width = dtype, parts, hidden.shape[-1]
-        self.shape, self._nothing = hidden.shape, hidden.new_empty(0)
-        rows = hidden.shape[:-1].numel()
-        self.hidden = torch.zeros(rows, width, dtype=hidden.dtype, device=hidden.device) if need[0] else None
-        self.weight = present(torch.empty_like(weight, memory_format=torch.contiguous_format)) if need[1] else None
-        self.bias = torch.empty_like(bias) if need[2] else None
-        self._sums = [x if x is None else x.to(dtype) for x in (self.weight, self.bias)] if parts else [self.weight, self.bias]
-        self._nothing_yet = True
+        need_hidden, need_weight, need_bias = needed
+        self.dtype, self.parts, self.shape = dtype, parts, hidden.shape
+        self._nothing = hidden.new_empty(0)
+        self.hidden: Tensor | None = None
+        self.weight: _SliceSums | None = None
+        self.bias: _SliceSums | None = None
+        if need_hidden:
+            self.hidden = torch.zeros(hidden.shape[:-1].numel(), hidden.shape[-1], dtype=hidden.dtype, device=hidden.device)
+        if need_weight:
+            dense = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            self.weight = _SliceSums(present(dense), dtype, parts)
+        if need_bias and bias is not None:
+            self.bias = _SliceSums(torch.empty_like(bias), dtype, parts)
 
     def add(
         self,
@@ -88,64 +122,82 @@ class GradientSums:
         unscale: Tensor | None = None,  # [] power of two by which every dz is too large
         step: int,
     ) -> None:
-        n = len(positions)
-        rows_sum = None
+        """Add the products of ``tiles``. Rows of dH are put in place with no more than ``step`` rows of memory."""
+        n, rows_sum = len(positions), None
         if self.hidden is not None:
             # Where dH is of the sums' dtype, and there is but one addition, its first rows hold the sum.
             shared = self.hidden.dtype == self.dtype and not self.parts
             rows_sum = self.hidden[:n] if shared else self.hidden.new_empty(n, self.shape[-1], dtype=self.dtype)
-        weight_sum, bias_sum = self._sums
+        by_column = [sums for sums in (self.weight, self.bias) if sums is not None]
         for tile in tiles:
+            first_block, last_block = tile.rows.start == 0, tile.rows.stop == n
             if rows_sum is not None:
                 tile.add_to_hidden(rows_sum[tile.rows], first=tile.columns.start == 0)
-            if tile.rows.start == 0:
-                alone = unscale is None and self._nothing_yet and tile.rows.stop == n
-                of_weight, of_bias = (self._slice(total, tile.columns, unscale, alone) for total in (weight_sum, bias_sum))
-            if weight_sum is not None:
-                tile.add_to_weight(of_weight[0], first=tile.rows.start == 0 and of_weight[1])
-            if bias_sum is not None:
-                column_sums = tile.column_sums(self.dtype)
-                of_bias[0].copy_(column_sums) if tile.rows.start == 0 and of_bias[1] else of_bias[0].add_(column_sums)
-            if tile.rows.stop == n:
-                for total, part in ((weight_sum, of_weight), (bias_sum, of_bias)):
-                    self._put(total, tile.columns, part, unscale)
-                of_weight = of_bias = None
+            if first_block:
+                for sums in by_column:
+                    sums.open(tile.columns, unscale, one_product=last_block)
+            if self.weight is not None:
+                tile.add_to_weight(self.weight.part, first=first_block and self.weight.is_unwritten)
+            if self.bias is not None:
+                self.bias.add(tile.column_sums(self.dtype), first=first_block and self.bias.is_unwritten)
+            if last_block:
+                for sums in by_column:
+                    sums.close()
             del tile  # the next one is made while the name would still hold this one's operands
-        self._nothing_yet = self._nothing_yet and n == 0
-        if rows_sum is not None:
+        for sums in by_column:
+            sums.is_empty = sums.is_empty and n == 0
+        if rows_sum is not None and self.hidden is not None:
             if unscale is not None:
                 rows_sum.mul_(unscale)
             _move_rows(rows_sum, self.hidden, positions, step)
 
-    def _slice(self, total: Tensor | None, columns: slice, unscale: Tensor | None, alone: bool) -> tuple[Tensor, bool] | None:
-        """Sums of a slice, and whether they are yet to be written. They are rows of the whole where nothing is left to do to them:
-        they are of its dtype, or of a product ``alone``."""
-        if total is None:
-            return None
-        if alone or (total.dtype == self.dtype and unscale is None):
-            return total[columns], self._nothing_yet
-        return torch.empty_like(total[columns], dtype=self.dtype), True
-
-    def _put(self, total: Tensor | None, columns: slice, part: tuple[Tensor, bool] | None, unscale: Tensor | None) -> None:
-        if total is None or part[0].data_ptr() == total[columns].data_ptr():
-            return
-        sums = part[0] if unscale is None else part[0].mul_(unscale)
-        total[columns].copy_(sums) if self._nothing_yet else total[columns].add_(sums)
-
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """dH, dW, db; [0] where not needed, since an op returns tensors."""
-        if self._nothing_yet:
-            for total in self._sums:
-                total is None or total.zero_()
-        for whole, total in zip((self.weight, self.bias), self._sums, strict=True):
-            if whole is not None and total.data_ptr() != whole.data_ptr():
-                whole.copy_(total)
-        found = self.hidden if self.hidden is None else self.hidden.view(self.shape), self.weight, self.bias
-        return tuple(self._nothing.clone() if x is None else x for x in found)
+        """Return dH, dW and db; [0] where not needed, since an op returns tensors."""
+        hidden = self._nothing if self.hidden is None else self.hidden.view(self.shape)
+        weight, bias = (self._nothing.clone() if sums is None else sums.result() for sums in (self.weight, self.bias))
+        return hidden, weight, bias
+
+
+class _SliceSums:
+    """The sum of dW or of db over blocks of rows, a slice of the vocabulary at a time, in ``dtype``.
+
+    ``part`` is the sum of the open slice, and ``is_unwritten`` whether it is yet to be written. It is memory of the whole where
+    nothing is left to do to it: where it is of its dtype, or comes to one product alone.
+    """
+
+    def __init__(self, whole: Tensor, dtype: torch.dtype, parts: bool):
+        self.whole, self.dtype = whole, dtype
+        self.total = whole.to(dtype) if parts else whole
+        self.is_empty = True
+
+    def open(self, columns: slice, unscale: Tensor | None, *, one_product: bool) -> None:
+        """Begin with a slice, whose dz are too large by ``1 / unscale``."""
+        self.columns, self.unscale = columns, unscale
+        self.in_place = unscale is None and (self.total.dtype == self.dtype or (one_product and self.is_empty))
+        self.part = self.total[columns] if self.in_place else torch.empty_like(self.total[columns], dtype=self.dtype)
+        self.is_unwritten = self.is_empty or not self.in_place
+
+    def add(self, values: Tensor, first: bool) -> None:
+        self.part.copy_(values) if first else self.part.add_(values)
+
+    def close(self) -> None:
+        """Put the sum of the open slice in its place, and let go of it."""
+        if not self.in_place:
+            sums = self.part if self.unscale is None else self.part.mul_(self.unscale)
+            self.total[self.columns].copy_(sums) if self.is_empty else self.total[self.columns].add_(sums)
+        del self.part
+
+    def result(self) -> Tensor:
+        """Return the gradient, rounded to the dtype of its tensor."""
+        if self.is_empty:
+            self.total.zero_()
+        if self.total is not self.whole:
+            self.whole.copy_(self.total)
+        return self.whole
 
 
 def _move_rows(source: Tensor, target: Tensor, position: Tensor, step: int) -> None:  # [n, D], [N, D], [n]
-    """``target[position] = source``, rounded to the dtype of ``target``, with no more than ``step`` rows of memory.
+    """Set ``target[position] = source``, rounded to the dtype of ``target``, with no more than ``step`` rows of memory.
 
     ``source`` may be the first rows of ``target``: positions ascend, so a row only moves towards the end, and going from the
     last block to the first none is overwritten before it has moved.

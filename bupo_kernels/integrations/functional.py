@@ -29,7 +29,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from bupo_kernels.dispatch import default_memory_budget
-from bupo_kernels.functional import Call, LinearLogprobs, logit_lens, prepare
+from bupo_kernels.functional import LinearLogprobs, logprobs_of
+from bupo_kernels.lens import logit_lens
+from bupo_kernels.request import Request
 
 # ---- Liger
 
@@ -126,7 +128,7 @@ def liger_fused_linear_cross_entropy(
     )
     losses, weights = _cross_entropy(call, out, "ce_weight", ce_weight, label_smoothing)
     z_losses = lse_square_scale * out.logsumexp**2
-    count = call.counts().sum()
+    count = call.active().sum()
     if reduction == "mean":
         losses = losses / weights.sum().masked_fill(count == 0, 1)
         z_losses = z_losses / count.clamp(min=1)
@@ -142,11 +144,11 @@ def liger_fused_linear_cross_entropy(
     if return_token_accuracy or return_predicted_tokens:
         lens = {"bias": call.bias, "softcap": softcap, "ignore_index": ignore_index, "memory_budget": budget}
         (argmax,) = logit_lens([call.hidden], call.weight, call.targets, outputs=("argmax",), **lens).argmax
-        predicted = argmax.masked_fill(~call.counts(), -1)
+        predicted = argmax.masked_fill(~call.active(), -1)
         if return_predicted_tokens:
             found.predicted_tokens = predicted
         if return_token_accuracy:
-            hits = ((predicted == call.targets) & call.counts()).float()
+            hits = ((predicted == call.targets) & call.active()).float()
             found.token_accuracy = hits if reduction == "none" else hits.sum() / count
     return found
 
@@ -173,7 +175,7 @@ def verl_linear_cross_entropy(
     if dist_process_group is not None and (size := dist.get_world_size(dist_process_group)) > 1:
         raise ValueError(f"dist_process_group: {size} ranks given, accepted are None and a group of one, with the whole vocabulary")
     call, out = _statistics({"targets": "labels"}, hidden, weight, labels, temperature=temperature)
-    return _reduced(out.logprobs.flatten(), call.counts().sum().clamp(min=1), reduction), out.entropy.flatten()
+    return _reduced(out.logprobs.flatten(), call.active().sum().clamp(min=1), reduction), out.entropy.flatten()
 
 
 class FusedLinearForPPO(nn.Module):
@@ -262,7 +264,7 @@ def apple_linear_cross_entropy(
         e, targets = e[..., : -int(shift), :], targets[..., int(shift) :]
     options = {"bias": bias, "softcap": softcap, "ignore_index": ignore_index, "return_entropy": False}
     call, out = _statistics({"hidden": "e", "weight": "c"}, e, c, targets, **options)
-    loss = _reduced(-out.logprobs, call.counts().sum(), reduction)
+    loss = _reduced(-out.logprobs, call.active().sum(), reduction)
     return (loss, out.logsumexp) if return_lse else loss
 
 
@@ -315,11 +317,11 @@ def torch_linear_cross_entropy(
 # ---- shared
 
 
-def _statistics(names: dict[str, str], hidden, weight, targets, **options) -> tuple[Call, LinearLogprobs]:
+def _statistics(names: dict[str, str], hidden, weight, targets, **options) -> tuple[Request, LinearLogprobs]:
     """The call, its operands gathered and cast, and what it gives; ``names`` are the peer's, for the messages of errors."""
     try:
-        call = prepare(hidden, weight, targets, **options)
-        return call, call.run()
+        call = Request.of(hidden, weight, targets, **options)
+        return call, logprobs_of(call)
     except (TypeError, ValueError) as error:
         name, colon, rest = str(error).partition(":")
         if not colon or name not in names:
@@ -328,13 +330,13 @@ def _statistics(names: dict[str, str], hidden, weight, targets, **options) -> tu
 
 
 def _cross_entropy(
-    call: Call, out: LinearLogprobs, name: str, class_weights: Tensor | None, label_smoothing: float
+    call: Request, out: LinearLogprobs, name: str, class_weights: Tensor | None, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """Loss of each row, and its weight in a mean: both ``[...]``, 0 where the row does not count.
 
     With q = (1 − ε)·onehot + ε/V, ``−Σ_j w_j q_j (z_j − lse)``: its second part asks only for ``Σ_j w_j z_j = h · Σ_j w_j W_j``.
     """
-    counts, dtype, vocab = call.counts(), out.logprobs.dtype, call.weight.shape[0]
+    counts, dtype, vocab = call.active(), out.logprobs.dtype, call.weight.shape[0]
     losses, weights = -out.logprobs, counts.to(dtype)
     if class_weights is not None:
         _check_class_weights(name, class_weights, call.weight)
@@ -353,7 +355,7 @@ def _cross_entropy(
     return losses, weights
 
 
-def _selected_logprobs(call: Call, logsumexp: Tensor, ids: Tensor) -> Tensor:  # [..., K]
+def _selected_logprobs(call: Request, logsumexp: Tensor, ids: Tensor) -> Tensor:  # [..., K]
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 1:
         given = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"selected_token_ids: {given} given, accepted is torch.int64 of shape [K]")
@@ -363,12 +365,12 @@ def _selected_logprobs(call: Call, logsumexp: Tensor, ids: Tensor) -> Tensor:  #
         raise ValueError(f"selected_token_ids: {ids[outside][0].item()} given, accepted are ids in [0, {len(call.weight)})")
     temperature = call.temperature.unsqueeze(-1) if isinstance(call.temperature, Tensor) else call.temperature
     logits = _products(call, call.weight.index_select(0, ids).to(logsumexp.dtype)) / temperature
-    return (logits - logsumexp.unsqueeze(-1)).masked_fill(~call.counts().unsqueeze(-1), 0)
+    return (logits - logsumexp.unsqueeze(-1)).masked_fill(~call.active().unsqueeze(-1), 0)
 
 
-def _products(call: Call, columns: Tensor) -> Tensor:  # [K, D] -> [..., K]
+def _products(call: Request, columns: Tensor) -> Tensor:  # [K, D] -> [..., K]
     """In the dtype of ``columns``, that of the statistics; a row that does not count may hold anything."""
-    hidden = call.hidden.masked_fill(~call.counts().unsqueeze(-1), 0).to(columns.dtype)
+    hidden = call.hidden.masked_fill(~call.active().unsqueeze(-1), 0).to(columns.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         return hidden @ columns.T
 

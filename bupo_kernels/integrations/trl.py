@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from bupo_kernels.dispatch import log, log_once
-from bupo_kernels.functional import gathered, prepare
 from bupo_kernels.integrations.features import require, require_values, small_input
 from bupo_kernels.internal_policy import internal_policy
+from bupo_kernels.request import Request, gathered
 
 try:
     import trl
@@ -143,7 +143,7 @@ def _per_token(
         return _TRLS_OWN.apply(hidden, weight, bias, targets, temperature, chunk_size, softcap, logit_scale, outputs)
     if not torch.is_autocast_enabled(hidden.device.type):
         weight = weight.to(hidden.dtype)  # as TRL does: the states decide
-    call = prepare(
+    call = Request.of(
         *(hidden, weight, targets),
         bias=bias,
         temperature=temperature,
@@ -151,7 +151,7 @@ def _per_token(
         softcap=softcap,
         return_entropy="entropy" in outputs,
     )
-    logprobs, entropy, _, _, log_s, *_ = call.statistics()  # log Σe^(z−m), with m the largest logit
+    logprobs, entropy, _, (_, log_s, *_), *_ = call.statistics()  # log Σe^(z−m), with m the largest logit
     log_sum_sq_probs = mean_logits = is_top1 = None
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         if "log_sum_sq_probs" in outputs:

@@ -2,7 +2,7 @@
 
 ``linear_statistics.py`` streams W once and leaves partials per vocabulary split, ``merge.py`` folds them in order.
 ``gradient_recompute.py`` forms dz of a vocabulary slice again, ``gradient_cached.py`` has it from the E that the forward kept; the
-products of dz with W and H are the library's. ``plan.py`` says which rows take which way, ``config.py`` has every number. Under
+products of dz with W and H are the library's. ``tiling.py`` says which rows take which way, ``config.py`` has every number. Under
 ``TRITON_INTERPRET=1`` all of it runs on the CPU, which is how it is tested without a GPU.
 """
 
@@ -16,26 +16,9 @@ import torch
 from torch import Tensor
 
 from bupo_kernels.backends.algebra import Coefficients, Statistics
-from bupo_kernels.backends.gradients import GradientTile
-from bupo_kernels.backends.problem import Operands, Problem, Schedule
-from bupo_kernels.backends.triton_ import config, plan
-from bupo_kernels.backends.triton_.plan import cache_widths, cached_rows
-
-__all__ = (  # what dispatch asks of a backend
-    "STRATEGIES",
-    "cache_widths",
-    "cached_rows",
-    "gradient_dtype",
-    "gradient_tiles",
-    "one_pass_schedule",
-    "row_statistics",
-    "schedule",
-    "statistics",
-    "why_not",
-    "why_not_default",
-)
-
-STRATEGIES = ("recompute", "cached")
+from bupo_kernels.backends.base import Backend, Cache, Operands, Problem, TilePlan
+from bupo_kernels.backends.gradients import MatrixTile
+from bupo_kernels.backends.triton_ import config, tiling
 
 # Compute capabilities (x 10) on which `make gpu` has passed and its result is committed. "auto" takes Triton only there: on any
 # other GPU these kernels have been compiled and interpreted, but never run.
@@ -57,141 +40,152 @@ def target_of(device: torch.device) -> config.Target:
     return config.Target(kind, arch, properties.multi_processor_count)
 
 
-def why_not(problem: Problem, strategy: str | None) -> str | None:
-    """The reason this backend cannot run ``problem``, or None."""
-    if not _installed():
-        return "triton: not installed"
-    if problem.device.type != "cuda" and not (config.interpreted() and problem.device.type == "cpu"):
-        return f"device: {problem.device.type} given, accepted is cuda, or cpu with TRITON_INTERPRET=1 set from the start"
-    if problem.dtype == torch.float64:
-        return "dtype: torch.float64 given, accepted are fp32, bf16 and fp16"
-    if problem.width == 0:
-        return "hidden: of width 0 given, accepted is 1 and more"
-    target = target_of(problem.device)
-    if target.kind == "cuda" and target.arch < 80:
-        return f"device: compute capability {target.arch / 10} given, accepted is 8.0 and newer"
-    return config.why_not_cached(problem.dtype, problem.softcap) if strategy == "cached" else None
+class Triton(Backend):
+    """The kernels of this folder."""
+
+    strategies = ("recompute", "cached")
+
+    def why_not(self, problem: Problem, strategy: str | None) -> str | None:
+        if not _installed():
+            return "triton: not installed"
+        if problem.device.type != "cuda" and not (config.interpreted() and problem.device.type == "cpu"):
+            return f"device: {problem.device.type} given, accepted is cuda, or cpu with TRITON_INTERPRET=1 set from the start"
+        if problem.dtype == torch.float64:
+            return "dtype: torch.float64 given, accepted are fp32, bf16 and fp16"
+        if problem.width == 0:
+            return "hidden: of width 0 given, accepted is 1 and more"
+        target = target_of(problem.device)
+        if target.kind == "cuda" and target.arch < 80:
+            return f"device: compute capability {target.arch / 10} given, accepted is 8.0 and newer"
+        return config.why_not_cached(problem.dtype, problem.softcap) if strategy == "cached" else None
+
+    def why_not_default(self, problem: Problem) -> str | None:
+        if config.interpreted():
+            return "the interpreter is for tests; backend='triton' asks for it"
+        target = target_of(problem.device)
+        if target.arch in MEASURED:
+            return None
+        return f"never yet measured on a GPU like this ({target.kind} {target.arch / 10}); backend='triton' asks for it"
+
+    def plan(self, problem: Problem, strategy: str | None) -> TilePlan:
+        return tiling.tile_plan(problem, strategy, target_of(problem.device))
+
+    def one_pass_plan(self, problem: Problem, strategy: str | None) -> TilePlan:
+        return tiling.one_pass_plan(problem, strategy, target_of(problem.device))
+
+    def cached_rows(self, problem: Problem, strategy: str | None) -> int:
+        return tiling.cached_rows(problem, strategy)
+
+    def empty_cache(self, problem: Problem, rows: int) -> Cache:
+        e, exponents = tiling.cache_widths(problem) if rows != 0 else (0, 0)
+        return Cache(
+            torch.empty(rows, e, dtype=torch.bfloat16, device=problem.device),
+            torch.empty(rows, exponents, dtype=torch.int32, device=problem.device),
+        )
+
+    def gradient_dtype(self, problem: Problem) -> torch.dtype:
+        return problem.dtype
+
+    def statistics(
+        self, operands: Operands, active: Tensor, problem: Problem, plan: TilePlan, with_entropy: bool
+    ) -> tuple[Statistics, Cache]:
+        result = Statistics.empty(len(active), torch.float32, active.device)
+        cache = self.empty_cache(problem, plan.cached_rows)
+        if len(active):
+            rows, count = _in_front(active)
+            _stream(operands, rows, count, rows, with_entropy, cache, result)
+        return Statistics(*result), cache
+
+    def row_statistics(
+        self, operands: Operands, rows: Tensor, problem: Problem, plan: TilePlan, *, with_entropy: bool, keep: bool
+    ) -> tuple[Statistics, Cache]:
+        n = len(rows)
+        result = Statistics.empty(n, torch.float32, rows.device)
+        cache = self.empty_cache(problem, n if keep else 0)
+        if n:
+            count = torch.full((1,), n, dtype=torch.int64, device=rows.device)
+            positions = torch.arange(n, dtype=torch.int64, device=rows.device)
+            _stream(operands, rows, count, positions, with_entropy, cache, result)
+        return Statistics(*result), cache
+
+    def gradient_tiles(
+        self,
+        operands: Operands,
+        rows: Tensor,  # [n]
+        coefficients: Coefficients,  # [n] each
+        problem: Problem,
+        plan: TilePlan,
+        cache: Cache,
+        cache_rows: Tensor | None,  # [n]
+    ) -> Iterator[MatrixTile]:
+        from bupo_kernels.backends.triton_.gradient_cached import gradient_cached
+        from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute
+        from bupo_kernels.backends.triton_.product import Launch, regular
+
+        n, vocab, width = len(rows), problem.vocab, problem.width
+        if n == 0:
+            return
+        target = target_of(rows.device)
+        from_cache = 0
+        if cache_rows is not None:
+            from_cache = int((cache_rows < len(cache.values)).sum())
+            as_written = regular(operands.hidden, operands.weight)
+            exponent_columns = config.statistics_config(
+                problem.dtype, target, regular=as_written, softcap=False, cache=True
+            ).columns
+        columns_of_dz = min(plan.tile.columns, config.padded(vocab))
+        dz = torch.empty(min(plan.tile.rows, n), columns_of_dz, dtype=self.gradient_dtype(problem), device=rows.device)
+        blocks = [slice(first, min(first + plan.tile.rows, n)) for first in range(0, n, plan.tile.rows)]
+        splits = [min(max(from_cache, block.start), block.stop) for block in blocks]  # before it from E, from it on recomputed
+        launches = [Launch(operands, rows[split : block.stop], target) for block, split in zip(blocks, splits, strict=True)]
+        coordinates = operands.coordinates(rows)
+
+        def hidden_rows(block: slice) -> Tensor | None:  # [r, D]
+            if not problem.grad_weight:
+                return None
+            if n == problem.rows and operands.hidden.is_contiguous():
+                return operands.hidden.view(n, width)[block]
+            return operands.hidden[tuple(i[block] for i in coordinates)]
+
+        all_hidden = hidden_rows(blocks[0]) if len(blocks) == 1 else None
+        for start in range(0, vocab, plan.tile.columns):
+            columns = slice(start, min(start + plan.tile.columns, vocab))
+            for block, split, launch in zip(blocks, splits, launches, strict=True):
+                if cache_rows is not None and split > block.start:
+                    part = slice(block.start, split)
+                    gradient_cached(cache, exponent_columns, cache_rows[part], coefficients.rows(part), dz, columns)
+                if split < block.stop:
+                    part = slice(split, block.stop)
+                    gradient_recompute(launch, coefficients.rows(part), dz[split - block.start :], columns)
+                tile = dz[: block.stop - block.start, : columns.stop - columns.start]
+                hidden = hidden_rows(block) if all_hidden is None else all_hidden
+                yield MatrixTile(columns, block, tile, operands.weight[columns], hidden)
 
 
-def why_not_default(problem: Problem) -> str | None:
-    """The reason it is not chosen unasked, or None."""
-    if config.interpreted():
-        return "the interpreter is for tests; backend='triton' asks for it"
-    target = target_of(problem.device)
-    if target.arch in MEASURED:
-        return None
-    return f"never yet measured on a GPU like this ({target.kind} {target.arch / 10}); backend='triton' asks for it"
-
-
-def schedule(problem: Problem, strategy: str | None) -> Schedule:
-    return plan.make_schedule(problem, strategy, target_of(problem.device))
-
-
-def one_pass_schedule(problem: Problem, strategy: str | None) -> Schedule:
-    return plan.one_pass_schedule(problem, strategy, target_of(problem.device))
-
-
-def gradient_dtype(problem: Problem) -> torch.dtype:
-    """Of dz."""
-    return problem.dtype
-
-
-def _counting(counts: Tensor) -> tuple[Tensor, Tensor]:  # [N] bool -> [N] int64, [1] int64
-    """Positions of the rows that count, in order and then zeros, and how many there are: without asking the device."""
-    n = len(counts)
-    rank = counts.cumsum(0)
-    slot = torch.where(counts, rank - 1, n)  # all others share a slot past the end
-    positions = torch.zeros(n + 1, dtype=torch.int64, device=counts.device)
-    positions.scatter_(0, slot, torch.arange(n, dtype=torch.int64, device=counts.device))
+def _in_front(active: Tensor) -> tuple[Tensor, Tensor]:  # [N] bool -> [N] int64, [1] int64
+    """Return the positions of the active rows, in order and then zeros, and how many there are: without asking the device."""
+    n = len(active)
+    rank = active.cumsum(0)
+    slot = torch.where(active, rank - 1, n)  # all others share a slot past the end
+    positions = torch.zeros(n + 1, dtype=torch.int64, device=active.device)
+    positions.scatter_(0, slot, torch.arange(n, dtype=torch.int64, device=active.device))
     return positions[:n], rank[-1:]
 
 
-def statistics(operands: Operands, counts: Tensor, problem: Problem, schedule: Schedule, with_entropy: bool):  # [N] bool
-    """:class:`Statistics` of the rows that count, and E and its exponents for the first of them, or None."""
-    result = Statistics.empty(len(counts), torch.float32, counts.device)
-    cache = _empty_cache(schedule.cached_rows, problem)
-    if len(counts):
-        positions, count = _counting(counts)
-        _stream(operands, positions, count, positions, with_entropy, cache, result)
-    return Statistics(*result), cache
-
-
-def row_statistics(operands: Operands, rows: Tensor, problem: Problem, schedule: Schedule, with_entropy: bool, keep: bool = False):
-    """:class:`Statistics` of the rows [n], and, to ``keep``, their E and its exponents for :func:`gradient_tiles`."""
-    n = len(rows)
-    result = Statistics.empty(n, torch.float32, rows.device)
-    cache = _empty_cache(n if keep else 0, problem)
-    if n:
-        count = torch.full((1,), n, dtype=torch.int64, device=rows.device)
-        _stream(operands, rows, count, torch.arange(n, dtype=torch.int64, device=rows.device), with_entropy, cache, result)
-    return Statistics(*result), cache
-
-
-def _empty_cache(rows: int, problem: Problem) -> tuple[Tensor, Tensor] | None:
-    if not rows:
-        return None
-    row, more = cache_widths(problem)
-    e = torch.empty(rows, row, dtype=torch.bfloat16, device=problem.device)
-    return e, torch.empty(rows, more, dtype=torch.int32, device=problem.device)
-
-
-def _stream(operands, rows, count, positions, with_entropy, cache, result) -> None:
-    """The first ``count`` of ``rows`` through both kernels, into ``result`` [4, n] at their ``positions``."""
+def _stream(
+    operands: Operands,
+    rows: Tensor,  # [n]
+    count: Tensor,  # [1]
+    positions: Tensor,  # [n]
+    with_entropy: bool,
+    cache: Cache,
+    result: Tensor,  # [4, n]
+) -> None:
+    """Take the first ``count`` of ``rows`` through both kernels, into ``result`` at their ``positions``."""
     from bupo_kernels.backends.triton_.linear_statistics import linear_statistics
     from bupo_kernels.backends.triton_.merge import merge
     from bupo_kernels.backends.triton_.product import Launch
 
     launch = Launch(operands, rows, target_of(rows.device))
-    partials, _ = linear_statistics(launch, count, with_entropy=with_entropy, cache=cache)
+    partials, _ = linear_statistics(launch, count, with_entropy=with_entropy, cache=None if cache.is_empty else cache)
     merge(partials, None, count, positions, result, with_entropy=with_entropy)
-
-
-def gradient_tiles(
-    operands: Operands,
-    rows: Tensor,  # [n]
-    coefficients: Coefficients,
-    problem: Problem,
-    schedule: Schedule,
-    cache: tuple[Tensor, Tensor, Tensor] | None,  # E, its exponents, and where in them each row would be [n]
-) -> Iterator[GradientTile]:
-    from bupo_kernels.backends.triton_.gradient_cached import gradient_cached
-    from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute
-    from bupo_kernels.backends.triton_.product import Launch, regular
-
-    n, vocab, width = len(rows), problem.vocab, problem.width
-    if n == 0:
-        return
-    target = target_of(rows.device)
-    from_cache, cache_rows = 0, None
-    if cache is not None:
-        e, exponents, cache_rows = cache
-        from_cache = int((cache_rows < len(e)).sum())
-        as_written = regular(operands.hidden, operands.weight)
-        exponent_columns = config.statistics_config(problem.dtype, target, regular=as_written, softcap=False, cache=True).columns
-    columns_of_dz = min(schedule.tile.columns, config.padded(vocab))
-    dz = torch.empty(min(schedule.tile.rows, n), columns_of_dz, dtype=gradient_dtype(problem), device=rows.device)
-    blocks = [slice(first, min(first + schedule.tile.rows, n)) for first in range(0, n, schedule.tile.rows)]
-    splits = [min(max(from_cache, block.start), block.stop) for block in blocks]  # before it from E, from it on recomputed
-    launches = [Launch(operands, rows[split : block.stop], target) for block, split in zip(blocks, splits, strict=True)]
-    coordinates = operands.coordinates(rows)
-
-    def hidden_rows(block: slice) -> Tensor | None:  # [r, D]
-        if not problem.grad_weight:
-            return None
-        if n == problem.rows and operands.hidden.is_contiguous():
-            return operands.hidden.view(n, width)[block]
-        return operands.hidden[tuple(i[block] for i in coordinates)]
-
-    all_hidden = hidden_rows(blocks[0]) if len(blocks) == 1 else None
-    for start in range(0, vocab, schedule.tile.columns):
-        columns = slice(start, min(start + schedule.tile.columns, vocab))
-        for block, split, launch in zip(blocks, splits, launches, strict=True):
-            if split > block.start:
-                part = slice(block.start, split)
-                gradient_cached((e, exponents), exponent_columns, cache_rows[part], coefficients.rows(part), dz, columns)
-            if split < block.stop:
-                part = slice(split, block.stop)
-                gradient_recompute(launch, coefficients.rows(part), dz[split - block.start :], columns)
-            tile = dz[: block.stop - block.start, : columns.stop - columns.start]
-            hidden = hidden_rows(block) if all_hidden is None else all_hidden
-            yield GradientTile(columns, block, tile, operands.weight[columns], hidden)

@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bupo_kernels.backends.algebra import Coefficients
-from bupo_kernels.backends.problem import Operands, Readout
+from bupo_kernels.backends.base import Operands, Readout
 from bupo_kernels.backends.triton_ import config
 from bupo_kernels.backends.triton_.gradient_cached import gradient_cached
 from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute

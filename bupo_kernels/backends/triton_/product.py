@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from bupo_kernels.backends.problem import Operands
+from bupo_kernels.backends.base import Operands
 from bupo_kernels.backends.triton_.config import KernelConfig, Target, interpreted, precision
 
 # The interpreter stores bf16 as integers and multiplies them as such; on the GPU this is False and compiled away.

@@ -20,30 +20,31 @@ import torch
 from torch import Tensor
 
 from bupo_kernels.backends import algebra
+from bupo_kernels.backends.base import Operands, Tile
 from bupo_kernels.backends.gradients import accumulate_
-from bupo_kernels.backends.problem import Operands, Tile
 from bupo_kernels.backends.quantised import is_plain, rows_of
-from bupo_kernels.backends.torch_chunked import CPU_TILE, DEVICE_TILE, SMALL_TILE, target_column, to_logits_
+from bupo_kernels.backends.tile_loop import CPU_TILE, DEVICE_TILE, SMALL_TILE
+from bupo_kernels.backends.torch_ import target_column, to_logits_
 
 COMPARED = ("kl_to_final", "kl_from_final", "jsd")  # with the final policy
 SECOND_PASS = ("rank", "jsd")
 
 
 def checked_norm(norm: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
-    """``norm``, or the identity; what it gives has the shape of what it is given."""
+    """Return ``norm``, or the identity for None, as a function that raises ``ValueError`` where the shape does not stay."""
 
     def normed(rows: Tensor) -> Tensor:  # [n, D]
-        found = norm(rows)
+        found = rows if norm is None else norm(rows)
         if not isinstance(found, Tensor) or found.shape != rows.shape:
             given = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise ValueError(f"norm: gives {given} for {tuple(rows.shape)}, accepted are functions that keep the shape")
         return found
 
-    return normed if norm is not None else lambda rows: rows
+    return normed
 
 
-class Lens:
-    """The L policies of ``states``, and that of ``final`` where it is not None, on rows of ``operands``.
+class LensLoop:
+    """The statistics of the L policies of ``states``, and of that of ``final`` where it is not None, on rows of ``operands``.
 
     ``operands.hidden`` lends its shape and dtype; ``norm`` is applied to rows of ``states`` as they are used. At most ``rows`` may
     be asked for at a time: fewer than ``count`` where the budget does not hold the statistics of all.
@@ -69,12 +70,12 @@ class Lens:
         self.rows, self.tile = self._plan(count, memory_budget)
 
     def _plan(self, count: int, memory_budget: int) -> tuple[int, Tile]:
-        """How many rows at a time, and tokens and columns of the largest tile, within the budget. Raises ``ValueError`` where it
-        holds not even the smallest."""
+        """Return how many rows there may be at a time, and the tokens and columns of the largest tile within the budget. Raise
+        ``ValueError`` where it holds not even the smallest."""
         policies, k, (vocab, width) = self.policies, self.top_k, self.operands.weight.shape
         size, item = self.dtype.itemsize, self.operands.hidden.dtype.itemsize
-        copies = item < size if is_plain(self.operands.weight) else 2  # of a slice, as in torch_chunked
-        # Statistics and results of a row, in float and int64, the top k twice, the products of all pairs; indices and coordinates.
+        copies = item < size if is_plain(self.operands.weight) else 2  # of a slice, as in tile_loop.memory
+        # A row has statistics and results, in float and int64, the top k twice, products of all pairs, indices and coordinates.
         per_row = policies * (10 * size + 2 * 8 + 2 * k * (size + 8)) + policies**2 * size * self.compares + 64
 
         def needed(rows: int, tokens: int, columns: int) -> int:
@@ -97,7 +98,7 @@ class Lens:
         return rows, Tile(tokens, columns)
 
     def _tiles(self, rows: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-        """Columns, tokens, their logits [P, r, c], which the next overwrites, and room for as many numbers."""
+        """Yield columns, tokens, their logits [P, r, c], which the next ones overwrite, and room for as many numbers."""
         _, weight, bias, _, readout = self.operands
         count, vocab, device, coordinates = len(rows), len(weight), weight.device, self.operands.coordinates(rows)
         buffers = [
@@ -124,14 +125,14 @@ class Lens:
         return torch.stack([x.to(self.operands.hidden.dtype) for x in rows]).to(dtype)
 
     def run(self, rows: Tensor) -> dict[str, Tensor]:  # [n]
-        """[L, n] of each of the outputs, [L, n, k] of ``top_ids`` and ``top_logprobs``, [L, L, n] of ``pairwise_kl``."""
+        """Return [L, n] for each of the outputs, [L, n, k] for ``top_ids`` and ``top_logprobs``, [L, L, n] for ``pairwise_kl``."""
         layers, vocab, outputs = len(self.states), len(self.operands.weight), set(self.outputs)
         statistics, cross, found = self._first_pass(rows, self.rules_out)
-        if self.compares and not self.rules_out and not cross.isfinite().all():  # a product was −inf
+        if cross is not None and not self.rules_out and not cross.isfinite().all():  # a product was −inf
             statistics, cross, found = self._first_pass(rows, True)
-        results = algebra.finish(statistics, vocab, with_entropy=True)
-        log_s = results.log_s
-        found |= {"logprobs": results.logprob, "entropy": results.entropy, "logsumexp": results.logsumexp}
+        logprob, entropy, logsumexp, log_s = algebra.finish(statistics, vocab, with_entropy=True)
+        assert entropy is not None
+        found |= {"logprobs": logprob, "entropy": entropy, "logsumexp": logsumexp}
         found["max_probability"] = (-log_s).exp()
         if self.top_k:
             found["top_logprobs"] = (found["top_logprobs"] - statistics.m.unsqueeze(-1)).sub_(log_s.unsqueeze(-1)).clamp_(max=0)
@@ -139,11 +140,11 @@ class Lens:
         def divergence(own: Tensor, other: Tensor, s: Tensor, log_s: Tensor, other_log_s: Tensor) -> Tensor:
             return (own - other).div_(s).sub_(log_s - other_log_s).clamp_(min=0)
 
-        if self.final is not None and self.compares:
+        if self.final is not None and cross is not None:
             s, t = statistics.s, statistics.t
             found["kl_to_final"] = divergence(t, cross[:, :, -1].T, s, log_s, log_s[-1])
             found["kl_from_final"] = divergence(t[-1], cross[:, -1].T, s[-1], log_s[-1], log_s)
-        if "pairwise_kl" in outputs:
+        if "pairwise_kl" in outputs and cross is not None:
             kl = cross.neg_().add_(statistics.t.T.unsqueeze(2)).div_(statistics.s.T.unsqueeze(2))
             kl.sub_(log_s.T.unsqueeze(2)).add_(log_s.T.unsqueeze(1)).clamp_(min=0)
             found["pairwise_kl"] = kl.permute(1, 2, 0)[:layers, :layers]
@@ -152,7 +153,8 @@ class Lens:
         return {name: found[name][:layers] for name in (*self.outputs, *(("top_ids", "top_logprobs") if self.top_k else ()))}
 
     def _first_pass(self, rows: Tensor, rules_out: bool) -> tuple[algebra.Statistics, Tensor | None, dict[str, Tensor]]:
-        """:class:`Statistics` [P, n], the c of all pairs [n, P, P] if policies are compared, argmax and top k (their logits).
+        """Return :class:`Statistics` [P, n], the c of all pairs [n, P, P] if policies are compared, argmax and top k (their
+        logits).
 
         A product cannot take ``0 · −inf`` for 0: where policies are compared that rule columns out, c is of the other columns, and
         −inf where the first of a pair gives some probability to what the second rules out.
@@ -161,7 +163,7 @@ class Lens:
         statistics = algebra.Statistics(*(torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(4)))
         statistics.m.fill_(algebra.lowest(self.dtype))
         cross = torch.zeros(shape[1], shape[0], shape[0], dtype=self.dtype, device=device) if self.compares else None
-        ruled_out = torch.zeros_like(cross) if rules_out and self.compares else None  # e^(z^l−m^l) summed where z^k is −inf
+        ruled_out = torch.zeros_like(cross) if rules_out and cross is not None else None  # e^(z^l−m^l) summed where z^k is −inf
         argmax = torch.zeros(shape, dtype=torch.int64, device=device)
         top_z = torch.empty(*shape, k, dtype=self.dtype, device=device)
         top_ids = torch.empty(*shape, k, dtype=torch.int64, device=device)
@@ -198,32 +200,40 @@ class Lens:
                     lost = ruled_out[tokens].mul_(kept.T.unsqueeze(2))
                     lost.baddbmm_(e.transpose(0, 1), z.copy_(where).permute(1, 2, 0))
             elif "entropy" in self.outputs:
-                t.copy_(kept * (t + moved * s) + e.mul_(z).nansum(2))  # as in torch_chunked.TorchRows.fold
+                t.copy_(kept * (t + moved * s) + e.mul_(z).nansum(2))  # as in TorchRows.fold
             s.copy_(kept * s + slice_s)
             m.copy_(higher)
-        if ruled_out is not None:
+        if cross is not None and ruled_out is not None:
             cross.masked_fill_(ruled_out > 0, -math.inf)
         if cross is not None:
             statistics.t.copy_(cross.diagonal(dim1=1, dim2=2).T)
         return statistics, cross, {"argmax": argmax, "top_logprobs": top_z, "top_ids": top_ids}
 
-    def _second_pass(self, rows: Tensor, of: algebra.Statistics, log_s: Tensor) -> dict[str, Tensor]:  # [P, n] each
+    def _second_pass(
+        self,
+        rows: Tensor,
+        statistics: algebra.Statistics,
+        log_s: Tensor,  # [P, n] each
+    ) -> dict[str, Tensor]:
+        """Return rank and jsd, [P, n] and [L, n]."""
         layers, y = len(self.states), self.operands.targets.flatten()[rows]
         rank = torch.zeros_like(log_s, dtype=torch.int64)
         jsd = torch.zeros_like(log_s[:layers])
         for columns, tokens, z, scratch in self._tiles(rows):
             if "rank" in self.outputs:
-                above = torch.gt(z, of.z_y[:, tokens].unsqueeze(2), out=scratch)  # as numbers: a sum of bools would be one of int64
+                above = torch.gt(
+                    z, statistics.z_y[:, tokens].unsqueeze(2), out=scratch
+                )  # as numbers: a sum of bools would be one of int64
                 column, inside = target_column(y[tokens], columns)
                 column = column.expand(self.policies, -1, 1)
                 above.scatter_(2, column, torch.where(inside, 0, above.gather(2, column)))
                 rank[:, tokens] += above.sum(2).long()
             if "jsd" in self.outputs:
-                log_p = z.sub_(of.m[:, tokens].unsqueeze(2)).sub_(log_s[:, tokens].unsqueeze(2))
+                log_p = z.sub_(statistics.m[:, tokens].unsqueeze(2)).sub_(log_s[:, tokens].unsqueeze(2))
                 p = torch.exp(log_p, out=scratch)
                 for layer in range(layers):
                     mixture = torch.logaddexp(log_p[layer], log_p[-1]).sub_(math.log(2))
-                    of_layer = p[layer].mul_(log_p[layer].sub_(mixture)).nansum(1)  # 0 · ln 0 is left out
-                    jsd[layer, tokens] += (of_layer + torch.sub(log_p[-1], mixture).mul_(p[-1]).nansum(1)) / 2
+                    own = p[layer].mul_(log_p[layer].sub_(mixture)).nansum(1)  # 0 · ln 0 is left out
+                    jsd[layer, tokens] += (own + torch.sub(log_p[-1], mixture).mul_(p[-1]).nansum(1)) / 2
         jsd += 0 * (log_s[:layers] + log_s[-1])  # NaN where one of the two is no policy
         return {"rank": rank, "jsd": jsd.clamp_(0, math.log(2))}

@@ -12,14 +12,14 @@ from dataclasses import replace
 
 import torch
 
+from bupo_kernels.backends.base import Memory, Problem, Tile, TilePlan
 from bupo_kernels.backends.gradients import PRODUCT_ROWS
-from bupo_kernels.backends.problem import Memory, Problem, Schedule, Tile
 from bupo_kernels.backends.triton_ import config
 from bupo_kernels.backends.triton_.config import Target
 
 
 def cached_rows(problem: Problem, strategy: str | None) -> int:
-    """How many rows (the first that count) leave their E. Half of the budget may hold it.
+    """Return how many rows (the first that are active) leave their E. Half of the budget may hold it.
 
     Unasked only where that holds many, since the forward that writes E is tiled for it and not for speed. Whether E is kept must
     not depend on how many rows the call has: the two forwards may differ in a last bit, and no row may depend on the others.
@@ -35,20 +35,20 @@ def cached_rows(problem: Problem, strategy: str | None) -> int:
 
 
 def cache_widths(problem: Problem) -> tuple[int, int]:
-    """Elements of a row of E (bf16) and of its exponents (int32)."""
+    """Return the number of elements in a row of E (bf16) and in one of its exponents (int32)."""
     return config.padded(problem.vocab), config.exponents_per_row(problem.vocab)
 
 
 def _bytes_of_e(problem: Problem) -> int:
-    """Of a row, with its exponents."""
-    row, more = cache_widths(problem)
-    return 2 * row + 4 * more
+    """Return the bytes of a row of E, with its exponents."""
+    e, exponents = cache_widths(problem)
+    return 2 * e + 4 * exponents
 
 
-def make_schedule(problem: Problem, strategy: str | None, target: Target) -> Schedule:
-    """Slices of the backward as wide as the budget allows, of all rows if it can: then dW[slice] is one product.
+def tile_plan(problem: Problem, strategy: str | None, target: Target) -> TilePlan:
+    """Plan slices of the backward as wide as the budget allows, of all rows if it can: then dW[slice] is one product.
 
-    Raises ``ValueError`` when the budget does not hold the smallest tile.
+    Raise ``ValueError`` when the budget does not hold the smallest tile.
     """
     cached = cached_rows(problem, strategy)
     least = memory(problem, SMALLEST, 0).working
@@ -61,13 +61,13 @@ def make_schedule(problem: Problem, strategy: str | None, target: Target) -> Sch
     name = "statistics only" if not problem.needs_grad else "cached and recompute" if cached else "recompute"
     if cached and cached >= problem.rows:
         name = "cached"
-    return Schedule(name, tile, memory(problem, tile, cached), cached, _kernels(problem, target, cached))
+    return TilePlan(name, tile, memory(problem, tile, cached), cached, _kernels(problem, target, cached))
 
 
-def one_pass_schedule(problem: Problem, strategy: str | None, target: Target) -> Schedule:
-    """Chunks of rows as high as the budget allows, their E kept; where E cannot be had, all rows at once and recomputed."""
+def one_pass_plan(problem: Problem, strategy: str | None, target: Target) -> TilePlan:
+    """Plan chunks of rows as high as the budget allows, with their E; where E cannot be had, all rows at once and recomputed."""
     if not problem.needs_grad or strategy == "recompute" or config.why_not_cached(problem.dtype, problem.softcap):
-        return make_schedule(problem, "recompute", target)._replace(chunk_rows=max(problem.active_rows, 1))
+        return tile_plan(problem, "recompute", target)._replace(chunk_rows=max(problem.active_rows, 1))
 
     def spent(tile: Tile) -> int:
         used = memory(replace(problem, rows=tile.rows, active_rows=tile.rows), tile, cached=tile.rows)
@@ -78,15 +78,15 @@ def one_pass_schedule(problem: Problem, strategy: str | None, target: Target) ->
     several = problem.active_rows > tile.rows
     accumulator = problem.vocab * problem.width * 4 if several and problem.grad_weight else 0
     kernels = _kernels(problem, target, cached=tile.rows)
-    return Schedule("one pass", tile, Memory(spent(tile), 0, accumulator), problem.active_rows, kernels, chunk_rows=tile.rows)
+    return TilePlan("one pass", tile, Memory(spent(tile), 0, accumulator), problem.active_rows, kernels, chunk_rows=tile.rows)
 
 
 SMALLEST = Tile(1, config.COLUMN_UNIT)
 
 
 def _largest_tile(fits: Callable[[Tile], bool], rows: int, vocab: int) -> Tile:
-    """Slices are narrowed first, down to where dH is summed too often; then there are blocks of rows, down to where products get
-    slow; then narrower slices, and in the end single rows."""
+    """Return the largest tile that ``fits``. Slices are narrowed first, down to where dH is summed too often; then there are blocks
+    of rows, down to where products get slow; then narrower slices, and in the end single rows."""
     rows, columns = max(rows, 1), min(config.padded(vocab), config.MOST_COLUMNS)
     for fewest_rows, fewest_columns in ((rows, config.FEWEST_COLUMNS), (config.FEWEST_ROWS, 0), (0, 1), (1, 0)):
         while fewest_columns and columns > max(fewest_columns, config.COLUMN_UNIT) and not fits(Tile(rows, columns)):
@@ -106,17 +106,17 @@ def _kernels(problem: Problem, target: Target, cached: int) -> tuple[str, ...]:
 
 
 def memory(problem: Problem, tile: Tile, cached: int) -> Memory:
-    """What a call allocates; the gpu tests hold it against the allocator."""
+    """Return what a call allocates; the gpu tests hold it against the allocator."""
     rows, item = problem.rows, problem.dtype.itemsize
-    kept = cached * _bytes_of_e(problem)
+    cache = cached * _bytes_of_e(problem)
     splits = -(-problem.vocab // config.split_columns(problem.vocab))
-    # Per row: masks, positions, offsets and targets of the rows that count (int64), scale, four statistics and their merged values.
-    forward = kept + rows * (16 * splits + 6 * 8 + 16 * 4)
+    # A row has masks, position, offset and target (int64), scale, four statistics and their merged values.
+    forward = cache + rows * (16 * splits + 6 * 8 + 16 * 4)
     backward = accumulator = 0
     if problem.needs_grad:
         sixteen_bit = item < 4
-        backward = kept + rows * (10 * 8 + 26 * 4) + tile.rows * tile.columns * item
-        # Rows of H, where some have left; of several blocks, the next is gathered while the last is still held.
+        backward = cache + rows * (10 * 8 + 26 * 4) + tile.rows * tile.columns * item
+        # Rows of H are gathered where some have left; of several blocks, the next is gathered while the last is still held.
         backward += tile.rows * problem.width * item * problem.grad_weight * (1 + (problem.planned_rows > tile.rows))
         backward += tile.columns * problem.width * 4 * problem.grad_weight * sixteen_bit  # dW of the slice
         product_rows = min(PRODUCT_ROWS, max(tile.rows, tile.columns))

@@ -1,0 +1,246 @@
+"""The words in which a call is put to a backend, and :class:`Backend`, the contract under which it answers."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bupo_kernels.backends.algebra import Coefficients, Statistics, of_all_rows
+from bupo_kernels.backends.gradients import GradientTile
+
+
+class TooSmall(ValueError):
+    """A memory budget in which a backend cannot run so many rows."""
+
+
+@dataclass(frozen=True)
+class Readout:
+    """How a product becomes a logit: ``z = softcap(logit_scale · (h·W_j + b_j)) / temperature``."""
+
+    temperature: float | Tensor  # a number, or [...] in the shape of the targets
+    logit_scale: float
+    softcap: float | None
+
+    def rows(self, index: tuple[Tensor, ...], dtype: torch.dtype) -> Readout:
+        """Return the readout of some of the rows, its ``temperature`` a column [n, 1]."""
+        if not isinstance(self.temperature, Tensor):
+            return self
+        return Readout(self.temperature[index].to(dtype).unsqueeze(1), self.logit_scale, self.softcap)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether, bias and softcap apart, the logits are the products themselves."""
+        return not isinstance(self.temperature, Tensor) and self.logit_scale == self.temperature
+
+
+class Operands(NamedTuple):
+    """The tensors of a call, and how its products are read."""
+
+    hidden: Tensor  # [..., D], any view
+    weight: Tensor  # [V, D]
+    bias: Tensor | None  # [V], contiguous
+    targets: Tensor  # [...] int64
+    readout: Readout
+
+    def coordinates(self, rows: Tensor) -> tuple[Tensor, ...]:  # [n] -> [n] for each leading dimension
+        """Return where ``rows``, which number the leading dimensions of ``hidden`` through, lie in each of them."""
+        coordinates = []
+        for size in reversed(self.targets.shape[1:]):  # torch.unravel_index would copy the shape to the device, and wait
+            coordinates.append(rows % size)
+            rows = rows // size
+        return (rows, *reversed(coordinates))
+
+
+@dataclass(frozen=True)
+class Problem:
+    """All that a plan depends on. Sizes are in elements, ``memory_budget`` is in bytes."""
+
+    rows: int  # token positions of the call
+    active_rows: int  # those that are not masked out
+    vocab: int
+    width: int  # D, the size of a hidden vector
+    dtype: torch.dtype  # of the operands of the products
+    device: torch.device
+    grad_hidden: bool
+    grad_weight: bool
+    grad_bias: bool
+    softcap: bool
+    memory_budget: int
+    quantised: bool = False  # whether the rows of the weight are dequantised, a slice at a time
+
+    @property
+    def statistics_dtype(self) -> torch.dtype:
+        """The dtype of statistics and sums: fp32, and float64 for float64 operands."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def needs_grad(self) -> bool:
+        return self.grad_hidden or self.grad_weight or self.grad_bias
+
+    @property
+    def planned_rows(self) -> int:
+        """The rows that memory is planned for. Off the CPU a call must not wait for the device to tell how many are active."""
+        return self.active_rows if self.device.type == "cpu" else self.rows
+
+    def require_budget(self, least: int) -> None:
+        """Raise :class:`TooSmall` where the memory budget is below ``least`` bytes."""
+        if least > self.memory_budget:
+            raise TooSmall(f"memory_budget: {self.memory_budget} bytes given, accepted are at least {least} for this many rows")
+
+
+class Tile(NamedTuple):
+    """The size of the largest piece of the logits that is formed at once."""
+
+    rows: int
+    columns: int
+
+
+class Memory(NamedTuple):
+    """The bytes a call needs beyond its inputs, its outputs and their gradients."""
+
+    forward: int  # working memory of the forward
+    backward: int  # working memory of the backward
+    accumulator: int  # the fp32 twin of dH (of dW, in a one-pass loss of several chunks), where it cannot be summed in place
+
+    @property
+    def working(self) -> int:
+        return max(self.forward, self.backward)
+
+
+class TilePlan(NamedTuple):
+    """How a backend will run a problem: in what tiles, keeping what, in how much memory."""
+
+    strategy: str
+    tile: Tile  # of the gradient, and in the tile loop of the forward too
+    memory: Memory
+    cached_rows: int = 0  # rows that leave a cache, so that the backward need not form their product again
+    kernels: tuple[str, ...] = ()  # configurations, to be printed
+    chunk_rows: int = 0  # of a one-pass loss: rows whose logits, or E, are at hand together
+    isa: str = ""  # instruction set of the native CPU kernels
+    fused_rows: bool = False  # of a one-pass loss: whether one kernel takes whole rows from products to loss and dz
+
+
+class Cache(NamedTuple):
+    """What the forward leaves of some rows, so that the backward has their dz without their product. [0] each where it leaves
+    nothing.
+
+    ``triton`` leaves ``E = 2^(z·log2 e − k)`` in bf16, [rows, columns], and its integer exponents k in int32, one per row and
+    column block. The tile loop leaves logits less the maximum of their row in their slice, slice after slice [rows · V], and these
+    maxima [rows, slices], in the dtype of the statistics.
+    """
+
+    values: Tensor
+    offsets: Tensor
+
+    @property
+    def is_empty(self) -> bool:
+        return self.offsets.shape[0] == 0
+
+
+class PolicyRows(NamedTuple):
+    """What a kernel that takes whole rows from products to a policy loss leaves of n of them."""
+
+    loss: Tensor  # [n], times the weight of the row
+    logprob: Tensor  # [n]
+    entropy: Tensor  # [n]
+    has_gradient: Tensor | None  # [k]: which of the rows; None where no gradient is wanted
+    tiles: Iterator[GradientTile] | None  # of the dz of these k
+
+
+class Backend(ABC):
+    """An implementation of the ops, importable everywhere. ``dispatch.py`` asks whether it can run a problem, and with what plan;
+    ``engine.py`` then has it stream statistics and tiles of dz. Its methods hold no state: plans and caches are the caller's.
+
+    ``rows`` [n] number the leading dimensions of ``operands.hidden`` through, in ascending order.
+    """
+
+    strategies: ClassVar[tuple[str, ...]]  # accepted in backend="name:strategy"
+    reads_quantised: ClassVar[bool] = False  # whether it takes a weight slice by slice, through quantised.rows_of
+
+    @abstractmethod
+    def why_not(self, problem: Problem, strategy: str | None) -> str | None:
+        """Return the reason this backend cannot run ``problem``, or None. It does not depend on the number of rows."""
+
+    def why_not_default(self, problem: Problem) -> str | None:
+        """Return the reason ``backend="auto"`` passes this backend over although it could run ``problem``, or None."""
+        return None
+
+    @abstractmethod
+    def plan(self, problem: Problem, strategy: str | None) -> TilePlan:
+        """Plan statistics, and gradients in a backward. Raise :class:`TooSmall` where the budget does not hold the smallest
+        tile."""
+
+    @abstractmethod
+    def one_pass_plan(self, problem: Problem, strategy: str | None) -> TilePlan:
+        """Plan a loss whose gradients are taken in the forward, ``chunk_rows`` at a time. Raise as :meth:`plan` does."""
+
+    def cached_rows(self, problem: Problem, strategy: str | None) -> int:
+        """Return how many rows (the first that are active) :meth:`statistics` leaves a cache of."""
+        return 0
+
+    def empty_cache(self, problem: Problem, rows: int) -> Cache:
+        """Return uninitialised memory for the cache of so many ``rows``, also while torch traces; [0]s for none."""
+        nothing = torch.empty(0, dtype=problem.statistics_dtype, device=problem.device)
+        return Cache(nothing, nothing.clone())
+
+    def gradient_dtype(self, problem: Problem) -> torch.dtype:
+        """Return the dtype dz is held in. For fp16 the coefficients are scaled so that it does not underflow."""
+        return problem.statistics_dtype
+
+    def statistics(
+        self,
+        operands: Operands,
+        active: Tensor,  # [N] bool
+        problem: Problem,
+        plan: TilePlan,
+        with_entropy: bool,
+    ) -> tuple[Statistics, Cache]:
+        """Return the :class:`Statistics` of all rows, and the cache of the first ``plan.cached_rows`` that are active.
+
+        Off the CPU an implementation that is the default must not wait for the device.
+        """
+        rows = active.nonzero().squeeze(1)
+        part, cache = self.row_statistics(operands, rows, problem, plan, with_entropy=with_entropy, keep=False)
+        return of_all_rows(part, rows, len(active)), cache
+
+    @abstractmethod
+    def row_statistics(
+        self,
+        operands: Operands,
+        rows: Tensor,  # [n]
+        problem: Problem,
+        plan: TilePlan,
+        *,
+        with_entropy: bool,
+        keep: bool,
+    ) -> tuple[Statistics, Cache]:
+        """Return the :class:`Statistics` of ``rows`` and, to ``keep``, the cache of all of them."""
+
+    @abstractmethod
+    def gradient_tiles(
+        self,
+        operands: Operands,
+        rows: Tensor,  # [n]
+        coefficients: Coefficients,  # [n] each, of dz
+        problem: Problem,
+        plan: TilePlan,
+        cache: Cache,
+        cache_rows: Tensor | None,  # [n]: where each row would be in the cache; None where that is empty
+    ) -> Iterator[GradientTile]:
+        """Yield dz of ``rows``, tile by tile; each is overwritten by the next. The cache may be overwritten."""
+
+    def policy_rows(
+        self,
+        operands: Operands,
+        rows: Tensor,  # [n]
+        objective: object,  # a PolicyObjective over tokens, read by field name
+        inputs: Mapping[str, Tensor | None],  # [n] each
+        problem: Problem,
+    ) -> PolicyRows:
+        """Take ``rows`` from products to loss and dz in one kernel. Asked only of a backend whose plans have ``fused_rows``."""
+        raise NotImplementedError(f"{type(self).__name__} has no kernel from products to a policy loss")

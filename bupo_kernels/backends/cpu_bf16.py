@@ -1,0 +1,248 @@
+"""bf16 on a CPU: statistics and gradients from packed panels of hidden vectors, in C++ (csrc/cpu), no logits in memory.
+
+The forward multiplies every row of W with all rows of a block and folds the products while they are in a core's first cache. The
+backward forms dz of a slice of the vocabulary again, as both operands that the products with W and h take: 8 N·V·D FLOP in all. dz
+is rounded to bf16 where the CPU multiplies bf16, else it stays fp32; everything else is fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bupo_kernels.backends.algebra import Coefficients, Statistics
+from bupo_kernels.backends.base import Backend, Cache, Memory, Operands, Problem, Tile, TilePlan
+from bupo_kernels.backends.compiled import ISAS, address, isas, kernels, words
+from bupo_kernels.backends.cpu_arguments import PANEL, CoefficientArguments, ReadoutArguments, padded, up
+from bupo_kernels.backends.native_rows import why_not_native
+
+# Rows whose packed panels are at hand together, and columns of dz. A slice's W, turned over, should stay in the second cache.
+MOST_ROWS, MOST_COLUMNS = 8192, 2048
+SMALLEST = Tile(PANEL, PANEL)
+
+
+class CpuBf16(Backend):
+    """Fused C++ kernels for bf16 on a CPU."""
+
+    strategies = ISAS
+
+    def why_not(self, problem: Problem, strategy: str | None) -> str | None:
+        if reason := why_not_native(problem, strategy):
+            return reason
+        least, threads = least_budget(problem, strategy or isas()[0]), torch.get_num_threads()
+        if least > problem.memory_budget:
+            return f"memory_budget: {problem.memory_budget} bytes given, accepted are at least {least} with {threads} threads"
+        return None
+
+    def plan(self, problem: Problem, strategy: str | None) -> TilePlan:
+        isa = strategy or isas()[0]
+        rows, columns = up(max(problem.active_rows, 1)), up(min(problem.vocab, MOST_COLUMNS))
+        problem.require_budget(memory(problem, SMALLEST, isa).working)
+        rows = min(rows, MOST_ROWS)
+        while rows > PANEL and memory(problem, Tile(rows, columns), isa).working > problem.memory_budget:
+            rows = up(rows // 2)
+        while columns > PANEL and memory(problem, Tile(rows, columns), isa).working > problem.memory_budget:
+            columns = up(columns // 2)
+        tile = Tile(rows, columns)
+        return TilePlan("recompute" if problem.needs_grad else "statistics only", tile, memory(problem, tile, isa), isa=isa)
+
+    def one_pass_plan(self, problem: Problem, strategy: str | None) -> TilePlan:
+        """Plan all rows at once, their dz formed again: nothing of the size of the vocabulary is kept."""
+        plan = self.plan(problem, strategy)
+        used = Memory(plan.memory.working, 0, plan.memory.accumulator)
+        name = "one pass, recompute" if problem.needs_grad else plan.strategy
+        return plan._replace(strategy=name, memory=used, chunk_rows=max(problem.active_rows, 1))
+
+    def row_statistics(
+        self, operands: Operands, rows: Tensor, problem: Problem, plan: TilePlan, *, with_entropy: bool, keep: bool
+    ) -> tuple[Statistics, Cache]:
+        packing, threads = Packing(operands, rows, plan.tile, plan.isa, for_weight=False), torch.get_num_threads()
+        out = torch.empty(4, len(rows), dtype=torch.float32, device=rows.device)
+        ids, weight = operands.targets.flatten()[rows].int(), _dense_rows(operands.weight)
+        most = min(plan.tile.rows, len(rows))
+        workspace = words(packing.kernels.statistics_bytes(most, problem.vocab, problem.width, threads) // 4)
+        for i, block in enumerate(packing.slices):
+            hidden, n = packing.block(i), block.stop - block.start
+            targets = padded(ids[block], -1)
+            packing.kernels.linear_statistics(
+                address(hidden.by_width),
+                n,
+                *_matrix(weight),
+                *hidden.readout.passed(problem.vocab, n),
+                address(targets, torch.int32, up(n)),
+                address(out[:, block], torch.float32, n),
+                out.stride(0),
+                address(workspace),
+                threads,
+            )
+        return Statistics(*out), self.empty_cache(problem, 0)
+
+    def gradient_tiles(
+        self,
+        operands: Operands,
+        rows: Tensor,  # [n]
+        coefficients: Coefficients,  # [n] each
+        problem: Problem,
+        plan: TilePlan,
+        cache: Cache,
+        cache_rows: Tensor | None,
+    ) -> Iterator[PackedTile]:
+        if len(rows) == 0:
+            return
+        packing = Packing(operands, rows, plan.tile, plan.isa, for_weight=problem.grad_weight)
+        threads, width = torch.get_num_threads(), problem.width
+        k, most, columns = packing.kernels, min(plan.tile.rows, len(rows)), plan.tile.columns
+        left, right = words(k.packed_words(columns, up(most))), words(k.packed_words(most, columns))
+        workspace = words(max(k.left_bytes(width, threads), k.left_bytes(columns, threads)) // 4)
+        blocks = [words(up(block.stop - block.start) * up(width)) if problem.grad_hidden else None for block in packing.slices]
+        for start in range(0, problem.vocab, columns):
+            here = slice(start, min(start + columns, problem.vocab))
+            weight = _dense_rows(operands.weight[here])
+            sums = torch.empty(len(weight), dtype=torch.float32, device=rows.device) if problem.grad_bias else None
+            for i, block in enumerate(packing.slices):
+                hidden = packing.block(i)
+                readout = hidden.readout._replace(bias=None if packing.bias is None else packing.bias[here])
+                arguments, n = CoefficientArguments.of(coefficients.rows(block), start), block.stop - block.start
+                k.linear_gradient(
+                    address(hidden.by_width),
+                    n,
+                    *_matrix(weight),
+                    *readout.passed(len(weight), n),
+                    *arguments.passed(n),
+                    address(left),
+                    address(right),
+                    address(sums, torch.float32, len(weight)),
+                    address(workspace),
+                    threads,
+                )
+                yield PackedTile(
+                    here, block, left, right, sums, weight, hidden, blocks[i], here.stop == problem.vocab, workspace, k
+                )
+
+
+def least_budget(problem: Problem, isa: str) -> int:
+    """Return twice what a call with few rows takes: more rows take more, and the choice must not depend on how many there are."""
+    return 2 * memory(replace(problem, active_rows=PANEL), SMALLEST, isa).working
+
+
+def memory(problem: Problem, tile: Tile, isa: str) -> Memory:
+    """Return what a call allocates with this tile; a test holds it against what the allocator saw."""
+    k, threads, width = kernels(isa), torch.get_num_threads(), problem.width
+    active = max(problem.active_rows, 1)
+    rows = min(tile.rows, active)
+    gathered = rows * width * problem.dtype.itemsize
+    per_row = (active + tile.rows) * (8 * 8 + 12 * 4) + 4 * problem.vocab * problem.grad_bias
+    packed = 4 * k.packed_words(rows, width)
+    forward = per_row + gathered + packed + k.statistics_bytes(rows, problem.vocab, width, threads)
+    backward = 0
+    if problem.needs_grad:
+        dz = k.packed_words(tile.columns, up(rows)) + k.packed_words(rows, tile.columns)
+        left = max(k.left_bytes(width, threads), k.left_bytes(tile.columns, threads))
+        backward = 2 * per_row + gathered + packed + 4 * (dz + k.packed_words(width, up(rows)) * problem.grad_weight) + left
+        blocks = -(-active // rows) * up(rows) * up(width) * 4
+        backward += blocks * problem.grad_hidden
+        if problem.active_rows > tile.rows and problem.grad_weight:
+            backward += 4 * tile.columns * width  # fp32 sum of the slice's dW over blocks of rows
+    accumulator = problem.active_rows * width * 4 if problem.grad_hidden else 0
+    return Memory(forward, backward, accumulator)
+
+
+class Hidden(NamedTuple):
+    """The hidden vectors of a block of rows, packed for the products that need them."""
+
+    rows: slice
+    by_width: Tensor  # for h Wᵀ
+    by_rows: Tensor | None  # for dzᵀ h
+    readout: ReadoutArguments
+
+
+class Packing:
+    """The blocks of some rows of ``operands``, packed one at a time: the last one asked for stays in memory."""
+
+    def __init__(self, operands: Operands, rows: Tensor, tile: Tile, isa: str, for_weight: bool):
+        self.operands, self.rows, self.kernels, self.for_weight = operands, rows, kernels(isa), for_weight
+        self.slices = [slice(first, min(first + tile.rows, len(rows))) for first in range(0, len(rows), tile.rows)]
+        self.bias = None if operands.bias is None else operands.bias.float().contiguous()
+        self._last: Hidden | None = None
+
+    def block(self, i: int) -> Hidden:
+        rows = self.slices[i]
+        if self._last is None or self._last.rows != rows:
+            self._last = None
+            self._last = self._pack(rows)
+        return self._last
+
+    def _pack(self, rows: slice) -> Hidden:
+        operands, k, threads = self.operands, self.kernels, torch.get_num_threads()
+        index = operands.coordinates(self.rows[rows])
+        hidden = operands.hidden[index]  # [r, D], a contiguous copy
+        n, width = hidden.shape
+        by_width, by_rows = words(k.packed_words(n, width)), None
+        k.pack_rows(address(hidden, torch.bfloat16, width), width, n, width, address(by_width), threads)
+        if self.for_weight:
+            by_rows = words(k.packed_words(width, up(n)))
+            k.pack_columns(address(hidden, torch.bfloat16, width), width, n, width, address(by_rows), threads)
+        return Hidden(rows, by_width, by_rows, ReadoutArguments.of(operands.readout.rows(index, torch.float32), self.bias, hidden))
+
+
+def _dense_rows(weight: Tensor) -> Tensor:  # [c, D]
+    """Return ``weight`` with each row side by side, whatever the stride between them. One that lies by columns is copied, in memory
+    that :func:`memory` does not state."""
+    return weight if weight.stride(1) == 1 else weight.contiguous()
+
+
+def _matrix(weight: Tensor) -> tuple[int, int, int, int]:  # [c, D]
+    return address(weight, torch.bfloat16), weight.stride(0), *weight.shape
+
+
+class PackedTile(NamedTuple):
+    """A tile of dz as the kernels pack it, once for each of its two products."""
+
+    columns: slice
+    rows: slice
+    left: Tensor  # dzᵀ
+    right: Tensor  # dz
+    sums: Tensor | None  # [c]
+    weight: Tensor  # [c, D]
+    hidden: Hidden
+    blocks: Tensor | None  # sums of dH over the slices so far
+    last: bool  # of the slices
+    workspace: Tensor
+    kernels: Any  # of the instruction set, as compiled.kernels gives them
+
+    def add_to_hidden(self, total: Tensor, first: bool) -> None:  # [r, D]; written with the last slice
+        threads = torch.get_num_threads()
+        self.kernels.hidden_gradient(
+            address(self.right),
+            len(total),
+            *_matrix(self.weight),
+            address(self.blocks),
+            not first,
+            address(self.workspace),
+            threads,
+        )
+        if self.last:
+            out = address(total, torch.float32)
+            self.kernels.unpack_hidden(address(self.blocks), *total.shape, out, total.stride(0), threads)
+
+    def add_to_weight(self, total: Tensor, first: bool) -> None:  # [c, D]
+        self.kernels.weight_gradient(
+            address(self.left),
+            len(total),
+            address(self.hidden.by_rows),
+            self.rows.stop - self.rows.start,
+            total.shape[1],
+            address(total, torch.bfloat16 if total.dtype == torch.bfloat16 else torch.float32),
+            total.stride(0),
+            total.dtype == torch.bfloat16,
+            not first,
+            torch.get_num_threads(),
+        )
+
+    def column_sums(self, dtype: torch.dtype) -> Tensor:  # [c]
+        assert self.sums is not None
+        return self.sums

@@ -1,0 +1,234 @@
+"""The loop around a library's product: one ``[rows, columns]`` tile of logits at a time is multiplied, and handed to row kernels.
+
+Slices of the vocabulary are the outer loop and blocks of rows the inner one, forward and backward, so W is read (and, where it is
+upcast, converted) once a pass and ``dW[slice]`` is finished, and rounded, once. What is done to the rows of a tile is a matter of
+:class:`RowKernels`, which ``torch_.py`` has in torch and ``native_rows.py`` in C++ and CUDA.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bupo_kernels.backends.algebra import Coefficients, Statistics, lowest
+from bupo_kernels.backends.base import Backend, Cache, Memory, Operands, Problem, Readout, Tile, TilePlan
+from bupo_kernels.backends.compiled import present
+from bupo_kernels.backends.gradients import MatrixTile, accumulate_
+from bupo_kernels.backends.quantised import rows_of
+
+# The largest tiles worth having (rows, columns). On a CPU two fp32 tiles of 512 x 2048 are 8 MiB, which stays in a shared L3 while
+# the statistics sweep over what the GEMM has just written. Elsewhere they are large enough to fill a GPU, small against its memory.
+CPU_TILE = (512, 2048)
+DEVICE_TILE = (4096, 8192)
+SMALL_TILE = 64  # rows, columns: below this products are slow, so slices are cut so that this many rows fit
+
+
+class Block(NamedTuple):
+    """One tile of products and what it was made of. ``tile`` and ``scratch`` are overwritten by the next one."""
+
+    columns: slice
+    rows: slice
+    weight: Tensor  # [c, D]
+    hidden: Tensor  # [r, D]
+    bias: Tensor | None  # [c]
+    tile: Tensor  # [r, c]: products, or what a fold left of them in the cache
+    scratch: Tensor  # [r, c] of the dtype of dz
+    readout: Readout  # of these rows
+    maxima: Tensor | None  # [r]: what was subtracted from a tile that comes from the cache; None for products
+
+
+class RowKernels(Protocol):
+    """What is done to the rows of a tile."""
+
+    def dtypes(self, problem: Problem) -> tuple[torch.dtype, torch.dtype]:
+        """Return the dtype of the products' operands and that of dz."""
+        ...
+
+    def fold(
+        self,
+        block: Block,
+        targets: Tensor,  # [r]
+        running: Statistics,  # [r] each
+        with_entropy: bool,
+    ) -> Tensor | float:  # [r]
+        """Fold the tile into the ``running`` statistics of its rows. Leave logits in it less what is returned, for the cache."""
+        ...
+
+    def gradient(self, block: Block, coefficients: Coefficients) -> Tensor:  # [r] each -> [r, c]
+        """Return dz of the tile, in ``block.scratch``; the tile may be overwritten."""
+        ...
+
+
+class TileLoop(Backend):
+    """A backend that forms tiles by the library's product and leaves their rows to its :class:`RowKernels`."""
+
+    @abstractmethod
+    def row_kernels(self, plan: TilePlan) -> RowKernels:
+        """Return what is done to the rows of a tile."""
+
+    def plan(self, problem: Problem, strategy: str | None) -> TilePlan:
+        problem.require_budget(memory(problem, Tile(1, 1)).working)
+        tile = largest_tile(problem)
+        return TilePlan("recompute" if problem.needs_grad else "statistics only", tile, memory(problem, tile))
+
+    def one_pass_plan(self, problem: Problem, strategy: str | None) -> TilePlan:
+        """Plan chunks of rows as high as the budget allows beside the tiles; their logits are kept, whole."""
+        size = problem.statistics_dtype.itemsize
+        problem.require_budget(2 * max(memory(problem, Tile(1, 1)).working, size * (2 * problem.vocab + problem.width)))
+        inner = self.plan(replace(problem, memory_budget=problem.memory_budget // 2), strategy)
+        if not problem.needs_grad:
+            return inner._replace(chunk_rows=max(problem.active_rows, 1))
+        columns, working = inner.tile.columns, inner.memory.working
+        # Each row of the chunk has its logits, their maxima, and the sum of its dH.
+        per_row = size * (problem.vocab + -(-problem.vocab // columns) + problem.width * problem.grad_hidden)
+        chunk = max(min((problem.memory_budget - working) // per_row, problem.active_rows), 1)
+        in_parts = problem.active_rows > chunk and problem.grad_weight and problem.dtype.itemsize < size
+        used = Memory(working + chunk * per_row, 0, problem.vocab * problem.width * size if in_parts else 0)
+        tile = Tile(min(inner.tile.rows, chunk), columns)
+        return inner._replace(strategy="one pass", tile=tile, memory=used, cached_rows=problem.active_rows, chunk_rows=chunk)
+
+    def row_statistics(
+        self, operands: Operands, rows: Tensor, problem: Problem, plan: TilePlan, *, with_entropy: bool, keep: bool
+    ) -> tuple[Statistics, Cache]:
+        dtype, kernels = problem.statistics_dtype, self.row_kernels(plan)
+        targets = operands.targets.flatten()[rows]
+        statistics = Statistics(*Statistics.empty(len(rows), dtype, rows.device))
+        statistics.m.fill_(lowest(dtype))
+        statistics.s.zero_()
+        cache = self.empty_cache(problem, 0)
+        if keep:
+            slices = -(-problem.vocab // plan.tile.columns)
+            logits = present(torch.empty(len(rows) * problem.vocab, dtype=dtype, device=rows.device))
+            cache = Cache(logits, torch.empty(len(rows), slices, dtype=dtype, device=rows.device))
+        for block in _products(operands, rows, problem, plan.tile, kernels, cache if keep else None):
+            r = block.rows
+            subtracted = kernels.fold(block, targets[r], Statistics(*(x[r] for x in statistics)), with_entropy)
+            if keep:
+                cache.offsets[r, block.columns.start // plan.tile.columns] = subtracted
+        return statistics, cache
+
+    def gradient_tiles(
+        self,
+        operands: Operands,
+        rows: Tensor,  # [n]
+        coefficients: Coefficients,  # [n] each
+        problem: Problem,
+        plan: TilePlan,
+        cache: Cache,
+        cache_rows: Tensor | None,  # [n]
+    ) -> Iterator[MatrixTile]:
+        kernels = self.row_kernels(plan)
+        blocks = (
+            _products(operands, rows, problem, plan.tile, kernels)
+            if cache_rows is None
+            else _from_cache(operands, rows, problem, plan.tile, kernels, cache, cache_rows)
+        )
+        for block in blocks:
+            dz = kernels.gradient(block, coefficients.rows(block.rows))
+            yield MatrixTile(block.columns, block.rows, dz, block.weight, block.hidden)
+
+
+def _blocks(operands: Operands, rows: Tensor, problem: Problem, tile: Tile, kernels: RowKernels) -> Iterator[Block]:
+    """Yield all tiles, slice by slice, with memory for the products and not yet formed."""
+    hidden, weight, bias, _, readout = operands
+    count, vocab = len(rows), weight.shape[0]
+    if count == 0:
+        return
+    of_operands, of_gradient = kernels.dtypes(problem)
+    tile_buffer, scratch_buffer = (
+        torch.empty(tile.rows * tile.columns, dtype=dtype, device=hidden.device)
+        for dtype in (problem.statistics_dtype, of_gradient)
+    )
+    coordinates = operands.coordinates(rows)
+    for start in range(0, vocab, tile.columns):
+        columns = slice(start, min(start + tile.columns, vocab))
+        w = rows_of(weight, columns).to(of_operands)
+        b = None if bias is None else bias[columns].to(problem.statistics_dtype)
+        for first in range(0, count, tile.rows):
+            block = slice(first, min(first + tile.rows, count))
+            index = tuple(i[block] for i in coordinates)
+            h = hidden[index].to(of_operands)
+            shape = len(h), len(w)
+            z, scratch = (x[: shape[0] * shape[1]].view(shape) for x in (tile_buffer, scratch_buffer))
+            yield Block(columns, block, w, h, b, z, scratch, readout.rows(index, problem.statistics_dtype), None)
+
+
+def _products(
+    operands: Operands, rows: Tensor, problem: Problem, tile: Tile, kernels: RowKernels, cache: Cache | None = None
+) -> Iterator[Block]:
+    """Yield all tiles of products; in the memory of the ``cache``, if there is one."""
+    for block in _blocks(operands, rows, problem, tile, kernels):
+        if cache is not None:
+            block = block._replace(tile=_slice_of(cache, block.columns)[block.rows])
+        accumulate_(block.tile, block.hidden, block.weight.T, first=True)
+        yield block
+
+
+def _from_cache(
+    operands: Operands, rows: Tensor, problem: Problem, tile: Tile, kernels: RowKernels, cache: Cache, cache_rows: Tensor
+) -> Iterator[Block]:
+    """Yield all tiles as the fold left them in the ``cache``: all its rows, where they lie, or a copy of some of them."""
+    for block in _blocks(operands, rows, problem, tile, kernels):
+        which: slice | Tensor = block.rows
+        if len(cache_rows) == len(cache.offsets):
+            block = block._replace(tile=_slice_of(cache, block.columns)[block.rows])
+        else:
+            which = cache_rows[block.rows]
+            torch.index_select(_slice_of(cache, block.columns), 0, which, out=block.tile)
+        yield block._replace(maxima=cache.offsets[which, block.columns.start // tile.columns])
+
+
+def _slice_of(cache: Cache, columns: slice) -> Tensor:  # [n, c]
+    n = len(cache.offsets)
+    return cache.values[n * columns.start : n * columns.stop].view(n, columns.stop - columns.start)
+
+
+def largest_tile(problem: Problem) -> Tile:
+    """Return the largest tile within the budget. Slice borders depend on V, D and the budget, not on the number of rows (but where
+    the budget only just holds the statistics of that many rows)."""
+    most_rows, most_columns = CPU_TILE if problem.device.type == "cpu" else DEVICE_TILE
+
+    def fits(rows: int, columns: int, problem: Problem) -> bool:
+        return memory(problem, Tile(rows, columns)).working <= problem.memory_budget
+
+    columns = min(most_columns, problem.vocab)
+    while columns > SMALL_TILE and not fits(SMALL_TILE, columns, replace(problem, active_rows=0)):
+        columns = (columns + 1) // 2
+    rows = max(min(most_rows, problem.active_rows), 1)
+    while rows > 1 and not fits(rows, columns, problem):
+        rows = (rows + 1) // 2
+    while columns > 1 and not fits(rows, columns, problem):
+        columns = (columns + 1) // 2
+    return Tile(rows, columns)
+
+
+def memory(problem: Problem, tile: Tile) -> Memory:
+    """Return what a call allocates with this tile; a test holds it against what the allocator saw."""
+    size = problem.statistics_dtype.itemsize
+    upcast = problem.dtype.itemsize < size
+    tile_bytes = tile.rows * tile.columns * size
+    # The next block of rows (slice of W) is made while the last one is still held; so are rows of dH when they are put in place.
+    row_block = tile.rows * problem.width * size
+    # Of a quantised slice there are the numbers, and what its class needs to come by them.
+    weight_slice = tile.columns * problem.width * size * (2 if problem.quantised else upcast)
+    gathered = tile.rows * problem.width * problem.dtype.itemsize * upcast
+    several_slices = problem.vocab > tile.columns
+    several_tiles = several_slices or problem.active_rows > tile.rows
+    rows = problem.active_rows + tile.rows
+    # A row has coordinates and targets in int64, running statistics, and in the backward coefficients, and a selection of all
+    # these.
+    forward = 2 * tile_bytes + (1 + several_tiles) * row_block + gathered + (1 + several_slices) * weight_slice
+    forward += rows * (6 * 8 + 10 * size)
+    backward = 0
+    if problem.needs_grad:
+        backward = (2 + problem.softcap) * tile_bytes + 2 * row_block + gathered + (1 + several_slices) * weight_slice
+        backward += rows * (10 * 8 + 26 * size)
+        backward += weight_slice * problem.grad_weight  # fp32 sum of the slice's dW before it is rounded
+        backward += tile.columns * size * 2 * problem.grad_bias
+    accumulator = problem.active_rows * problem.width * size if problem.grad_hidden and upcast else 0
+    return Memory(forward, backward, accumulator)

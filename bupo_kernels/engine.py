@@ -1,0 +1,307 @@
+"""The work of the ops: problem, plan, and the loop over what a backend streams, for statistics, gradients and one-pass losses.
+
+Which backend runs is decided here, from sizes that are plain numbers by then. In :func:`statistics` nothing waits for the device;
+:func:`gradients` waits for it to say how many rows have a gradient, since the products that follow are of that many.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bupo_kernels.backends import algebra
+from bupo_kernels.backends.algebra import Coefficients
+from bupo_kernels.backends.base import Cache, Operands, PolicyRows, Problem
+from bupo_kernels.backends.gradients import GradientSums
+from bupo_kernels.backends.quantised import is_plain
+from bupo_kernels.dispatch import Plan, make_plan
+from bupo_kernels.policy_losses import PolicyObjective, policy_terms
+
+Flags = tuple[bool, bool, bool]  # one each for hidden, weight and bias
+
+
+class Settings(NamedTuple):
+    """What a call asks for beside tensors and readout. Torch's ops take it as one string: of its values none varies from step to
+    step (those that may, as a temperature, are floats of the ops, since a traced graph is made anew for each new string)."""
+
+    ignore_index: int
+    with_entropy: bool
+    backend: str
+    memory_budget: int
+    planned: Flags  # the gradients that the forward plans for
+    needed: Flags = (False, False, False)  # those that a backward is asked for
+    objective: str = ""  # of a policy loss, PolicyObjective.encoded
+
+    def encode(self) -> str:
+        """Return the string for :meth:`decode`."""
+        planned, needed = ("".join([f"{int(flag)}" for flag in flags]) for flags in (self.planned, self.needed))
+        # int() makes a number of what torch.compile traces as a symbol.
+        numbers = f"{int(self.ignore_index)} {int(self.with_entropy)} {int(self.memory_budget)}"
+        return f"{numbers} {planned} {needed} {self.backend} {self.objective}"
+
+    @staticmethod
+    @functools.lru_cache(1024)
+    def decode(encoded: str) -> Settings:
+        """Return the settings that were encoded."""
+        ignore_index, with_entropy, memory_budget, planned, needed, backend, objective = encoded.split(" ", 6)
+        planned_flags, needed_flags = ((x[0] == "1", x[1] == "1", x[2] == "1") for x in (planned, needed))
+        numbers = int(ignore_index), with_entropy == "1", backend, int(memory_budget)
+        return Settings(*numbers, planned_flags, needed_flags, objective)
+
+
+def active_rows(targets: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:  # [...] -> [...] bool
+    """Return which rows count: those that are neither masked nor of ``ignore_index``."""
+    active = targets != ignore_index
+    return active if mask is None else active & mask
+
+
+def check_rows(operands: Operands, active: Tensor, ignore_index: int) -> None:
+    """Raise ``ValueError`` for a target or a temperature out of range, where values are at hand. Off the CPU it is a device-side
+    assert."""
+    targets, vocab, temperature = operands.targets, operands.weight.shape[0], operands.readout.temperature
+    outside = active & ((targets < 0) | (targets >= vocab))
+    impossible = active & ~(temperature.isfinite() & (temperature > 0)) if isinstance(temperature, Tensor) else None
+    accepted = f"accepted are ids in [0, {vocab}) and ignore_index ({ignore_index})"
+    if targets.device.type != "cpu":
+        torch._assert_async(~outside.any(), f"targets: {accepted}")
+        if impossible is not None:
+            torch._assert_async(~impossible.any(), "temperature: accepted are positive numbers on rows that count")
+        return
+    if outside.any():
+        raise ValueError(f"targets: {targets[outside][0].item()} given, {accepted}")
+    if isinstance(temperature, Tensor) and impossible is not None and impossible.any():
+        given = temperature[impossible][0].item()
+        raise ValueError(f"temperature: {given} given, accepted are positive numbers on rows that count")
+
+
+def problem_of(operands: Operands, active_rows: int, settings: Settings) -> Problem:
+    """Return the problem that a call poses, with so many ``active_rows``."""
+    hidden, weight = operands.hidden, operands.weight
+    grad_hidden, grad_weight, grad_bias = settings.planned
+    return Problem(
+        rows=math.prod(hidden.shape[:-1]),  # numel() would make a number of a traced size
+        active_rows=active_rows,
+        vocab=weight.shape[0],
+        width=weight.shape[1],
+        dtype=hidden.dtype,
+        device=hidden.device,
+        grad_hidden=grad_hidden,
+        grad_weight=grad_weight,
+        grad_bias=grad_bias,
+        softcap=operands.readout.softcap is not None,
+        memory_budget=settings.memory_budget,
+        quantised=not is_plain(weight),
+    )
+
+
+def plan_for(operands: Operands, active: Tensor, settings: Settings) -> Plan:
+    """Return the plan of a forward, or of its backward. Off the CPU it is for all rows, since to count them would wait for the
+    device."""
+    count = int(active.sum()) if active.device.type == "cpu" else active.numel()
+    return make_plan(problem_of(operands, count, settings), settings.backend)
+
+
+@contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """Launch kernels on ``device``, which may not be the current one; and multiply without autocast, which has chosen the operands'
+    dtype and would round products."""
+    with torch.autocast(device.type, enabled=False), torch.cuda.device(device if device.type == "cuda" else -1):
+        yield
+
+
+class Forward(NamedTuple):
+    """What a forward finds of N rows, and leaves for the backward."""
+
+    logprob: Tensor  # [N]
+    entropy: Tensor | None  # [N]
+    logsumexp: Tensor  # [N]
+    saved: Tensor  # [3, N] m, log s, logprob; [4, N] with the entropy
+    cache: Cache
+
+
+def statistics(operands: Operands, mask: Tensor | None, settings: Settings) -> Forward:
+    """Return log-prob, entropy and logsumexp of all rows, 0 on those that are not active."""
+    active = active_rows(operands.targets, mask, settings.ignore_index)
+    check_rows(operands, active, settings.ignore_index)
+    plan = plan_for(operands, active, settings)
+    with on(operands.hidden.device):
+        streamed, cache = plan.implementation.statistics(
+            operands, active.flatten(), plan.problem, plan.tile_plan, settings.with_entropy
+        )
+    logprob, entropy, logsumexp, log_s = algebra.finish(streamed, plan.problem.vocab, settings.with_entropy)
+    saved = torch.stack([streamed.m, log_s, logprob, *([] if entropy is None else [entropy])])
+    return Forward(logprob, entropy, logsumexp, saved, cache)
+
+
+def gradients(
+    operands: Operands,
+    upstream: Sequence[Tensor | None],  # [...] each: of logprob, entropy, logsumexp
+    saved: Tensor,  # [3 or 4, N]
+    cache: Cache,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dH, dW and db from what :func:`statistics` left; [0] for those not needed."""
+    active = saved[0] != -math.inf  # a NaN counts
+    plan = plan_for(operands, active, settings)
+    dtype = plan.problem.statistics_dtype
+    gs = [g if g is None else g.flatten().to(dtype) for g in upstream]
+
+    # A row all of whose upstream gradients are exactly zero adds exactly nothing: it leaves before any product. But where a loss
+    # weighs a row of NaN with 0 it is NaN, and so are its gradients.
+    has_gradient = ~saved[1].isfinite()
+    for g in gs:
+        if g is not None:
+            has_gradient |= g != 0
+    rows = (has_gradient & active).nonzero().squeeze(1)
+    m, log_s, logprob, *entropy = (x[rows] for x in saved)
+    g_logprob, g_entropy, g_logsumexp = (g if g is None else g[rows] for g in gs)
+    targets = operands.targets.flatten()[rows]
+    coefficients = algebra.coefficients(
+        g_logprob, g_entropy, g_logsumexp, m, log_s, logprob, entropy[0] if entropy else None, targets
+    )
+    coefficients, unscale = _product_coefficients(coefficients, operands, rows, plan)
+    # The cache lies in the order of the active rows.
+    cache_rows = None if cache.is_empty else (active.cumsum(0) - 1)[rows]
+    sums = GradientSums(operands.hidden, operands.weight, operands.bias, needed=settings.needed, dtype=dtype, parts=False)
+    with on(operands.hidden.device):
+        tiles = plan.implementation.gradient_tiles(operands, rows, coefficients, plan.problem, plan.tile_plan, cache, cache_rows)
+        sums.add(tiles, rows, unscale=unscale, step=plan.tile_plan.tile.rows)
+    return sums.result()
+
+
+def _product_coefficients(
+    coefficients: Coefficients, operands: Operands, rows: Tensor, plan: Plan
+) -> tuple[Coefficients, Tensor | None]:
+    """Return what gives the gradient of the product instead of that of the logits, in the dtype of dz; and what undoes its
+    scale."""
+    readout = operands.readout
+    if not readout.is_identity:
+        temperature = readout.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.flatten()[rows].to(coefficients.m.dtype)
+        coefficients = coefficients.scaled(readout.logit_scale / temperature)
+    if plan.implementation.gradient_dtype(plan.problem) != torch.float16 or len(rows) == 0:
+        return coefficients, None
+    # fp16 reaches from 6e-8 to 6e4: a power of two puts the largest dz there is at 2^12 or below, and the sums undo it.
+    # Rows that are not finite stay so at any scale, and leave it to the others.
+    largest = coefficients.bound().nan_to_num(0, posinf=0).amax()
+    scale = torch.exp2(12 - largest.log2().ceil().clamp(-100, 100))
+    return coefficients.scaled(scale), 1 / scale
+
+
+def rows_that_matter(objective: PolicyObjective, active: Tensor, weights: Tensor, advantages: Tensor) -> Tensor:  # [...] bool
+    """Return which rows' loss or gradient can differ from zero, as far as it can be told without their log-prob."""
+    matter = active & (weights != 0)
+    if objective.kl_coefficient == 0 and not objective.needs_entropy:
+        matter = matter & (advantages != 0)
+    return matter
+
+
+class PolicyTokens(NamedTuple):
+    """What a policy loss takes of each token, in the shape of the targets."""
+
+    advantages: Tensor
+    old_logprobs: Tensor | None
+    reference_logprobs: Tensor | None
+    sampler_logprobs: Tensor | None
+    weights: Tensor  # of its loss in the whole
+
+    def of_rows(self, rows: Tensor, dtype: torch.dtype) -> PolicyTokens:  # [n] -> [n] each
+        """Return what ``rows``, which number the targets through, take, in ``dtype``."""
+
+        def some(x: Tensor) -> Tensor:
+            return x.flatten()[rows].to(dtype)
+
+        old, reference, sampler = (
+            x if x is None else some(x) for x in (self.old_logprobs, self.reference_logprobs, self.sampler_logprobs)
+        )
+        return PolicyTokens(some(self.advantages), old, reference, sampler, some(self.weights))
+
+
+def policy_loss(
+    operands: Operands,
+    active: Tensor,  # [...] bool
+    tokens: PolicyTokens,
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Return the loss; log-prob and entropy [N] of the rows that matter, 0 elsewhere; and dH, dW, db of the loss itself.
+
+    Of each chunk of rows there is one product, statistics, the objective's terms and their derivative, then the two gradient
+    products from the cache that the chunk left: 6·N·V·D FLOP instead of 8, and nothing is left for a backward but a scaling. Rows
+    that cannot matter, being masked or of zero weight, never enter; rows on which a clip decides leave before the gradient
+    products.
+    """
+    objective = PolicyObjective(**json.loads(settings.objective))
+    check_rows(operands, active, settings.ignore_index)
+    all_rows = rows_that_matter(objective, active, tokens.weights, tokens.advantages).flatten().nonzero().squeeze(1)
+    problem = problem_of(operands, len(all_rows), settings)
+    plan = make_plan(problem, settings.backend, one_pass=True)
+    dtype, chunk = problem.statistics_dtype, plan.tile_plan.chunk_rows
+    device = operands.hidden.device
+    loss = torch.zeros((), dtype=dtype, device=device)
+    logprob, entropy = (torch.zeros(operands.targets.numel(), dtype=dtype, device=device) for _ in range(2))
+    parts = len(all_rows) > chunk
+    sums = GradientSums(operands.hidden, operands.weight, operands.bias, needed=settings.planned, dtype=dtype, parts=parts)
+    take = _fused_chunk if plan.tile_plan.fused_rows else _chunk
+    with on(device):
+        for rows in all_rows.split(chunk) if len(all_rows) else ():
+            found, unscale = take(objective, operands, rows, tokens.of_rows(rows, dtype), plan)
+            loss += found.loss.sum()
+            logprob[rows], entropy[rows] = found.logprob, found.entropy
+            if found.tiles is not None:
+                sums.add(found.tiles, rows[found.has_gradient], unscale=unscale, step=plan.tile_plan.tile.rows)
+            del found  # with the cache that its tiles hold
+    return loss, logprob, entropy, sums.result()
+
+
+def _fused_chunk(
+    objective: PolicyObjective, operands: Operands, rows: Tensor, tokens: PolicyTokens, plan: Plan
+) -> tuple[PolicyRows, None]:
+    inputs = tokens._asdict() | {"targets": operands.targets.flatten()[rows]}
+    return plan.implementation.policy_rows(operands, rows, objective, inputs, plan.problem), None
+
+
+def _chunk(
+    objective: PolicyObjective, operands: Operands, rows: Tensor, tokens: PolicyTokens, plan: Plan
+) -> tuple[PolicyRows, Tensor | None]:
+    """Return what a kernel from products to a policy loss would, and what undoes the scale of its dz."""
+    backend, problem, keep = plan.implementation, plan.problem, plan.problem.needs_grad and plan.tile_plan.cached_rows > 0
+    streamed, cache = backend.row_statistics(operands, rows, problem, plan.tile_plan, with_entropy=True, keep=keep)
+    logprob, entropy, _, log_s = algebra.finish(streamed, problem.vocab, with_entropy=True)
+    assert entropy is not None
+    terms = policy_terms(
+        objective,
+        logprob,
+        entropy,
+        tokens.advantages,
+        old_logprobs=tokens.old_logprobs,
+        reference_logprobs=tokens.reference_logprobs,
+        sampler_logprobs=tokens.sampler_logprobs,
+    )
+    loss, g_logprob, g_entropy = (tokens.weights * x for x in (terms.loss, terms.d_logprob, terms.d_entropy))
+    differs = (g_logprob != 0) | (g_entropy != 0) if objective.needs_entropy else g_logprob != 0
+    has_gradient = differs.nonzero().squeeze(1) if problem.needs_grad else rows[:0]
+    if len(has_gradient) == 0:
+        return PolicyRows(loss, logprob, entropy, None, None), None
+    rows = rows[has_gradient]
+    coefficients = algebra.coefficients(
+        g_logprob[has_gradient],
+        g_entropy[has_gradient] if objective.needs_entropy else None,
+        None,
+        streamed.m[has_gradient],
+        log_s[has_gradient],
+        logprob[has_gradient],
+        entropy[has_gradient],
+        operands.targets.flatten()[rows],
+    )
+    coefficients, unscale = _product_coefficients(coefficients, operands, rows, plan)
+    cache_rows = has_gradient if keep else None
+    tiles = backend.gradient_tiles(operands, rows, coefficients, problem, plan.tile_plan, cache, cache_rows)
+    return PolicyRows(loss, logprob, entropy, has_gradient, tiles), unscale

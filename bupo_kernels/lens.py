@@ -1,0 +1,208 @@
+"""The logit lens and the divergence of two policies: statistics without gradient, of several policies that share an unembedding.
+
+Numerics are those of ``functional.py``. Both wait for the device, and are traced by ``torch.compile`` as the plain torch they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bupo_kernels import derivatives, engine
+from bupo_kernels.backends import lens_loop
+from bupo_kernels.backends.base import Operands
+from bupo_kernels.request import Request, check_plain
+
+LENS_OUTPUTS = (
+    *("logsumexp", "logprobs", "entropy", "max_probability", "argmax", "rank"),
+    *("kl_to_final", "kl_from_final", "jsd", "pairwise_kl"),
+)
+OUTPUTS_OF_ANY_BACKEND = {"logsumexp", "logprobs", "entropy", "max_probability"}  # the others stream in torch
+
+
+class LensStatistics(NamedTuple):
+    """Statistics of the L policies of a logit lens, None where not asked for: fp32 (float64 for float64 inputs), ids int64, and 0
+    on masked rows. ``[...]`` is the shape of one layer's rows."""
+
+    logsumexp: Tensor | None = None  # [L, ...]
+    logprobs: Tensor | None = None  # [L, ...] of the targets, never above 0
+    entropy: Tensor | None = None  # [L, ...] nats, in [0, ln V]
+    max_probability: Tensor | None = None  # [L, ...]
+    argmax: Tensor | None = None  # [L, ...] the lowest id where several logits are equal
+    rank: Tensor | None = None  # [L, ...] of the target, from 0: how many logits are strictly greater; equal ones do not count
+    top_ids: Tensor | None = None  # [L, ..., k] most probable first; among equal logits any order, and any of them at the end
+    top_logprobs: Tensor | None = None  # [L, ..., k]
+    kl_to_final: Tensor | None = None  # [L, ...] KL(π^l ‖ π), at least 0; inf where π alone rules a column out
+    kl_from_final: Tensor | None = None  # [L, ...] KL(π ‖ π^l), at least 0
+    jsd: Tensor | None = None  # [L, ...] ½ KL(π^l ‖ μ) + ½ KL(π ‖ μ) with μ = ½ (π^l + π), in [0, ln 2]
+    pairwise_kl: Tensor | None = None  # [L, L, ...] [l, k] = KL(π^l ‖ π^k), at least 0
+
+
+@torch.no_grad()
+def logit_lens(
+    hidden_states: Tensor | Sequence[Tensor],  # [L, ..., D], or L x [..., D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor | None = None,  # [...] int64
+    *,
+    norm: Callable[[Tensor], Tensor] | None = None,  # [n, D] -> [n, D]
+    final: Tensor | None = None,  # [..., D]
+    top_k: int = 0,
+    outputs: Sequence[str] = ("entropy",),
+    **options: Any,
+) -> LensStatistics:
+    """Return what the hidden states of L layers say through one unembedding, ``softmax(h Wᵀ)``, without ``[L, ..., V]`` logits.
+
+    Args:
+        hidden_states: of L layers, attention or FFN outputs of a model: a tensor, or a sequence of tensors, which may be any views.
+        weight: the unembedding; as in :func:`bupo_kernels.linear_logprobs`.
+        targets: ids in ``[0, V)``, needed for ``logprobs`` and ``rank``. One equal to ``ignore_index`` masks its row.
+        norm: applied to every hidden state before the unembedding, e.g. the model's final norm. None reads them raw, as BuPO does.
+        final: the final policy's hidden state as the head reads it (``norm`` is *not* applied to it), needed for ``kl_to_final``,
+            ``kl_from_final`` and ``jsd``.
+        top_k: how many of the most probable ids, with their log-probs; up to V.
+        outputs: names of the fields of :class:`LensStatistics` wanted, except ``top_…``; others stay None and cost nothing.
+        options: ``bias``, ``temperature``, ``logit_scale``, ``softcap``, ``mask``, ``ignore_index``, ``backend`` and
+            ``memory_budget`` of :func:`bupo_kernels.linear_logprobs`. All policies share them.
+
+    Returns:
+        :class:`LensStatistics`; no gradient: they are constants in a loss.
+
+    Cost: 2·L·N·V·D FLOP (L+1 with ``final``), and one pass over W for all layers of as many rows as the budget has room for, in
+    most calls all. ``logsumexp``, ``logprobs``, ``entropy`` and ``max_probability`` alone run on any backend. Everything else
+    streams in torch, on every device, with fp32 products (16-bit operands on a CPU are upcast); ``rank`` and ``jsd`` take a second
+    pass, which doubles the work. ``pairwise_kl`` adds L/D of it.
+
+    Numerics: as :func:`bupo_kernels.linear_logprobs`; a KL or ``jsd`` is within ``4e-6 · (1 + max|z|)`` of float64 on the same
+    inputs. ``rank`` compares fp32 logits exactly: those within rounding of the target's may fall on either side.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is accepted.
+    """
+    outputs = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    if unknown := [name for name in outputs if name not in LENS_OUTPUTS]:
+        raise ValueError(f"outputs: {unknown[0]!r} given, accepted are {', '.join(map(repr, LENS_OUTPUTS))}")
+    if "return_entropy" in options:
+        raise TypeError("return_entropy: given, accepted are names in outputs")
+    for name, given, needed_by in (("targets", targets, ("logprobs", "rank")), ("final", final, lens_loop.COMPARED)):
+        if given is None and (asking := [output for output in outputs if output in needed_by]):
+            raise ValueError(f"{name}: None given, which outputs={asking[0]!r} needs")
+    states = list(hidden_states)
+    if not states:
+        raise ValueError("hidden_states: none given, accepted are those of at least one layer")
+    compared = {f"hidden_states[{i}]": x for i, x in enumerate(states)} | ({} if final is None else {"final": final})
+    derivatives.refuse(compared | {"weight": weight, "targets": targets}, statistic=True)
+    _check_alike(compared)
+    if states[0].dim() < 2:
+        raise ValueError(f"hidden_states: layers of shape {tuple(states[0].shape)} given, accepted are [L, ..., D] or L x [..., D]")
+    if norm is not None and not callable(norm):
+        raise TypeError(f"norm: {type(norm).__name__} given, accepted are None and functions [n, D] -> [n, D]")
+    if targets is None:
+        targets = torch.zeros(states[0].shape[:-1], dtype=torch.int64, device=states[0].device)
+    request = Request.of(states[0], weight, targets, return_entropy="entropy" in outputs, **options)
+    vocab = len(request.weight)
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k <= vocab:
+        raise ValueError(f"top_k: {top_k!r} given, accepted are 0 to {vocab}, the size of the vocabulary")
+    by_any_backend = not top_k and set(outputs) <= OUTPUTS_OF_ANY_BACKEND
+    if not by_any_backend and request.backend not in ("auto", "torch"):
+        beyond = "top_k" if top_k else next(name for name in outputs if name not in OUTPUTS_OF_ANY_BACKEND)
+        raise ValueError(f"backend: {request.backend!r} given, accepted for {beyond} are 'auto' and 'torch'")
+    operands, active = request.operands(), request.active()
+    engine.check_rows(operands, active, request.ignore_index)
+    rows = active.flatten().nonzero().squeeze(1)
+    if by_any_backend:
+        parts = _by_any_backend(states, request, lens_loop.checked_norm(norm), operands, rows, outputs)
+    else:
+        with engine.on(weight.device):
+            loop = lens_loop.LensLoop(states, final, norm, operands, len(rows), outputs, top_k, request.memory_budget)
+            parts = [loop.run(some) for some in rows.split(loop.rows)]
+    found = {}
+    for name in parts[0]:
+        place = 2 if name == "pairwise_kl" else 1
+        found[name] = _on_all_rows(torch.cat([part[name] for part in parts], place), rows, active, place)
+    return LensStatistics(**found)
+
+
+def _on_all_rows(values: Tensor, rows: Tensor, active: Tensor, place: int) -> Tensor:
+    """Return ``values``, which are of the active ``rows`` [n] at ``place`` in their shape, for all rows of ``active`` [...], 0 on
+    the others."""
+    before, after = values.shape[:place], values.shape[place + 1 :]
+    whole = values.new_zeros(*before, active.numel(), *after).index_copy_(place, rows, values)
+    return whole.view(*before, *active.shape, *after)
+
+
+def _by_any_backend(
+    states: list[Tensor],
+    request: Request,
+    norm: Callable[[Tensor], Tensor],
+    operands: Operands,
+    rows: Tensor,  # [n]
+    outputs: tuple[str, ...],
+) -> list[dict[str, Tensor]]:
+    """Return [L, n] of each of the outputs, for some of the rows after the other: those of all layers, below one another, are one
+    call of the op."""
+    layers, width = len(states), request.weight.shape[1]
+    per_row = layers * (4 * width * states[0].element_size() + 64)  # gathered, normed, stacked, cast; statistics
+    at_once = max(request.memory_budget // 2 // per_row, 1)
+    parts = []
+    for some in rows.split(at_once):
+        index = operands.coordinates(some)
+        temperature = request.temperature
+        stacked = replace(
+            request,
+            hidden=torch.stack([norm(state[index]) for state in states]).to(request.hidden.dtype),
+            targets=request.targets[index].expand(layers, -1),
+            mask=None,
+            temperature=temperature[index].expand(layers, -1) if isinstance(temperature, Tensor) else temperature,
+            memory_budget=max(request.memory_budget - len(some) * per_row, 1),
+        )
+        logprobs, entropy, logsumexp, saved, *_ = stacked.statistics()
+        # p of the maximum is e^(m−m) / s, and saved has m and ln s.
+        found = {"logprobs": logprobs, "entropy": entropy, "logsumexp": logsumexp, "max_probability": (-saved[1]).exp()}
+        parts.append({name: found[name].view(layers, -1) for name in outputs})
+    return parts
+
+
+def _check_alike(named: dict[str, Tensor]) -> None:
+    """Raise unless all are floating-point tensors of the first one's shape, device and, but for autocast, which casts them,
+    dtype."""
+    (first_name, first), *_ = named.items()
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            given = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise TypeError(f"{name}: {given} given, accepted is a Tensor of floating point")
+        check_plain(name, tensor)
+        same_dtype = tensor.dtype == first.dtype or torch.is_autocast_enabled(first.device.type)
+        if tensor.shape != first.shape or tensor.device != first.device or not same_dtype:
+            raise ValueError(
+                f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device} given, accepted is {first.dtype} of "
+                f"{tuple(first.shape)} on {first.device}, as {first_name}"
+            )
+
+
+def linear_divergence(
+    hidden: Tensor,  # [..., D]
+    reference: Tensor,  # [..., D]
+    weight: Tensor,  # [V, D]
+    **options: Any,
+) -> Tensor:
+    """Return ``KL(softmax(h Wᵀ) ‖ softmax(r Wᵀ))`` of each row, in nats, without logits; a statistic, whose gradient raises.
+
+    Args:
+        hidden, reference: ``[..., D]``, of the two policies, e.g. an internal layer's and the final one's.
+        options: those of :func:`logit_lens`: ``mask``, ``bias``, ``temperature``, ``logit_scale``, ``softcap``, ``memory_budget``.
+
+    Returns:
+        ``[...]`` fp32 (float64 for float64 inputs), at least 0; 0 on masked rows. Numerics, cost, errors as in :func:`logit_lens`.
+    """
+    accepted = ("mask", "bias", "temperature", "logit_scale", "softcap", "memory_budget")
+    if unknown := sorted(set(options) - set(accepted)):
+        raise TypeError(f"{unknown[0]}: given, accepted are {', '.join(accepted)}")
+    _check_alike({"hidden": hidden, "reference": reference})
+    found = logit_lens([hidden], weight, final=reference, outputs=("kl_to_final",), **options).kl_to_final
+    assert found is not None
+    # Not left without a graph, as those of a lens: a term of a loss that had no gradient would not be missed.
+    return derivatives.Statistic.apply("linear_divergence", found[0], hidden, reference, weight, options.get("bias"))

@@ -1,0 +1,255 @@
+"""Request: the checked arguments of any call, in the one place that names them all.
+
+An option that is new goes into :class:`Request`; from there it reaches the ops as a tensor, as a number of the readout, or in
+:class:`engine.Settings`, and the backends by what ``engine.py`` makes of it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from bupo_kernels import derivatives, engine, ops
+from bupo_kernels.backends.base import Operands
+from bupo_kernels.backends.quantised import PLAIN, SLICED, called, is_plain, rows_of
+from bupo_kernels.dispatch import Plan, default_memory_budget, make_plan
+from bupo_kernels.engine import Settings
+from bupo_kernels.flops import tell_flop_counter
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of a call, as :func:`bupo_kernels.linear_logprobs` describes them. :meth:`of` makes one, and checks it."""
+
+    hidden: Tensor  # [..., D]
+    weight: Tensor  # [V, D]
+    targets: Tensor  # [...] int64
+    bias: Tensor | None = None  # [V]
+    temperature: float | Tensor = 1.0  # or [...]
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    mask: Tensor | None = None  # [...] bool
+    ignore_index: int = -100
+    return_entropy: bool = True
+    backend: str = "auto"
+    memory_budget: int = 0  # bytes
+
+    @staticmethod
+    def of(hidden: Tensor, weight: Tensor, targets: Tensor, *, memory_budget: int | None = None, **options: Any) -> Request:
+        """Return the request of a call: checked with the messages that users see, gathered, cast as autocast would, with defaults.
+
+        Raise ``TypeError`` and ``ValueError`` naming the argument, ``NotImplementedError`` for a derivative that is not there.
+        """
+        if not torch.compiler.is_compiling():
+            tell_flop_counter()
+        if unknown := [name for name in options if name not in OPTIONS]:
+            raise TypeError(f"{unknown[0]}: given, accepted are {', '.join(OPTIONS)}")
+        derivatives.refuse({"hidden": hidden, "weight": weight, "bias": options.get("bias")})
+        options["bias"] = gathered("bias", options.get("bias"), hidden)
+        if memory_budget is not None:
+            _check_number("memory_budget", memory_budget, "None and positive numbers of bytes")
+        request = Request(hidden, gathered("weight", weight, hidden), targets, **options)
+        _check_tensors(request)
+        _check_numbers(request)
+        hidden, weight = _autocast(request.hidden, request.weight)
+        if hidden.dtype != weight.dtype and is_plain(weight):
+            raise TypeError(
+                f"weight: {weight.dtype} given, accepted is the dtype of hidden, {hidden.dtype}; or call under autocast"
+            )
+        budget = default_memory_budget(hidden.device) if memory_budget is None else int(memory_budget)
+        return replace(request, hidden=hidden, weight=weight, memory_budget=budget)
+
+    def active(self) -> Tensor:  # [...] bool
+        """Return which rows count."""
+        return engine.active_rows(self.targets, self.mask, self.ignore_index)
+
+    @property
+    def row_temperature(self) -> Tensor | None:  # [...]
+        return self.temperature if isinstance(self.temperature, Tensor) else None
+
+    @property
+    def numbers(self) -> tuple[float, float, float | None]:
+        """The readout's numbers as the ops take them: temperature, logit_scale, softcap."""
+        temperature = 1.0 if isinstance(self.temperature, Tensor) else float(self.temperature)
+        return temperature, float(self.logit_scale), None if self.softcap is None else float(self.softcap)
+
+    def operands(self) -> Operands:
+        """Return the operands as a backend takes them."""
+        return ops.operands_of(self.hidden, self.weight, self.bias, self.targets, self.row_temperature, *self.numbers)
+
+    def settings(self, objective: str = "") -> Settings:
+        """Return what is neither tensor nor readout. Gradients are planned for those operands that require one."""
+        grad_hidden, grad_weight, grad_bias = (derivatives.requires_grad(x) for x in (self.hidden, self.weight, self.bias))
+        return Settings(
+            self.ignore_index,
+            self.return_entropy,
+            self.backend,
+            self.memory_budget,
+            planned=(grad_hidden, grad_weight, grad_bias),
+            objective=objective,
+        )
+
+    def plan(self, one_pass: bool = False) -> Plan:
+        """Return the plan for the rows that are active, which are counted and checked for it."""
+        operands, active, settings = self.operands(), self.active(), self.settings()
+        engine.check_rows(operands, active, self.ignore_index)
+        return make_plan(engine.problem_of(operands, int(active.sum()), settings), self.backend, one_pass)
+
+    def statistics(self) -> tuple[Tensor, ...]:
+        """Return what ``ops.linear_statistics`` does."""
+        return ops.linear_statistics(
+            *(self.hidden, self.weight, self.bias, self.targets, self.mask, self.row_temperature),
+            *self.numbers,
+            self.settings().encode(),
+        )
+
+
+OPTIONS = tuple(field.name for field in fields(Request))[3:]
+
+
+def gathered(name: str, parameter: Any, hidden: Tensor) -> Any:
+    """Return a sharded parameter whole, with a gradient that is averaged over the ranks and sharded again: what FSDP does to those
+    it gathers itself. Under autocast it is in the dtype it will be used in."""
+    if hasattr(parameter, "ds_id") and not parameter.numel():
+        raise ValueError(
+            f"{name}: partitioned by DeepSpeed ZeRO-3, accepted is a gathered one; call the head as a module, head(hidden, ...), "
+            f"within the forward of the engine, or call this within deepspeed.zero.GatheredParameters([{name}])"
+        )
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    if parameter.device_mesh.ndim != 1:
+        raise TypeError(f"{name}: a DTensor on a {parameter.device_mesh.ndim}-dimensional mesh given, accepted is one dimension")
+    if parameter.placements[0].is_partial():
+        raise TypeError(f"{name}: a DTensor of {parameter.placements[0]} given, accepted are Shard and Replicate")
+    if torch.is_autocast_enabled(hidden.device.type) and parameter.dtype != torch.float64:
+        parameter = parameter.to(torch.get_autocast_dtype(hidden.device.type))
+    from torch.distributed.tensor import Partial  # half a second, which only those who shard should wait
+
+    return parameter.full_tensor(grad_placements=[Partial("avg")])
+
+
+def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    if not torch.is_autocast_enabled(hidden.device.type):
+        return hidden, weight
+    dtype = torch.get_autocast_dtype(hidden.device.type)
+    hidden, weight = (x if x.dtype == torch.float64 or not is_plain(x) else x.to(dtype) for x in (hidden, weight))
+    return hidden, weight
+
+
+def check_rows_of(name: str, values: Any, targets: Tensor, broadcast: bool = False) -> Tensor:
+    """Return ``values``, a constant, in the shape of ``targets``; to ``broadcast``, it may be one per sequence, [..., 1]."""
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name}: {type(values).__name__} given, accepted is a Tensor")
+    check_constant(name, values)
+    accepted = f"floating point of {tuple(targets.shape)} on {targets.device}"
+    fits = values.shape == targets.shape or (broadcast and values.shape == (*targets.shape[:-1], 1))
+    if not fits or not values.is_floating_point() or values.device != targets.device:
+        raise ValueError(f"{name}: {values.dtype} of shape {tuple(values.shape)} on {values.device} given, accepted is {accepted}")
+    return values.detach().expand(targets.shape)
+
+
+def check_constant(name: str, value: Any) -> None:
+    """Raise ``ValueError`` for an argument that requires a gradient where none flows to it."""
+    if isinstance(value, Tensor):
+        check_plain(name, value)
+        derivatives.refuse({name: value})
+        if derivatives.requires_grad(value):
+            raise ValueError(f"{name}: requires a gradient, accepted is a tensor that does not; detach it")
+
+
+def check_finite(whole: dict[str, Tensor | None], by_row: dict[str, Tensor | None], active: Tensor) -> None:
+    """Raise ``ValueError`` naming the first number that is not finite; in ``by_row``, [...] or [..., D], where the row is
+    active."""
+    for name, x in (whole | by_row).items():
+        if x is None:
+            continue
+        bad = ~x.isfinite()
+        if name in by_row:
+            bad &= active if x.dim() == active.dim() else active.unsqueeze(-1)
+        if bad.any():
+            index = tuple(bad.nonzero()[0].tolist())
+            value = x[index].item()
+            raise ValueError(f"{name}: {value} at index {index} given, accepted are finite numbers")
+
+
+def check_plain(name: str, x: Tensor) -> None:
+    """Raise ``TypeError`` where the numbers of ``x`` neither lie in memory nor, for a weight, can be dequantised a slice of rows at
+    a time."""
+    if isinstance(x, (UninitializedParameter, UninitializedBuffer)):
+        raise TypeError(f"{name}: {type(x).__name__} given, accepted is one with a shape; run its module once, or materialize() it")
+    if x.device.type == "meta":
+        raise ValueError(f"{name}: on meta, accepted are devices with memory; for shapes alone use torch's FakeTensorMode")
+    if is_plain(x):
+        return
+    if name != "weight":
+        raise TypeError(f"{name}: {called(x)} given, accepted is {PLAIN}")
+    if torch.compiler.is_compiling():
+        raise TypeError(f"weight: {called(x)} given, accepted within torch.compile is {PLAIN}")
+    if derivatives.requires_grad(x):
+        raise TypeError(f"weight: {called(x)} that requires a gradient given, accepted is {PLAIN}, or {SLICED}")
+    rows_of(x, slice(0, 1))
+    ops.accept(type(x))
+
+
+def _check_number(name: str, value: Any, accepted: str, positive: bool = True) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: {type(value).__name__} given, accepted are {accepted}")
+    if not (0 if positive else -math.inf) < value < math.inf:
+        raise ValueError(f"{name}: {value} given, accepted are {accepted}")
+
+
+def _check_numbers(request: Request) -> None:
+    if not isinstance(request.temperature, Tensor):
+        _check_number("temperature", request.temperature, "positive numbers, or a tensor with one per row")
+    if request.softcap is not None:
+        _check_number("softcap", request.softcap, "None and positive numbers")
+    _check_number("logit_scale", request.logit_scale, "finite numbers", positive=False)
+
+
+def _check_tensors(request: Request) -> None:
+    hidden, weight, bias, temperature = request.hidden, request.weight, request.bias, request.temperature
+    for name in ("hidden", "weight", "targets", "bias", "mask"):
+        tensor = getattr(request, name)
+        if tensor is None and name in ("bias", "mask"):
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: {type(tensor).__name__} given, accepted is a Tensor")
+        if hasattr(tensor, "full_tensor"):
+            raise TypeError(f"{name}: a DTensor given, accepted is a plain Tensor (weight and bias may be DTensors)")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name}: on {tensor.device}, accepted is the device of hidden, {hidden.device}")
+        check_plain(name, tensor)
+    for name, tensor in (("hidden", hidden), ("weight", weight)):
+        if tensor.dtype not in DTYPES and is_plain(tensor):
+            raise TypeError(f"{name}: {called(tensor)} given, accepted are {', '.join(map(str, DTYPES))}")
+    if hidden.dim() < 2:
+        raise ValueError(f"hidden: shape {tuple(hidden.shape)} given, accepted is [..., D] with at least one leading dimension")
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+        accepted = f"[V, D] with D = {hidden.shape[-1]}, as in hidden, and at least one row"
+        raise ValueError(f"weight: shape {tuple(weight.shape)} given, accepted is {accepted}")
+    if request.targets.dtype != torch.int64:
+        raise TypeError(f"targets: {request.targets.dtype} given, accepted is torch.int64")
+    leading, mask = hidden.shape[:-1], request.mask
+    if request.targets.shape != leading:
+        raise ValueError(f"targets: shape {tuple(request.targets.shape)} given, accepted is {tuple(leading)}, as in hidden")
+    if mask is not None and (mask.dtype != torch.bool or mask.shape != leading):
+        raise ValueError(f"mask: {mask.dtype} of shape {tuple(mask.shape)} given, accepted is torch.bool of {tuple(leading)}")
+    if bias is not None and (not bias.is_floating_point() or bias.shape != weight.shape[:1]):
+        raise ValueError(
+            f"bias: {bias.dtype} of shape {tuple(bias.shape)} given, accepted is floating point of ({weight.shape[0]},)"
+        )
+    check_constant("temperature", temperature)
+    if isinstance(temperature, Tensor) and not (
+        temperature.shape == leading and temperature.is_floating_point() and temperature.device == hidden.device
+    ):
+        raise ValueError(
+            f"temperature: {temperature.dtype} of shape {tuple(temperature.shape)} on {temperature.device} given, accepted "
+            f"is a number, or floating point of {tuple(leading)} on {hidden.device}"
+        )
