@@ -142,8 +142,8 @@ def _stream(operands, rows, count, positions, with_entropy, cache, result) -> No
     from bupo_kernels.backends.triton_.product import Launch
 
     launch = Launch(operands, rows, target_of(rows.device))
-    partials, _ = linear_statistics(launch, count, with_entropy=with_entropy, cache=cache)
-    merge(partials, None, count, positions, result, with_entropy=with_entropy)
+    partials = linear_statistics(launch, count, with_entropy=with_entropy, cache=cache)
+    merge(partials, count, positions, result, with_entropy=with_entropy)
 
 
 def gradient_tiles(

@@ -143,10 +143,8 @@ def cases(name: str) -> Iterator[tuple[str, Callable[[], object]]]:
             dz = _zeros(64, 1024, dtype=dtype)
             yield case, lambda launch=launch, dz=dz: gradient_recompute(launch, coefficients, dz, slice(0, 1024))
 
-    launch = Launch(_operands(torch.bfloat16), rows, target)
-    yield "bfloat16, arg max", lambda: linear_statistics(launch, count, with_entropy=True, with_argmax=True)
-    partials, best, merged = _zeros(4, 4, 64), _zeros(4, 64, dtype=torch.int64), _zeros(4, 64)
-    yield "with arg max", lambda: merge(partials, best, count, rows, merged, rows, with_entropy=True)
+    partials, merged = _zeros(4, 4, 64), _zeros(4, 64)
+    yield "float32", lambda: merge(partials, count, rows, merged, with_entropy=True)
     columns = config.statistics_config(torch.bfloat16, target, regular=True, softcap=False, cache=True).columns
     dz = _zeros(64, 1024, dtype=torch.bfloat16)
     yield "bfloat16", lambda: gradient_cached(cache, columns, rows, coefficients, dz, slice(0, 1024))

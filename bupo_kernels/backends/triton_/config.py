@@ -60,11 +60,11 @@ BLACKWELL_SOFTCAP = KernelConfig(128, 64, 64, 4, 4)
 
 
 def statistics_config(
-    dtype: torch.dtype, target: Target, *, regular: bool, softcap: bool, cache: bool = False, argmax: bool = False
+    dtype: torch.dtype, target: Target, *, regular: bool, softcap: bool, cache: bool = False
 ) -> KernelConfig:
     """Of ``linear_statistics_kernel``. Does not depend on the number of rows: that is what makes it batch invariant.
 
-    ``regular``: see ``product.regular``. ``cache``: the epilogue also keeps E; ``argmax``: it finds the largest logit.
+    ``regular``: see ``product.regular``. ``cache``: the epilogue also keeps E.
     """
     if dtype == torch.float32:
         return FP32 if regular and not (softcap and target.arch >= 100) else FP32_SMALL
@@ -73,7 +73,7 @@ def statistics_config(
     if target.arch < 90:
         return AMPERE
     if target.arch < 100:
-        return HOPPER if softcap or cache or argmax else HOPPER_STATISTICS
+        return HOPPER if softcap or cache else HOPPER_STATISTICS
     if softcap:
         return BLACKWELL_SOFTCAP
     return HOPPER if cache else BLACKWELL_STATISTICS

@@ -44,7 +44,6 @@ def linear_statistics_kernel(
     scale,
     inner,
     partials,  # [splits, 4, N] fp32: m, s, t, z_y
-    best,  # [splits, N] int64: arg max, or None
     cache,  # [cached_rows, V up to whole blocks] bf16: TMA descriptor, or pointer, or None
     exponents,  # [cached_rows, column blocks] int32, or None
     cache_stride,
@@ -55,7 +54,6 @@ def linear_statistics_kernel(
     D,
     SPLIT: tl.constexpr,  # columns of a split, a multiple of BLOCK_V
     WITH_ENTROPY: tl.constexpr,
-    WITH_ARGMAX: tl.constexpr,
     CACHE: tl.constexpr,
     ROW_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -85,7 +83,6 @@ def linear_statistics_kernel(
         s = tl.zeros((BLOCK_N,), tl.float32)
         t = tl.zeros((BLOCK_N,), tl.float32)
         z_y = tl.zeros((BLOCK_N,), tl.float32)
-        top = tl.zeros((BLOCK_N,), tl.int64)
         for first in tl.range(split * SPLIT, tl.minimum(V, (split + 1) * SPLIT), BLOCK_V):
             product = product_tile(
                 hidden,
@@ -108,10 +105,7 @@ def linear_statistics_kernel(
             inside = columns < V
             z, _ = readout(product, bias, columns, inside, z_scale, inner, HAS_BIAS, HAS_SOFTCAP)
             z_y += tl.sum(tl.where(columns[None, :] == y[:, None], z, 0.0), 1)
-            tile_m = tl.max(z, 1)
-            if WITH_ARGMAX:
-                top = tl.where(tile_m > m, first + tl.argmax(z, 1).to(tl.int64), top)
-            new_m = tl.maximum(m, tile_m)
+            new_m = tl.maximum(m, tl.max(z, 1))
             x = z - new_m[:, None]
             e = tl.exp(x)
             a = tl.exp(m - new_m)
@@ -134,8 +128,6 @@ def linear_statistics_kernel(
         if WITH_ENTROPY:
             tl.store(partial + 2 * N, t, mask=counts)
         tl.store(partial + 3 * N, z_y, mask=counts)
-        if WITH_ARGMAX:
-            tl.store(best + split.to(tl.int64) * N + rows, top, mask=counts)
 
 
 def linear_statistics(
@@ -143,24 +135,19 @@ def linear_statistics(
     count: Tensor,  # [1] int64
     *,
     with_entropy: bool,
-    with_argmax: bool = False,
     cache: tuple[Tensor, Tensor] | None = None,  # [cached rows, V up to whole blocks] bf16, [cached rows, exponents] int32
-) -> tuple[Tensor, Tensor | None]:
-    """Partials [splits, 4, N] of the first ``count`` rows of ``launch``, and for each split the column of its largest logit."""
+) -> Tensor:
+    """Partials [splits, 4, N] of the first ``count`` rows of ``launch``."""
     hidden, weight = launch.operands.hidden, launch.operands.weight
     softcap = launch.operands.readout.softcap is not None
-    config = statistics_config(
-        hidden.dtype, launch.target, regular=launch.regular, softcap=softcap, cache=cache is not None, argmax=with_argmax
-    )
+    config = statistics_config(hidden.dtype, launch.target, regular=launch.regular, softcap=softcap, cache=cache is not None)
     n, split = len(launch.rows), split_columns(weight.shape[0])
     splits = triton.cdiv(weight.shape[0], split)
     partials = torch.empty(splits, 4, n, dtype=torch.float32, device=hidden.device)
-    best = torch.empty(splits, n, dtype=torch.int64, device=hidden.device) if with_argmax else None
     e, exponents = cache if cache is not None else (None, None)
     linear_statistics_kernel[launch.programs(config, splits)](
         count=count,
         partials=partials,
-        best=best,
         cache=None if e is None else launch.tile_of(e, config),
         exponents=exponents,
         cache_stride=0 if e is None else e.stride(0),
@@ -169,8 +156,7 @@ def linear_statistics(
         N=n,
         SPLIT=split,
         WITH_ENTROPY=with_entropy,
-        WITH_ARGMAX=with_argmax,
         CACHE=e is not None,
         **launch.arguments(config),
     )
-    return partials, best
+    return partials

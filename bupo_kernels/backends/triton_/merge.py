@@ -12,15 +12,12 @@ from bupo_kernels.backends.triton_.product import LEAST_EXPONENT, LOWEST
 @triton.jit
 def merge_kernel(
     partials,  # [splits, 4, N] fp32: m, s, t, z_y of the rows that count
-    best,  # [splits, N] int64, or None
     count,  # [1] int64
     positions,  # [N] int64: where each of those rows belongs in the results
     statistics,  # [4, N] fp32: the same four, over the whole vocabulary
-    top,  # [N] int64, or None
     splits,
     N,
     WITH_ENTROPY: tl.constexpr,
-    WITH_ARGMAX: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -29,10 +26,7 @@ def merge_kernel(
     s = tl.zeros((BLOCK_N,), tl.float32)
     t = tl.zeros((BLOCK_N,), tl.float32)
     z_y = tl.zeros((BLOCK_N,), tl.float32)
-    arg_max = tl.zeros((BLOCK_N,), tl.int64)
     partial = partials + rows
-    if WITH_ARGMAX:
-        best_of_split = best + rows
     for _ in tl.range(0, splits):
         split_m = tl.load(partial, mask=counts, other=0.0)
         split_s = tl.load(partial + N, mask=counts, other=1.0)
@@ -42,9 +36,6 @@ def merge_kernel(
             split_t = tl.load(partial + 2 * N, mask=counts, other=0.0)
             carried = tl.maximum(m - new_m, LEAST_EXPONENT) * s
             t = a * (t + carried) + b * (split_t + tl.maximum(split_m - new_m, LEAST_EXPONENT) * split_s)
-        if WITH_ARGMAX:
-            arg_max = tl.where(split_m > m, tl.load(best_of_split, mask=counts, other=0), arg_max)
-            best_of_split += N
         s = a * s + b * split_s
         m = new_m
         z_y += tl.load(partial + 3 * N, mask=counts, other=0.0)
@@ -54,17 +45,13 @@ def merge_kernel(
     tl.store(statistics + N + position, s, mask=counts)
     tl.store(statistics + 2 * N + position, t, mask=counts)
     tl.store(statistics + 3 * N + position, z_y, mask=counts)
-    if WITH_ARGMAX:
-        tl.store(top + position, arg_max, mask=counts)
 
 
 def merge(
     partials: Tensor,  # [splits, 4, N]
-    best: Tensor | None,  # [splits, N]
     count: Tensor,  # [1]
     positions: Tensor,  # [N]
     statistics: Tensor,  # [4, N], written where a row counts
-    top: Tensor | None = None,  # [N], likewise
     *,
     with_entropy: bool,
 ) -> None:
@@ -72,15 +59,12 @@ def merge(
     rows = 128
     merge_kernel[(triton.cdiv(n, rows),)](
         partials,
-        best,
         count,
         positions,
         statistics,
-        top,
         splits,
         n,
         WITH_ENTROPY=with_entropy,
-        WITH_ARGMAX=best is not None,
         BLOCK_N=rows,
         num_warps=4,
         enable_fp_fusion=True,
