@@ -123,7 +123,7 @@ class PolicyObjective:
 
 
 class PolicyTerms(NamedTuple):
-    """Per token, in the shape and dtype of the log-probs, detached; loss and derivatives are 0 where not ``active``."""
+    """The terms of each token, in shape and dtype of the log-probs, detached; loss and derivatives are 0 where not ``active``."""
 
     loss: Tensor  # before aggregation
     d_logprob: Tensor  # ∂(Σ w·loss)/∂lp / w, for weights w that are equal within a sequence

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from peft.tuners.lora import Linear as LoRALinear
     from transformers import PreTrainedModel
 else:
-    LoRALinear = object  # what peft's class is put behind at run time
+    LoRALinear = object  # peft need not be installed
 
 log = logging.getLogger("bupo_kernels")
 
@@ -55,7 +55,7 @@ def apply_fused_head(model: nn.Module) -> nn.Module:
             whose ``forward`` was replaced by one that calls what it was before; and, with what was measured, models that do more to
             their logits than scale and cap them (Chameleon masks ids), or scale the hidden state before the head (T5, MiniCPM).
     """
-    head, modules = _head(model), _checked_modules(model)
+    modules, head = _checked_modules(model), _head(model)
     options = _readout(model, head, modules)
     changed = [f"{kind} -> {type(module).__name__}" for module, kind in _fuse(modules)]
     for module in modules:

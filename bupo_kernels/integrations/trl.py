@@ -172,7 +172,7 @@ def _per_token(
 
 
 def _left_to_trl(weight: Tensor, softcap: float | None, outputs: tuple[str, ...]) -> str | None:
-    """Return the case that TRL's own function answers still, or None."""
+    """Return the case that is left to TRL's own function, or None."""
     if hasattr(weight, "ds_id"):
         return "a head sharded by DeepSpeed ZeRO-3, which is gone by the backward unless gathered again, as TRL's does"
     if softcap is not None and "mean_logits" in outputs:
