@@ -11,9 +11,9 @@ from bupo_kernels.backends.triton_.product import LEAST_EXPONENT, LOWEST
 
 @triton.jit
 def merge_kernel(
-    partials,  # [splits, 4, N] fp32: m, s, t, z_y of the rows that count
-    count,  # [1] int64
-    positions,  # [N] int64: where each of those rows belongs in the results
+    partials,  # [splits, 4, N] fp32: m, s, t, z_y
+    active_rows,  # [1] int64: how many rows are active, the first ones
+    positions,  # [N] int64: where each row belongs in the results
     statistics,  # [4, N] fp32: the same four, over the whole vocabulary
     splits,
     N,
@@ -21,45 +21,46 @@ def merge_kernel(
     BLOCK_N: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    counts = rows < tl.load(count)
+    active = rows < tl.load(active_rows)
     m = tl.full((BLOCK_N,), LOWEST, tl.float32)
     s = tl.zeros((BLOCK_N,), tl.float32)
     t = tl.zeros((BLOCK_N,), tl.float32)
     z_y = tl.zeros((BLOCK_N,), tl.float32)
     partial = partials + rows
     for _ in tl.range(0, splits):
-        split_m = tl.load(partial, mask=counts, other=0.0)
-        split_s = tl.load(partial + N, mask=counts, other=1.0)
+        split_m = tl.load(partial, mask=active, other=0.0)
+        split_s = tl.load(partial + N, mask=active, other=1.0)
         new_m = tl.maximum(m, split_m)
         a, b = tl.exp(m - new_m), tl.exp(split_m - new_m)
         if WITH_ENTROPY:
-            split_t = tl.load(partial + 2 * N, mask=counts, other=0.0)
+            split_t = tl.load(partial + 2 * N, mask=active, other=0.0)
             carried = tl.maximum(m - new_m, LEAST_EXPONENT) * s
             t = a * (t + carried) + b * (split_t + tl.maximum(split_m - new_m, LEAST_EXPONENT) * split_s)
         s = a * s + b * split_s
         m = new_m
-        z_y += tl.load(partial + 3 * N, mask=counts, other=0.0)
+        z_y += tl.load(partial + 3 * N, mask=active, other=0.0)
         partial += 4 * N
-    position = tl.load(positions + rows, mask=counts, other=0)
-    tl.store(statistics + position, m, mask=counts)
-    tl.store(statistics + N + position, s, mask=counts)
-    tl.store(statistics + 2 * N + position, t, mask=counts)
-    tl.store(statistics + 3 * N + position, z_y, mask=counts)
+    position = tl.load(positions + rows, mask=active, other=0)
+    tl.store(statistics + position, m, mask=active)
+    tl.store(statistics + N + position, s, mask=active)
+    tl.store(statistics + 2 * N + position, t, mask=active)
+    tl.store(statistics + 3 * N + position, z_y, mask=active)
 
 
 def merge(
     partials: Tensor,  # [splits, 4, N]
-    count: Tensor,  # [1]
+    active_rows: Tensor,  # [1]
     positions: Tensor,  # [N]
-    statistics: Tensor,  # [4, N], written where a row counts
+    statistics: Tensor,  # [4, N], written at the positions of active rows
     *,
     with_entropy: bool,
 ) -> None:
+    """Fold the ``partials`` of each row into its ``statistics``."""
     splits, _, n = partials.shape
     rows = 128
     merge_kernel[(triton.cdiv(n, rows),)](
         partials,
-        count,
+        active_rows,
         positions,
         statistics,
         splits,
