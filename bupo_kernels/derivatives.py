@@ -1,5 +1,5 @@
-"""Derivatives that are not there. The ops have first derivatives in reverse mode, and a statistic has none; whoever asks for
-another, in one of the ways torch has for it, is told so instead of being given a zero."""
+"""Refusals of derivatives that do not exist. The ops have first derivatives in reverse mode, and a statistic has none; asking for
+another, in any of torch's ways, raises instead of giving zero."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ INSTEAD = "for others form the logits, F.linear(hidden, weight), and leave the r
 
 
 def of_a_gradient(op: str) -> NotImplementedError:
+    """Return the error for a second derivative of ``op``."""
     return NotImplementedError(f"{op}: a derivative of its gradient asked for, {ACCEPTED}; {INSTEAD}")
 
 
 def _layers(x: Tensor) -> Iterator[Tensor]:
-    """``x``, and what the transforms of torch.func have wrapped in it, from the outermost to the innermost."""
+    """Yield ``x`` and the tensors that the transforms of torch.func have wrapped in it, from the outermost to the innermost."""
     yield x
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
@@ -26,22 +27,22 @@ def _layers(x: Tensor) -> Iterator[Tensor]:
 
 
 def is_batched(x: Tensor) -> bool:
-    """By torch.func.vmap, or by torch.autograd.grad with ``is_grads_batched``."""
+    """Tell whether ``x`` is batched by torch.func.vmap, or by torch.autograd.grad with ``is_grads_batched``."""
     return torch._C._functorch.is_batchedtensor(x) or torch._C._functorch.is_legacy_batchedtensor(x)
 
 
 def requires_grad(x: Tensor | None) -> bool:
-    """Whether a gradient of ``x`` is wanted; also where torch.func.vmap has wrapped it, and ``x.requires_grad`` says no."""
+    """Tell whether a gradient of ``x`` is wanted, also where torch.func.vmap has wrapped it and ``x.requires_grad`` is False."""
     if x is None or not torch.is_grad_enabled():
         return False
     return x.requires_grad or (not torch.compiler.is_compiling() and any(layer.requires_grad for layer in _layers(x)))
 
 
 def refuse(operands: dict[str, object], statistic: bool = False) -> None:
-    """Raises ``NotImplementedError`` where operands are differentiated in forward mode or by a transform of torch.func, or, for a
-    ``statistic``, which looks at the values of its operands, are batched by one."""
+    """Raise ``NotImplementedError`` where operands are differentiated in forward mode or by a transform of torch.func. For a
+    ``statistic``, which looks at the values of its operands, raise also where they are batched by one."""
     if torch.compiler.is_compiling():
-        # Whether the tensor that a traced one stands for has a tangent cannot be told, only whether it may have one.
+        # A traced tensor does not tell whether the real one has a tangent, only the level tells whether it may have one.
         if forward_ad._current_level >= 0:
             raise NotImplementedError(f"hidden: forward-mode differentiation around torch.compile, {ACCEPTED}; {INSTEAD}")
         return
@@ -66,7 +67,7 @@ def refuse(operands: dict[str, object], statistic: bool = False) -> None:
 
 
 class Statistic(torch.autograd.Function):
-    """``values`` as they are; their gradient with respect to ``operands`` raises."""
+    """The identity on ``values``, whose gradient with respect to ``operands`` raises."""
 
     @staticmethod
     def forward(ctx, op: str, values: Tensor, *operands: Tensor) -> Tensor:

@@ -118,8 +118,9 @@ def linear_logprobs(
 
 
 def logprobs_of(request: Request) -> LinearLogprobs:
-    logprobs, entropy, logsumexp, *_ = request.statistics()
-    return LinearLogprobs(logprobs, entropy if request.return_entropy else None, logsumexp)
+    """Return what :func:`linear_logprobs` does."""
+    found = request.statistics()
+    return LinearLogprobs(found.logprobs, found.entropy, found.logsumexp)
 
 
 def linear_cross_entropy(

@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from types import MethodType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,14 +22,17 @@ from bupo_kernels.lens import LensStatistics
 from bupo_kernels.modules import FusedLMHead
 from bupo_kernels.policy_losses import PolicyMetrics
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 MODULES = ("layer", "attention", "ffn")
 
 
 @contextmanager
 def internal_policy(model: nn.Module, layer: int, module: str = "layer", final_norm: bool = False) -> Iterator[nn.Module]:
-    """Within the context ``model`` is its own internal policy: it runs layers 1..``layer`` only, and what reaches the head is
-    ``H^l`` (``A^l``, ``F^l``) instead of the normed last hidden state.
+    """Make ``model`` its own internal policy within the context: it runs layers 1..``layer`` only, and its head is given ``H^l``
+    (``A^l``, ``F^l``) instead of the normed last hidden state.
 
     Args:
         model: a causal language model of transformers ≥ 5 of type llama, mistral, qwen2 or qwen3; tied or untied,
@@ -36,7 +41,7 @@ def internal_policy(model: nn.Module, layer: int, module: str = "layer", final_n
             norm included whatever ``final_norm`` says.
         module: ``"layer"`` reads the residual stream, ``"attention"`` and ``"ffn"`` the output of that module in layer
             ``layer``. The attention policy does not run the FFN of its layer.
-        final_norm: apply the model's final norm before the head. The paper does not, and neither is it done here by default.
+        final_norm: whether the model's final norm is applied before the head. The paper does not, nor is it done here by default.
 
     Gradients: layers above ``layer``, and the final norm where it is not applied, get none (``grad`` stays None).
 
@@ -49,7 +54,7 @@ def internal_policy(model: nn.Module, layer: int, module: str = "layer", final_n
     """
     backbone = _backbone(model)
     config, depth = backbone.config, backbone.config.num_hidden_layers
-    if config is not model.config:
+    if backbone.config is not model.config:
         raise ValueError("model: already an internal policy, accepted is one such context at a time")
     if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= depth:
         raise ValueError(
@@ -67,19 +72,20 @@ def internal_policy(model: nn.Module, layer: int, module: str = "layer", final_n
     captured: list[Tensor] = []
     differentiable = True
 
-    def instead_of_the_residual(_, __, output: Tensor | tuple) -> Tensor | tuple:
+    def return_module_output(_: nn.Module, __: tuple, block_output: Tensor | tuple) -> Tensor | tuple:
         nonlocal differentiable
         inner = captured.pop()
         differentiable = inner.requires_grad
-        check_gradient(None, (_tensor(output),))
-        return (inner, *output[1:]) if isinstance(output, tuple) else inner
+        check_gradient(block, (_tensor(block_output),))
+        return (inner, *block_output[1:]) if isinstance(block_output, tuple) else inner
 
-    def check_gradient(_, states: tuple[Tensor]) -> None:
-        # Releases of transformers differ in whether a block's hooks run within its checkpoint: it shows here, or at the norm.
+    def check_gradient(_: nn.Module, states: tuple[Tensor]) -> None:
+        # Releases of transformers differ in whether a block's hooks run within its checkpoint. Where they do, the gradient shows
+        # at the block; where not, at the norm.
         if states[0].requires_grad and not differentiable:
             raise ValueError("model: checkpoints activations with use_reentrant=True, accepted is use_reentrant=False")
 
-    def save_whole(*arguments, **options) -> None:
+    def save_whole(*arguments: Any, **options: Any) -> None:
         backbone.config = config
         try:
             type(backbone).save_pretrained(backbone, *arguments, **options)
@@ -90,11 +96,11 @@ def internal_policy(model: nn.Module, layer: int, module: str = "layer", final_n
         if module != "layer":
             source = block.self_attn if module == "attention" else block.mlp
             undo.callback(source.register_forward_hook(lambda _, __, output: captured.append(_tensor(output))).remove)
-            # It becomes the block's own output, before FSDP2's hooks see it: they gather the block for the backward of its output.
-            undo.callback(block.register_forward_hook(instead_of_the_residual, prepend=True).remove)
+            # First of the block's hooks, since FSDP2's gather the block for the backward of the output that they see.
+            undo.callback(block.register_forward_hook(return_module_output, prepend=True).remove)
             undo.callback(backbone.norm.register_forward_pre_hook(check_gradient).remove)
         if not final_norm:
-            # The norm is still called, and its output dropped: FSDP2 gathers a head that shares its unit around that call.
+            # The norm is still called, though its output is dropped: FSDP2 gathers a head that shares its unit around that call.
             undo.callback(backbone.norm.register_forward_hook(lambda _, inputs, __: inputs[0]).remove)
         if module == "attention":
             undo.enter_context(_attribute(block.mlp, "forward", lambda hidden: hidden))  # its result is never read
@@ -105,7 +111,7 @@ def internal_policy(model: nn.Module, layer: int, module: str = "layer", final_n
 
 @contextmanager
 def _attribute(owner: nn.Module, name: str, value: object) -> Iterator[None]:
-    """``owner.name`` is ``value`` within the context; an attribute of the instance comes back, one of the class shows again."""
+    """Set ``owner.name`` to ``value`` within the context; after it an attribute of the instance is back, one of the class shows."""
     absent = object()
     before = vars(owner).get(name, absent)
     setattr(owner, name, value)
@@ -128,7 +134,7 @@ def policy_logprobs(
     model_options: dict | None = None,
     **options,
 ) -> LinearLogprobs:
-    """Log-prob, entropy and logsumexp of ``targets`` under the policy of ``layer``, or under the model's own.
+    """Return log-prob, entropy and logsumexp of ``targets`` under the policy of ``layer``, or under the model's own.
 
     Args:
         model: as in :func:`internal_policy`.
@@ -140,7 +146,7 @@ def policy_logprobs(
         position_ids: ``[B, S]``, restarting at 0 for every sequence of a packed batch. Not together with
             ``attention_mask``, which would let packed sequences see one another.
         layer, module, final_norm: the policy, as in :func:`internal_policy`; ``layer=None`` is the model's own.
-        model_options: further arguments of the backbone's forward, e.g. what a packed attention needs.
+        model_options: further arguments of the backbone's forward, e.g. those that a packed attention needs.
         options: those of :func:`bupo_kernels.linear_logprobs`.
 
     Returns:
@@ -150,7 +156,7 @@ def policy_logprobs(
         ValueError, TypeError: naming the argument, as the functions above do.
     """
     inputs = _inputs(input_ids, attention_mask, position_ids, model_options)
-    return _head(model, _hidden_states(model, inputs, layer, module, final_norm), targets, **options)
+    return _head(model, _hidden_states(model, inputs, layer, module, final_norm), targets=targets, **options)
 
 
 def policy_loss(
@@ -167,13 +173,13 @@ def policy_loss(
     model_options: dict | None = None,
     **options,
 ) -> tuple[Tensor, PolicyMetrics]:
-    """Loss and metrics of an RL step on the policy of ``layer``, or on the model's own, its head in one pass.
+    """Return loss and metrics of an RL step on the policy of ``layer``, or on the model's own, with its head in one pass.
 
     Arguments as in :func:`policy_logprobs`; ``options`` and what is returned as in :func:`bupo_kernels.linear_policy_loss`. With
     the default objective and ``layer`` given it is InterGRPO of BuPO (arXiv 2512.19673, equation 9).
     """
     inputs = _inputs(input_ids, attention_mask, position_ids, model_options)
-    return _head(model, _hidden_states(model, inputs, layer, module, final_norm), targets, advantages, **options)
+    return _head(model, _hidden_states(model, inputs, layer, module, final_norm), targets=targets, advantages=advantages, **options)
 
 
 @torch.no_grad()
@@ -190,7 +196,9 @@ def policy_divergence(
     model_options: dict | None = None,
     **options,
 ) -> Tensor:
-    """``KL(π^l ‖ π)`` of the policy of ``layer`` from the model's own where ``mask`` is True, ``[B, S]`` in nats, no gradient.
+    """Return ``KL(π^l ‖ π)`` of the policy of ``layer`` from the model's own where ``mask`` is True, ``[B, S]`` in nats.
+
+    There is no gradient.
 
     Arguments as in :func:`policy_logprobs`; ``options`` as in :func:`bupo_kernels.linear_divergence`.
     """
@@ -210,25 +218,29 @@ def policy_lens(
     model_options: dict | None = None,
     **options,
 ) -> LensStatistics:
-    """The logit lens of a whole model in one forward: the policies of ``H^0`` (the embedding), ``H^1`` … ``H^L`` (raw, before the
-    final norm), and last the model's own; L + 2 in all.
+    """Return the logit lens of a whole model, in one forward: of the policies of ``H^0`` (the embedding), ``H^1`` … ``H^L`` (raw,
+    before the final norm), and last of the model's own; L + 2 in all.
 
     Arguments as in :func:`policy_logprobs`; ``options`` and what is returned, with ``[B, S]`` for each policy, as in
-    :func:`bupo_kernels.logit_lens`. What is compared ``final`` is the model's own policy. No gradient.
+    :func:`bupo_kernels.logit_lens`. The ``final`` policy is the model's own. There is no gradient.
     """
-    backbone, states = _backbone(model), []
+    backbone = _backbone(model)
+    states: list[Tensor] = []
 
-    def capture(_, arguments: tuple, named: dict) -> None:
+    def capture(_: nn.Module, arguments: tuple, named: dict) -> None:
         states.append(arguments[0] if arguments else named["hidden_states"])
 
     with ExitStack() as undo:
         for module in (*backbone.layers, backbone.norm):
             undo.callback(module.register_forward_pre_hook(capture, with_kwargs=True).remove)
         final = backbone(**_inputs(input_ids, attention_mask, position_ids, model_options)).last_hidden_state
-    return _head(model, [*states, final], targets, **{"outputs": ("entropy",), "final": final, **options})
+    return _head(model, [*states, final], targets=targets, **{"outputs": ("entropy",), "final": final, **options})
 
 
-def _inputs(input_ids, attention_mask, position_ids, model_options: dict | None) -> dict:
+def _inputs(
+    input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, model_options: dict | None
+) -> dict[str, Any]:
+    """Return the arguments of the backbone's forward, with positions that skip the padding."""
     if attention_mask is not None and position_ids is not None:
         raise ValueError("position_ids: given with attention_mask, accepted is one of the two (packed or padded, not both)")
     if attention_mask is not None:
@@ -237,37 +249,43 @@ def _inputs(input_ids, attention_mask, position_ids, model_options: dict | None)
     return named | (model_options or {})
 
 
-def _hidden_states(model: nn.Module, inputs: dict, layer: int | None, module: str, final_norm: bool) -> Tensor:  # [B, S, D]
-    """What the head would read."""
+def _hidden_states(
+    model: PreTrainedModel, inputs: dict[str, Any], layer: int | None, module: str, final_norm: bool
+) -> Tensor:  # [B, S, D]
+    """Return the hidden states that the head of this policy reads."""
+    backbone = _backbone(model)
     if layer is None:
         if module != "layer" or final_norm:
             raise ValueError("layer: None given with module or final_norm, accepted is a layer number")
-        layer = _backbone(model).config.num_hidden_layers
+        layer = int(backbone.config.num_hidden_layers)
     with internal_policy(model, layer, module, final_norm):
-        return _backbone(model)(**inputs).last_hidden_state
+        return backbone(**inputs).last_hidden_state
 
 
-def _head(model: nn.Module, hidden: Tensor | list[Tensor], *arguments, **options):
-    """What the model's head says to ``arguments`` about hidden states. It is called as a module: FSDP gathers its weight there."""
+def _head(model: PreTrainedModel, hidden: Tensor | list[Tensor], **question: Any) -> Any:
+    """Return the answer of the model's head, as :meth:`FusedLMHead.forward`, called as a module: FSDP gathers its weight there."""
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
-        return FusedLMHead.forward(head, hidden, *arguments, **options)
+        return MethodType(FusedLMHead.forward, head)(hidden, **question)
     if not any(isinstance(part, FusedLMHead) for part in head.modules()):  # peft wraps it
         raise TypeError(f"model: its head is a {type(head).__name__}, accepted are nn.Linear and FusedLMHead")
-    answer = head(hidden, *arguments, **options)
-    if isinstance(answer, Tensor) and answer.dim() == hidden.dim():  # an adapter that hands on no more than hidden
+    answer = head(hidden, **question)
+    # An adapter that hands on no more than hidden answers with logits.
+    if isinstance(answer, Tensor) and isinstance(hidden, Tensor) and answer.dim() == hidden.dim():
         raise TypeError(
             f"model: its head is a {type(head).__name__}, which answers with logits; accepted are LoRA and modules_to_save"
         )
     return answer
 
 
-def _backbone(model: nn.Module) -> nn.Module:
+def _backbone(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the decoder of ``model``. Raise ValueError unless it is one of :data:`MODEL_TYPES`."""
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if model_type not in MODEL_TYPES or not hasattr(model, "get_output_embeddings"):
         raise ValueError(f"model: of type {model_type!r}, accepted are causal language models of type {', '.join(MODEL_TYPES)}")
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model  # peft wraps the model
 
 
-def _tensor(output) -> Tensor:
+def _tensor(output: Tensor | tuple) -> Tensor:
+    """Return the hidden states in the output of a block, which releases of transformers give alone or first in a tuple."""
     return output[0] if isinstance(output, tuple) else output

@@ -159,9 +159,9 @@ def _by_any_backend(
             temperature=temperature[index].expand(layers, -1) if isinstance(temperature, Tensor) else temperature,
             memory_budget=max(request.memory_budget - len(some) * per_row, 1),
         )
-        logprobs, entropy, logsumexp, saved, *_ = stacked.statistics()
-        # p of the maximum is e^(m−m) / s, and saved has m and ln s.
-        found = {"logprobs": logprobs, "entropy": entropy, "logsumexp": logsumexp, "max_probability": (-saved[1]).exp()}
+        statistics = stacked.statistics()
+        # p of the maximum is e^(m−m) / s.
+        found = {**statistics._asdict(), "max_probability": (-statistics.log_s).exp()}
         parts.append({name: found[name].view(layers, -1) for name in outputs})
     return parts
 

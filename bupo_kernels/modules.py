@@ -1,11 +1,11 @@
-"""Faces of the ops as ``nn.Module``."""
+"""The functions of this library as one module: the head of a language model."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MethodType
-from typing import ClassVar
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -14,11 +14,27 @@ from bupo_kernels.functional import LinearLogprobs, linear_logprobs, linear_poli
 from bupo_kernels.lens import LensStatistics, linear_divergence, logit_lens
 from bupo_kernels.policy_losses import PolicyMetrics
 
+# Arguments that ask the head for more than logits.
+QUESTIONS = ("targets", "advantages", "reference", "outputs")
+# The function that answers, by which of them are given. It is called with these, weight, bias and options.
+ANSWERS: dict[tuple[str, ...], Callable[..., Any]] = {
+    (): nn.functional.linear,
+    ("targets",): linear_logprobs,
+    ("targets", "advantages"): linear_policy_loss,
+    ("reference",): linear_divergence,
+    ("outputs",): logit_lens,
+    ("targets", "outputs"): logit_lens,
+}
+# An argument, and those that it excludes.
+EXCLUDES = {"outputs": ("reference", "advantages"), "reference": ("targets", "advantages")}
+
+Kind = TypeVar("Kind", bound=nn.Module)
+
 
 class FusedLMHead(nn.Linear):
     """The unembedding of a language model, which can answer with statistics instead of logits.
 
-    A plain ``nn.Linear`` in every other respect: the same parameters under the same state-dict keys, and ``head(hidden)``
+    It is a plain ``nn.Linear`` in every other respect: the same parameters under the same state-dict keys, and ``head(hidden)``
     still gives logits, so generation and saving work unchanged. The weight is only ever read inside :meth:`forward`, which is
     what sharded training needs (FSDP2 gathers a module's parameters around its forward).
 
@@ -26,11 +42,11 @@ class FusedLMHead(nn.Linear):
     the model's logits. Either of the two, given in a call, stands in its place and is not applied on top.
     """
 
-    readout: ClassVar[dict[str, float]] = {}  # an instance may have its own
+    readout: Mapping[str, float] = {}  # an instance may have its own
 
     @classmethod
     def adopt(cls, linear: nn.Linear) -> FusedLMHead:
-        """Turns ``linear`` into a :class:`FusedLMHead` in place and returns it; its parameters, ties and hooks stay.
+        """Turn ``linear`` into a :class:`FusedLMHead` in place and return it; its parameters, ties and hooks stay.
 
         Raises ``TypeError`` unless ``linear`` is an ``nn.Linear`` itself: a subclass (LoRA, quantised) may not compute
         ``hidden @ weight.T``; ``ValueError`` for one whose ``forward`` somebody has replaced, who would not hand targets on.
@@ -40,59 +56,76 @@ class FusedLMHead(nn.Linear):
         if type(linear) is not nn.Linear:
             raise TypeError(f"linear: {type(linear).__name__} given, accepted is a plain nn.Linear")
         check_forward("linear", linear)
-        change_class(linear, cls)
-        return linear
+        return change_class(linear, cls)
 
+    @overload
+    def forward(self, hidden: Tensor) -> Tensor: ...
+    @overload
+    def forward(self, hidden: Tensor, *, reference: Tensor, **options: Any) -> Tensor: ...
+    @overload
     def forward(
-        self,
+        self, hidden: Tensor | Sequence[Tensor], targets: Tensor | None = None, *, outputs: Sequence[str], **options: Any
+    ) -> LensStatistics: ...
+    @overload
+    def forward(self, hidden: Tensor, targets: Tensor, **options: Any) -> LinearLogprobs: ...
+    @overload
+    def forward(self, hidden: Tensor, targets: Tensor, advantages: Tensor, **options: Any) -> tuple[Tensor, PolicyMetrics]: ...
+    def forward(
+        self: nn.Linear,  # internal_policy lends this forward to a plain one
         hidden: Tensor | Sequence[Tensor],
         targets: Tensor | None = None,
         advantages: Tensor | None = None,
         *,
         reference: Tensor | None = None,
         outputs: Sequence[str] | None = None,
-        **options,
+        **options: Any,
     ) -> Tensor | LinearLogprobs | LensStatistics | tuple[Tensor, PolicyMetrics]:
-        """Logits ``[..., V]`` of ``hidden[..., D]``; given ``targets[...]``, :class:`LinearLogprobs`, with the options of
-        :func:`bupo_kernels.linear_logprobs`; given ``advantages`` too, what :func:`bupo_kernels.linear_policy_loss` returns, with
-        its options; given ``reference[..., D]`` alone, :func:`bupo_kernels.linear_divergence` from it; given ``outputs``,
-        :func:`bupo_kernels.logit_lens` of ``hidden``, those of several layers (``bias`` is always the module's own)."""
-        if targets is not None or advantages is not None or reference is not None or outputs is not None:
-            options = getattr(self, "readout", {}) | options  # internal_policy lends this forward to a plain nn.Linear
+        """Answer a question about ``hidden[..., D]`` by the function that takes the arguments given, and its ``options``.
+
+        * nothing else: logits, ``[..., V]``
+        * ``targets[...]``: :func:`bupo_kernels.linear_logprobs`
+        * ``targets`` and ``advantages``: :func:`bupo_kernels.linear_policy_loss`
+        * ``reference[..., D]``: :func:`bupo_kernels.linear_divergence` from it
+        * ``outputs``: :func:`bupo_kernels.logit_lens`, with or without ``targets``; ``hidden`` are those of several layers
+
+        The ``bias`` is always the module's own. Raises ``TypeError`` for arguments that do not go together.
+        """
+        values = (targets, advantages, reference, outputs)
+        given = {name: value for name, value in zip(QUESTIONS, values, strict=True) if value is not None}
+        answer = ANSWERS.get(tuple(given))
+        if answer is None or (options and not given):
+            raise TypeError(_refusal(given, options))
+        if given:
+            options = getattr(self, "readout", {}) | options
             if not torch.compiler.is_compiling():
                 _check_caller(self)
-        if outputs is not None:
-            if reference is not None or advantages is not None:
-                raise TypeError("outputs: given with reference or advantages, accepted only without them")
-            return logit_lens(hidden, self.weight, targets, outputs=outputs, bias=self.bias, **options)
-        if reference is not None and (targets is not None or advantages is not None):
-            raise TypeError("reference: given with targets or advantages, accepted only without them")
-        if reference is not None:
-            return linear_divergence(hidden, reference, self.weight, bias=self.bias, **options)
-        if targets is None and advantages is not None:
-            raise TypeError("advantages: given without targets, accepted only with them")
-        if targets is None:
-            if options:
-                raise TypeError(f"{', '.join(options)}: given without targets, accepted only with them")
-            return nn.functional.linear(hidden, self.weight, self.bias)
-        if advantages is not None:
-            return linear_policy_loss(hidden, self.weight, targets, advantages, bias=self.bias, **options)
-        return linear_logprobs(hidden, self.weight, targets, bias=self.bias, **options)
+        return answer(hidden, weight=self.weight, bias=self.bias, **given, **options)
 
 
-def change_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    """``module`` becomes a ``kind``, also where the ``forward`` of its old class is held on the instance: accelerate's hooks (of a
-    ``device_map``, of offloading) call it from there, and leave it there when they are taken off."""
+def _refusal(given: Mapping[str, object], options: Mapping[str, object]) -> str:
+    """Return why nothing answers a call of the head with these arguments."""
+    for name, excluded in EXCLUDES.items():
+        if name in given and any(other in given for other in excluded):
+            return f"{name}: given with {' or '.join(excluded)}, accepted only without them"
+    return f"{', '.join(given or options)}: given without targets, accepted only with them"
+
+
+def change_class(module: nn.Module, kind: type[Kind]) -> Kind:
+    """Make ``module`` a ``kind`` in place and return it, also where the ``forward`` of its old class is held on the instance:
+    accelerate's hooks (of a ``device_map``, of offloading) call it from there, and leave it there when they are taken off."""
     for name in ("forward", "_old_forward"):
         if _is_of_its_class(module, vars(module).get(name)):
             vars(module)[name] = MethodType(kind.forward, module)
     module.__class__ = kind
+    assert isinstance(module, kind)
+    return module
 
 
 def check_forward(argument: str, module: nn.Module) -> None:
-    """Raises ValueError where ``module`` has a ``forward`` of its own that :func:`change_class` would not reach."""
+    """Raise ValueError where ``module`` has a ``forward`` of its own that :func:`change_class` would not reach."""
     forward = vars(module).get("forward")
-    hooked = vars(module).get("_old_forward") if "_hf_hook" in vars(module) else forward  # accelerate's calls that one
+    # The hooks of accelerate call the former.
+    hooked = vars(module).get("_old_forward") if "_hf_hook" in vars(module) else forward
     if forward is not None and not _is_of_its_class(module, hooked):
         name = getattr(forward, "__qualname__", None) or type(forward).__qualname__
         raise ValueError(
@@ -102,14 +135,15 @@ def check_forward(argument: str, module: nn.Module) -> None:
         )
 
 
-def _is_of_its_class(module: nn.Module, method) -> bool:
+def _is_of_its_class(module: nn.Module, method: object) -> bool:
+    """Tell whether ``method`` is the forward that the class of ``module`` gives it."""
     return isinstance(method, MethodType) and method.__self__ is module and method.__func__ is type(module).forward
 
 
 def _check_caller(head: nn.Module) -> None:
-    """Raises ValueError where an adapter that was put around ``head`` asks for statistics, which it would go on with as logits.
+    """Raise ValueError where an adapter that was put around ``head`` asks for statistics, which it would take for logits.
 
-    ``head`` does not know of it, so the stack is looked at: the first module up there that is not ``head`` is who has called it.
+    ``head`` does not know of the adapter, so the stack is searched: the first module up there other than ``head`` is its caller.
     """
     frame, caller = sys._getframe(2), None
     for _ in range(12):  # a hook or two between the forward of an adapter and this one

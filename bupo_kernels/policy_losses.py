@@ -45,7 +45,7 @@ CHOICES = {
 
 @dataclass(frozen=True)
 class PolicyObjective:
-    """What is optimised. Raises ``ValueError``, naming the field, for values and combinations that make no sense."""
+    """The objective of an RL step. Raises ``ValueError``, naming the field, for values and combinations that make no sense."""
 
     ratio: str = "token"  # "sequence": e^(mean of the sequence's log-ratios), GSPO; "none": REINFORCE
     clip: str | None = "ppo"  # "cispo"; None
@@ -94,7 +94,7 @@ class PolicyObjective:
         self._require(name, is_number and holds(value), accepted)
 
     def require_inputs(self, **given: Tensor | None) -> None:
-        """Raises ``ValueError`` naming the first that is None and needed."""
+        """Raise ``ValueError`` naming the first of ``given`` that is None and needed."""
         needed = {
             "entropy": self.needs_entropy,
             "reference_logprobs": self.needs_reference,
@@ -118,12 +118,12 @@ class PolicyObjective:
 
     @property
     def needs_sequence(self) -> bool:
-        """A token's terms depend on the whole sequence's log-probs."""
+        """Whether a token's terms depend on the log-probs of its whole sequence."""
         return "sequence" in (self.ratio, self.importance)
 
 
 class PolicyTerms(NamedTuple):
-    """Per token, in the shape and dtype of the log-probs, detached; loss and derivatives are 0 where not ``active``."""
+    """The terms of each token, in shape and dtype of the log-probs, detached; loss and derivatives are 0 where not ``active``."""
 
     loss: Tensor  # before aggregation
     d_logprob: Tensor  # ∂(Σ w·loss)/∂lp / w, for weights w that are equal within a sequence
@@ -148,7 +148,7 @@ def policy_terms(
     sampler_logprobs: Tensor | None = None,  # [...]
     mask: Tensor | None = None,  # [...] bool
 ) -> PolicyTerms:
-    """Loss of every token and its derivative in log-prob and entropy; the module's docstring has the formulas.
+    """Return the loss of every token and its derivative in log-prob and entropy; the module's docstring has the formulas.
 
     Args:
         entropy: read only with an ``entropy_coefficient``.
@@ -162,20 +162,21 @@ def policy_terms(
     objective.require_inputs(entropy=entropy, reference_logprobs=reference_logprobs, sampler_logprobs=sampler_logprobs)
     active = active_tokens(logprobs, mask, sampler_logprobs)
 
-    def kept(x: Tensor) -> Tensor:
+    def where_active(x: Tensor) -> Tensor:
         return torch.where(active, x.to(logprobs.dtype), 0)
 
     def sequence_mean(x: Tensor) -> Tensor:
-        return kept(x.sum(-1, keepdim=True) / active.sum(-1, keepdim=True).clamp(min=1))
+        return where_active(x.sum(-1, keepdim=True) / active.sum(-1, keepdim=True).clamp(min=1))
 
-    logprobs, advantages = kept(logprobs), kept(advantages)
-    old = logprobs if old_logprobs is None else kept(old_logprobs)
+    logprobs, advantages = where_active(logprobs), where_active(advantages)
+    old = logprobs if old_logprobs is None else where_active(old_logprobs)
     log_ratio = sequence_mean(logprobs - old) if objective.ratio == "sequence" else logprobs - old
     log_ratio, inside = _clamp(log_ratio)
     ratio = log_ratio.exp()
     weight = torch.ones_like(ratio)
     if objective.importance is not None:
-        weight = importance_weights(objective, old - kept(sampler_logprobs))
+        assert sampler_logprobs is not None
+        weight = importance_weights(objective, old - where_active(sampler_logprobs))
 
     loss, d_logprob, low, high = _policy_term(objective, ratio, logprobs, advantages)
     loss, d_logprob = weight * loss, weight * d_logprob
@@ -185,22 +186,24 @@ def policy_terms(
 
     kl = torch.zeros_like(ratio)
     if objective.kl is not None:
-        kl, d_kl = _kl(objective.kl, kept(reference_logprobs) - logprobs)
+        assert reference_logprobs is not None
+        kl, d_kl = _kl(objective.kl, where_active(reference_logprobs) - logprobs)
         loss, d_logprob = loss + objective.kl_coefficient * kl, d_logprob + objective.kl_coefficient * d_kl
     if objective.needs_entropy:
-        loss = loss - objective.entropy_coefficient * kept(entropy)
-    d_entropy = kept(torch.full_like(ratio, -objective.entropy_coefficient))
-    return PolicyTerms(kept(loss), kept(d_logprob), d_entropy, ratio, low, high, kl, weight, active)
+        assert entropy is not None
+        loss = loss - objective.entropy_coefficient * where_active(entropy)
+    d_entropy = where_active(torch.full_like(ratio, -objective.entropy_coefficient))
+    return PolicyTerms(where_active(loss), where_active(d_logprob), d_entropy, ratio, low, high, kl, weight, active)
 
 
 def active_tokens(logprobs: Tensor, mask: Tensor | None = None, sampler_logprobs: Tensor | None = None) -> Tensor:
-    """The tokens that count, ``[...]`` bool: of ``mask``, those with a finite sampler log-prob. Of ``logprobs`` only the shape."""
+    """Return which tokens count, ``[...]`` bool: those of ``mask`` with a finite sampler log-prob. ``logprobs`` give the shape."""
     active = torch.ones_like(logprobs, dtype=torch.bool) if mask is None else mask
     return active if sampler_logprobs is None else active & sampler_logprobs.isfinite()
 
 
 def importance_weights(objective: PolicyObjective, log_ratio: Tensor) -> Tensor:  # [...] -> [...]
-    """Weights for samples of another policy, from ``ln π_old − ln π_sampler``, which is 0 on tokens that do not count.
+    """Return weights for samples of another policy, from ``ln π_old − ln π_sampler``, which is 0 on tokens that do not count.
 
     ``"token"``: ``min(π_old / π_sampler, cap)``, truncated importance sampling. ``"sequence"``: the product over the sequence where
     it lies in ``[1 / cap, cap]``, bounds included, else 0: TRL's ``sequence_mask`` with both bounds. A sequence of weight 0 still
@@ -215,7 +218,7 @@ def importance_weights(objective: PolicyObjective, log_ratio: Tensor) -> Tensor:
 def _policy_term(
     objective: PolicyObjective, ratio: Tensor, logprobs: Tensor, advantages: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # each [...]
-    """Loss, its derivative (in ``ln ratio``, or in ``lp`` where the ratio is a constant), clipped low, clipped high."""
+    """Return the loss, its derivative (in ``ln ratio``, or in ``lp`` where the ratio is a constant), clipped low, clipped high."""
     never = torch.zeros_like(ratio, dtype=torch.bool)
     if objective.ratio == "none":
         return -advantages * logprobs, -advantages, never, never
@@ -234,7 +237,7 @@ def _policy_term(
 
 
 def _kl(estimator: str, log_ratio: Tensor) -> tuple[Tensor, Tensor]:  # [...] -> [...], [...]
-    """Schulman's k1, k2, k3 for KL(π ‖ other) from ``ln other − ln π``, and the derivative in ``ln π``."""
+    """Return Schulman's k1, k2 or k3 of KL(π ‖ other) from ``ln other − ln π``, and its derivative in ``ln π``."""
     d, inside = _clamp(log_ratio)
     if estimator == "k1":
         value, slope = -d, 0 * d + 1
@@ -246,6 +249,7 @@ def _kl(estimator: str, log_ratio: Tensor) -> tuple[Tensor, Tensor]:  # [...] ->
 
 
 def _clamp(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``log_ratio`` clamped to ±20, and where it was not beyond."""
     return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO), log_ratio.abs() <= MAX_LOG_RATIO
 
 
@@ -257,7 +261,7 @@ def token_weights(
     max_length: int | None = None,
     dtype: torch.dtype = torch.float64,
 ) -> Tensor:  # [B, S]
-    """Weights that turn per-token losses into the batch's loss ``Σ weight · loss``; 0 off the mask, equal within a sequence.
+    """Return weights that turn per-token losses into the batch's loss ``Σ weight · loss``; 0 off the mask, equal within a sequence.
 
     Args:
         mask: True on the tokens that count (:attr:`PolicyTerms.active`), one sequence a row.
@@ -267,8 +271,8 @@ def token_weights(
             The first two sum to 1.
         denominator: replaces the batch's own, so that parts of a batch are weighted as the whole: the number of tokens that count
             for ``"token-mean"``, else of sequences that have one, over all micro-batches and ranks.
-        max_length: what a sequence's sum is divided by, for ``"sequence-mean-token-sum-norm"`` alone.
-        dtype: of the weights.
+        max_length: the divisor of a sequence's sum, for ``"sequence-mean-token-sum-norm"`` alone.
+        dtype: that of the weights.
 
     Empty sequences count for nothing.
     """
@@ -283,7 +287,7 @@ def token_weights(
 
 
 def batch_denominator(mask: Tensor, aggregation: str) -> Tensor:  # [B, S] bool -> []
-    """Of a whole batch, for :func:`token_weights` of its parts: its tokens that count, or its sequences that have one."""
+    """Count the tokens of a whole batch that count, or its sequences that have one: for :func:`token_weights` of its parts."""
     return mask.sum() if aggregation == "token-mean" else mask.any(1).sum()
 
 
@@ -319,7 +323,7 @@ def policy_metrics(
     sampler_logprobs: Tensor | None = None,  # [...]
     mask: Tensor | None = None,  # [...] bool, all of the active tokens if not given
 ) -> PolicyMetrics:
-    """What a step's log shows. Nothing here waits for the device."""
+    """Return the metrics of a step, for its log. Nothing here waits for the device."""
     rows = terms.active if mask is None else terms.active & mask
     count = rows.sum()
 

@@ -1,4 +1,4 @@
-"""The oracle: plain torch, any dtype up to float64, materialises the logits. Used by tests and by nobody else."""
+"""The oracle: plain torch, in any dtype up to float64, which materialises the logits. Only tests use it."""
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ def logits(
     logit_scale: float = 1.0,
     softcap: float | None = None,
 ) -> Tensor:  # [..., V]
-    """``z_j = softcap(logit_scale · (h·W_j + b_j)) / temperature``, in the dtype of the operands."""
+    """Return ``z_j = softcap(logit_scale · (h·W_j + b_j)) / temperature``, in the dtype of the operands."""
     z = hidden @ weight.T
     if bias is not None:
         z = z + bias
@@ -33,18 +33,18 @@ def linear_logprobs(
     dtype: torch.dtype = torch.float64,
     **options,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-prob, entropy and logsumexp, each ``[...]`` in ``dtype``; 0 on rows that do not count.
+    """Return log-prob, entropy and logsumexp, each ``[...]`` in ``dtype``; 0 on rows that are not active.
 
     The operands are cast to ``dtype`` first, so that in float64 every later rounding is negligible; gradients are
     autograd's.
     """
     options = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in options.items()}
     z = logits(hidden.to(dtype), weight.to(dtype), **options)
-    counts = targets != ignore_index
+    active = targets != ignore_index
     if mask is not None:
-        counts = counts & mask
+        active = active & mask
     logprobs = z.log_softmax(-1)
-    chosen = logprobs.gather(-1, targets.where(counts, 0).unsqueeze(-1)).squeeze(-1)
+    chosen = logprobs.gather(-1, targets.where(active, 0).unsqueeze(-1)).squeeze(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     zero = torch.zeros((), dtype=dtype, device=z.device)
-    return tuple(torch.where(counts, statistic, zero) for statistic in (chosen, entropy, z.logsumexp(-1)))
+    return torch.where(active, chosen, zero), torch.where(active, entropy, zero), torch.where(active, z.logsumexp(-1), zero)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,20 @@ from bupo_kernels.engine import Settings
 from bupo_kernels.flops import tell_flop_counter
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+class RowStatistics(NamedTuple):
+    """What streaming finds of N rows; 0 on those that are not active."""
+
+    logprobs: Tensor  # [...]
+    entropy: Tensor | None  # [...]
+    logsumexp: Tensor  # [...]
+    saved: Tensor  # [3 or 4, N]; see engine.Forward
+
+    @property
+    def log_s(self) -> Tensor:  # [N]
+        """``ln Σ e^(z−m)`` with m the largest logit, so that the log-prob of that one is ``−log_s``; no gradient."""
+        return self.saved[1]
 
 
 @dataclass(frozen=True)
@@ -102,13 +116,14 @@ class Request:
         engine.check_rows(operands, active, self.ignore_index)
         return make_plan(engine.problem_of(operands, int(active.sum()), settings), self.backend, one_pass)
 
-    def statistics(self) -> tuple[Tensor, ...]:
-        """Return what ``ops.linear_statistics`` does."""
-        return ops.linear_statistics(
+    def statistics(self) -> RowStatistics:
+        """Stream the statistics of all rows."""
+        logprobs, entropy, logsumexp, saved, *_ = ops.linear_statistics(
             *(self.hidden, self.weight, self.bias, self.targets, self.mask, self.row_temperature),
             *self.numbers,
             self.settings().encode(),
         )
+        return RowStatistics(logprobs, entropy if self.return_entropy else None, logsumexp, saved)
 
 
 OPTIONS = tuple(field.name for field in fields(Request))[3:]

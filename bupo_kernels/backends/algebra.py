@@ -1,6 +1,6 @@
 """The statistics of a row and what follows from them: log-prob, entropy, logsumexp, and the gradient of its logits.
 
-Of a row's logits z: ``m = max z``, ``s = Σ e^(z−m)``, ``t = Σ (z−m) e^(z−m)`` and ``z_y``. Centred on m, the entropy
+A row's logits z have four: ``m = max z``, ``s = Σ e^(z−m)``, ``t = Σ (z−m) e^(z−m)`` and ``z_y``. Centred on m, the entropy
 ``ln s − t/s`` does not cancel at large |z|. Backends stream these four; everything per row that is not streamed is here.
 
 A logit of −inf is a column that cannot be chosen: ``0 · ln 0 = 0`` wherever it enters a sum. The maximum of no logits is
@@ -21,11 +21,12 @@ LEAST_EXPONENT = -1e4
 
 
 def lowest(dtype: torch.dtype) -> float:
+    """Return the maximum of no logits."""
     return torch.finfo(dtype).min
 
 
 class Statistics(NamedTuple):
-    """[N] each, in the statistics' dtype. Rows that do not count have ``m = −inf`` and ``s = 1``; no other row has that m."""
+    """The statistics of rows, [N] each. Rows that are not active have ``m = −inf`` and ``s = 1``; no other row has that m."""
 
     m: Tensor
     s: Tensor
@@ -34,6 +35,7 @@ class Statistics(NamedTuple):
 
     @staticmethod
     def empty(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:  # [4, N]
+        """Return the statistics of rows none of which is active."""
         statistics = torch.zeros(4, rows, dtype=dtype, device=device)
         statistics[0].fill_(-math.inf)
         statistics[1].fill_(1)
@@ -41,7 +43,7 @@ class Statistics(NamedTuple):
 
 
 def of_all_rows(part: Statistics, rows: Tensor, count: int) -> Statistics:
-    """From those of the ``rows`` [n] that count to those of all ``count``."""
+    """Return the statistics of all ``count`` rows, of which the active ``rows`` [n] have those of ``part``."""
     whole = Statistics(*Statistics.empty(count, part.m.dtype, part.m.device))
     for all_rows, some in zip(whole, part, strict=True):
         all_rows[rows] = some
@@ -49,7 +51,7 @@ def of_all_rows(part: Statistics, rows: Tensor, count: int) -> Statistics:
 
 
 class Results(NamedTuple):
-    """[N] each; 0 on rows that do not count."""
+    """The results of N rows, [N] each; 0 on rows that are not active."""
 
     logprob: Tensor
     entropy: Tensor | None
@@ -58,6 +60,7 @@ class Results(NamedTuple):
 
 
 def finish(statistics: Statistics, vocab: int, with_entropy: bool) -> Results:
+    """Return the results that follow from the statistics."""
     m, s, t, z_y = statistics
     log_s = s.log().masked_fill_(s == 0, math.nan)
     logprob = ((z_y - m) - log_s).clamp_(max=0)
@@ -67,8 +70,8 @@ def finish(statistics: Statistics, vocab: int, with_entropy: bool) -> Results:
 
 
 class Coefficients(NamedTuple):
-    """What turns the logits of rows into their gradient: ``dz_j = e^(z_j−m) (constant − slope (z_j−m))`` for j ≠ y, and
-    ``dz_y = on_target``. [n] each."""
+    """The numbers that turn the logits of rows into their gradient, [n] each: ``dz_j = e^(z_j−m) (constant − slope (z_j−m))`` for
+    j ≠ y, and ``dz_y = on_target``."""
 
     m: Tensor
     constant: Tensor
@@ -77,22 +80,26 @@ class Coefficients(NamedTuple):
     targets: Tensor  # int64
 
     def scaled(self, factor: float | Tensor) -> Coefficients:  # or [n]
-        """Those of ``factor · dz``."""
+        """Return the coefficients of ``factor · dz``."""
         slope = self.slope if self.slope is None else self.slope * factor
         return self._replace(constant=self.constant * factor, slope=slope, on_target=self.on_target * factor)
 
     def bound(self) -> Tensor:  # [n]
-        """No ``|dz_j|`` of the row is larger: ``e^x ≤ 1`` and ``|x| e^x ≤ 1/e`` for ``x = z_j − m ≤ 0``."""
+        """Return a bound of ``|dz_j|`` for each row, from ``e^x ≤ 1`` and ``|x| e^x ≤ 1/e`` for ``x = z_j − m ≤ 0``."""
         off_target = self.constant.abs() if self.slope is None else self.constant.abs() + self.slope.abs() / math.e
         return torch.maximum(off_target, self.on_target.abs())
 
     def rows(self, block: slice) -> Coefficients:
-        return Coefficients(*(x if x is None else x[block] for x in self))
+        """Return the coefficients of some of the rows."""
+        m, constant, slope, on_target, targets = self
+        slope = slope if slope is None else slope[block]
+        return Coefficients(m[block], constant[block], slope, on_target[block], targets[block])
 
 
 def coefficients(g_logprob, g_entropy, g_logsumexp, m, log_s, logprob, entropy, targets) -> Coefficients:  # [n] each, or None
-    """From ``dz_j = g_lp (1[j=y] − p_j) − g_H p_j (log p_j + H) + g_lse p_j``, with ``p_j = e^(z_j−m) / s`` and
-    ``log p_j = (z_j−m) − ln s``. On the target ``1 − p_y = −expm1(log p_y)`` keeps its relative accuracy when p_y is near 1."""
+    """Return the coefficients of ``dz_j = g_lp (1[j=y] − p_j) − g_H p_j (log p_j + H) + g_lse p_j``, an upstream gradient of None
+    being 0, with ``p_j = e^(z_j−m) / s`` and ``log p_j = (z_j−m) − ln s``. On the target ``1 − p_y = −expm1(log p_y)`` keeps its
+    relative accuracy when p_y is near 1."""
     g_lp, g_h, g_lse = (0.0 if g is None else g for g in (g_logprob, g_entropy, g_logsumexp))
     s, p_y = log_s.exp(), logprob.exp()
     constant, on_target = torch.zeros_like(m) + (g_lse - g_lp), p_y * g_lse - g_lp * logprob.expm1()

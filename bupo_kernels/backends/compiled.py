@@ -1,4 +1,4 @@
-"""`bupo_kernels._C` as it was built, or not, for this machine."""
+"""The compiled kernels, ``bupo_kernels._C``, where they were built for this machine."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import functools
 import importlib
 import os
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,18 +14,17 @@ from torch import Tensor
 built: ModuleType | None
 try:
     built = importlib.import_module("bupo_kernels._C")
-except ModuleNotFoundError:  # one that is there and does not load is an error
+except ModuleNotFoundError:  # any other ImportError of a module that is there stays an error
     built = None
 
-
-# All that setup.py knows, from the fastest on.
+# All instruction sets that setup.py knows, the fastest first.
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
 
 
 @functools.cache
 def isas() -> tuple[str, ...]:
-    """Instruction sets that were built and that this CPU has, the fastest first; with ``BUPO_MAX_ISA`` in the environment from that
-    one on, as on an older CPU.
+    """Return the instruction sets that were built and that this CPU has, the fastest first; with ``BUPO_MAX_ISA`` in the
+    environment from that one on, as on an older CPU.
 
     Raises ``ValueError`` where ``BUPO_MAX_ISA`` names none.
     """
@@ -35,22 +35,24 @@ def isas() -> tuple[str, ...]:
 
 
 @functools.cache
-def kernels(isa: str):
-    """The functions of csrc/cpu/kernels.h."""
+def kernels(isa: str) -> Any:
+    """Return the functions of csrc/cpu/kernels.h for one of :func:`isas`."""
+    assert built is not None
     return built.cpu.Kernels(isa)
 
 
 def cuda() -> ModuleType | None:
-    """The functions of csrc/cuda/rows.h, where they were built."""
+    """Return the functions of csrc/cuda/rows.h, or None where they were not built."""
     return getattr(built, "cuda", None)
 
 
 def address(tensor: Tensor | None, dtype: torch.dtype | None = None, length: int = 0, device: str = "cpu") -> int:
-    """Where C++ finds ``length`` numbers of ``dtype`` (None: of any) side by side, in the last dimension; 0 for None. A pointer
-    says nothing of what is behind it, so what could make a kernel write past its end is looked at here."""
+    """Return the address of ``tensor`` for C++, or 0 for None. A pointer does not know its memory, so whatever could make a kernel
+    write past its end is checked here: that there are ``length`` numbers of ``dtype`` (None: of any) side by side, in the last
+    dimension."""
     if tensor is None:
         return 0
-    # Cheapest first: there are a dozen to a kernel.
+    # The cheapest check comes first: a kernel has a dozen addresses.
     if dtype is not None and tensor.dtype is not dtype:
         raise TypeError(f"memory of a kernel: {tensor.dtype} given, accepted is {dtype}")
     if tensor.device.type != device:
@@ -62,12 +64,12 @@ def address(tensor: Tensor | None, dtype: torch.dtype | None = None, length: int
 
 
 def present(memory: Tensor) -> Tensor:
-    """``memory``, on a CPU with its pages in place: a large result is allocated anew with each call."""
+    """Return ``memory``, on a CPU with its pages in place: a large result is allocated anew by each call."""
     if built is not None and memory.device.type == "cpu":
         built.cpu.make_present(address(memory), memory.nbytes, torch.get_num_threads())
     return memory
 
 
 def words(count: int) -> Tensor:
-    """Uninitialised memory, of 4 bytes each."""
+    """Return uninitialised memory of ``count`` words, 4 bytes each."""
     return torch.empty(count, dtype=torch.int32, device="cpu")

@@ -1,1 +1,1 @@
-"""This library inside other people's trainers: one module a peer, which imports it; this package imports none of them."""
+"""This library inside other people's trainers: one module for each peer, imported by name, since only it imports the peer."""

@@ -1,4 +1,4 @@
-"""What is asked of a peer before anything of it is replaced: not its release, but the functions themselves."""
+"""Checks of a peer before anything of it is replaced: of the functions themselves, not of its release."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def require(peer: str, function: str, owner: object, expected: Sequence[str]) -> None:
-    """Raises ImportError unless ``owner`` has that ``function``, and its first arguments have the names ``expected``.
+    """Raise ImportError unless ``owner`` has that ``function``, and its first arguments have the names ``expected``.
 
     ``peer`` is the name and release that the sentence begins with.
     """
@@ -23,9 +23,9 @@ def require(peer: str, function: str, owner: object, expected: Sequence[str]) ->
 
 
 @torch.no_grad()
-def require_values(peer: str, function: str, names: Sequence[str], theirs: Callable, ours: Callable, *given) -> None:
-    """Raises ImportError unless ``theirs``, which is the ``function``, answers ``given`` with the values that ``ours`` does, which
-    are called ``names``, up to the rounding of 32 bits."""
+def require_values(peer: str, function: str, names: Sequence[str], theirs: Callable, ours: Callable, *given: object) -> None:
+    """Raise ImportError unless ``theirs``, the ``function`` of the peer, answers ``given`` with the values of ``ours``, up to the
+    rounding of 32 bits. ``names`` are those of the values."""
     with torch.autocast("cpu", enabled=False):
         expected = ours(*given)
         try:
@@ -38,7 +38,7 @@ def require_values(peer: str, function: str, names: Sequence[str], theirs: Calla
 
 
 def small_input() -> dict[str, Tensor]:
-    """Operands to ask for a value with: ``hidden[3, 5]``, ``weight[7, 5]``, ``bias[7]``, ``targets[3]``, fp32 on the CPU."""
+    """Return operands for one small call: ``hidden[3, 5]``, ``weight[7, 5]``, ``bias[7]``, ``targets[3]``, fp32 on the CPU."""
     numbers = torch.arange(35, dtype=torch.float32, device="cpu")
     return {
         "hidden": numbers[:15].view(3, 5).sin(),

@@ -10,10 +10,10 @@
 | :func:`torch_linear_cross_entropy` | ``torch.nn.functional.linear_cross_entropy`` 2.13 |
 
 Names, order, defaults and meaning of the arguments are theirs, and so are the shapes returned; the peer need not be installed. An
-option that changes the result is honoured, or refused with a ``ValueError`` that names it. One that says how a kernel is to find
+option that changes the result is honoured, or refused with a ``ValueError`` that names it. One that only tells a kernel how to find
 the same result is checked and has no effect, except where it bounds memory.
 
-What is the library's own, for all of them (see :mod:`bupo_kernels.functional`): results are fp32 (float64 for float64 inputs) also
+The library's own ways hold for all of them (see :mod:`bupo_kernels.functional`): results are fp32 (float64 for float64 inputs) also
 where theirs are rounded to 16 bits; gradients are exact, with no filter; the hidden states may have any leading dimensions and be
 any view, the unembedding may be a ``DTensor`` of FSDP2; errors name the argument as the peer calls it. ``label_smoothing`` and
 ``selected_token_ids`` ask for a few columns more, whose part of a gradient is rounded on its own, and hold the hidden states in
@@ -37,7 +37,7 @@ from bupo_kernels.request import Request
 
 
 class LigerFusedLinearScaledCrossEntropyFunction:
-    """Per-token negative log-likelihood, entropy and log-probs of chosen ids, by ``apply`` as in Liger."""
+    """Liger's function of per-token negative log-likelihood, entropy and log-probs of chosen ids, called by ``apply``."""
 
     @staticmethod
     def apply(
@@ -50,17 +50,17 @@ class LigerFusedLinearScaledCrossEntropyFunction:
         return_entropy: bool = False,
         selected_token_ids: Tensor | None = None,  # [K]
     ) -> Tensor | tuple[Tensor, ...]:
-        """``nll [...]``, alone or in a tuple followed by ``entropy [...]`` and the log-probs ``[..., K]`` of
+        """Return ``nll [...]``, alone or in a tuple followed by ``entropy [...]`` and the log-probs ``[..., K]`` of
         ``selected_token_ids`` (int64, in their order), as asked for; each is differentiable, and 0 on ignored rows.
 
         Args:
-            m_tiles_per_cluster: of Liger's kernel, at least 1; no effect.
+            m_tiles_per_cluster: a setting of Liger's kernel, at least 1; no effect.
         """
         _check_count("m_tiles_per_cluster", m_tiles_per_cluster)
         options = {"temperature": temperature, "ignore_index": ignore_index, "return_entropy": return_entropy}
         call, out = _statistics({"hidden": "_input", "targets": "target"}, _input, weight, target, **options)
-        outputs = (-out.logprobs,)
-        if return_entropy:
+        outputs: tuple[Tensor, ...] = (-out.logprobs,)
+        if out.entropy is not None:
             outputs += (out.entropy,)
         if selected_token_ids is not None:
             outputs += (_selected_logprobs(call, out.logsumexp, selected_token_ids),)
@@ -69,7 +69,7 @@ class LigerFusedLinearScaledCrossEntropyFunction:
 
 @dataclass
 class CrossEntropyOutput:
-    """As Liger's: what :func:`liger_fused_linear_cross_entropy` returns when asked for more than the loss."""
+    """The answer of :func:`liger_fused_linear_cross_entropy` when asked for more than the loss, with Liger's names."""
 
     loss: Tensor
     z_loss: Tensor | None = None
@@ -95,14 +95,15 @@ def liger_fused_linear_cross_entropy(
     return_predicted_tokens: bool = False,
     chunk_mem_const: int = 1,
 ) -> Tensor | CrossEntropyOutput:
-    """Cross entropy, plus ``lse_square_scale · logsumexp²``, each row times its detached probability with ``use_token_scaling``.
+    """Return the cross entropy plus ``lse_square_scale · logsumexp²``, as Liger does.
 
     Args:
-        ce_weight: factor of each class. A mean is over the weights of the targets, of the z-loss over the number of rows.
+        ce_weight: factor of each class. A mean is over the weights of the targets, that of the z-loss over the number of rows.
         label_smoothing: in [0, 1]; together with a ``softcap`` it is refused.
         accum_dtype: None or fp32. Sums are fp32 in either case.
+        use_token_scaling: whether each row is multiplied by its detached probability.
         return_token_accuracy, return_predicted_tokens: cost another product, 2·N·V·D FLOP.
-        chunk_mem_const: as many times the default working memory.
+        chunk_mem_const: factor on the default working memory.
 
     Returns:
         The loss, ``[...]`` or a scalar, 0.0 when no row counts; or a :class:`CrossEntropyOutput` if any ``return_…`` is set: there
@@ -142,9 +143,16 @@ def liger_fused_linear_cross_entropy(
 
     found = CrossEntropyOutput(loss, z_loss=z_loss.detach() if return_z_loss else None)
     if return_token_accuracy or return_predicted_tokens:
-        lens = {"bias": call.bias, "softcap": softcap, "ignore_index": ignore_index, "memory_budget": budget}
-        (argmax,) = logit_lens([call.hidden], call.weight, call.targets, outputs=("argmax",), **lens).argmax
-        predicted = argmax.masked_fill(~call.active(), -1)
+        argmax = logit_lens(
+            *([call.hidden], call.weight, call.targets),
+            bias=call.bias,
+            softcap=softcap,
+            ignore_index=ignore_index,
+            memory_budget=budget,
+            outputs=("argmax",),
+        ).argmax
+        assert argmax is not None
+        predicted = argmax[0].masked_fill(~call.active(), -1)
         if return_predicted_tokens:
             found.predicted_tokens = predicted
         if return_token_accuracy:
@@ -164,25 +172,26 @@ def verl_linear_cross_entropy(
     reduction: str = "none",
     dist_process_group: dist.ProcessGroup | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(logprobs, entropy)``: log-probs, not losses, flat ``[N]`` or reduced to a scalar; the entropy is flat always.
+    """Return ``(logprobs, entropy)``: log-probs, not losses, flat ``[N]`` or reduced to a scalar; the entropy is always flat.
 
     Args:
-        labels: int64. A row with -100, on which verl's kernel is undefined, is ignored: 0, and no part of a mean.
-        dist_process_group: None, or of one rank: a vocabulary sharded over ranks is refused.
+        labels: int64. A row with -100, on which verl's kernel is undefined, is ignored: it gives 0 and is no part of a mean.
+        dist_process_group: None, or a group of one rank: a vocabulary sharded over ranks is refused.
     """
     reduction = str(reduction).lower()
     _check_reduction(reduction)
     if dist_process_group is not None and (size := dist.get_world_size(dist_process_group)) > 1:
         raise ValueError(f"dist_process_group: {size} ranks given, accepted are None and a group of one, with the whole vocabulary")
     call, out = _statistics({"targets": "labels"}, hidden, weight, labels, temperature=temperature)
+    assert out.entropy is not None
     return _reduced(out.logprobs.flatten(), call.active().sum().clamp(min=1), reduction), out.entropy.flatten()
 
 
 class FusedLinearForPPO(nn.Module):
-    """Per-token log-prob and entropy.
+    """The head of verl's fused models: per-token log-prob and entropy.
 
     Args:
-        chunk_size: rows at a time there; here working memory in proportion, the default for 512.
+        chunk_size: rows at a time in verl; here working memory in proportion, the default for 512.
         impl_backend: ``"torch"`` or ``"liger"``; no effect.
     """
 
@@ -201,11 +210,12 @@ class FusedLinearForPPO(nn.Module):
         input_ids: Tensor,  # [...] of any integer dtype
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """``(log_probs [...], entropy [...])``, both 0 where ``input_ids`` is -100 (an error on verl's torch backend)."""
+        """Return ``(log_probs [...], entropy [...])``, both 0 where ``input_ids`` is -100 (an error on verl's torch backend)."""
         budget = None if self.chunk_size == 512 else default_memory_budget(hidden_states.device) * self.chunk_size // 512
         names = {"hidden": "hidden_states", "weight": "vocab_weights", "targets": "input_ids", "memory_budget": "chunk_size"}
         options = {"temperature": temperature, "memory_budget": budget}
         _, out = _statistics(names, hidden_states, vocab_weights, input_ids.to(torch.int64), **options)
+        assert out.entropy is not None
         return out.logprobs, out.entropy
 
 
@@ -235,11 +245,11 @@ def apple_linear_cross_entropy(
     impl: str = "cce",
     vocab_parallel_options: object | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross entropy, with the options of Apple's repository; PyPI's 25.1.1 has no ``bias`` and takes ``ignore_index`` in its place.
+    """Return the cross entropy, with the options of Apple's repository (PyPI's 25.1.1 has ``ignore_index`` in place of ``bias``).
 
     Args:
         shift: ``targets`` are those of ``shift`` tokens further on, as in ``e[..., :-shift, :]`` with ``targets[..., shift:]``.
-        filter_eps: None, a number, ``"auto"`` or ``"high"``: leave to drop small gradients, which is not made use of.
+        filter_eps: None, a number, ``"auto"`` or ``"high"``: a permission to drop small gradients, which is not used.
         accum_e_fp32, accum_c_fp32, filter_e_grad, filter_c_grad: no effect: gradients are always summed in fp32, and unfiltered.
         impl: a name of :data:`APPLE_IMPLEMENTATIONS` or Apple's ``LinearCrossEntropyImpl``; no effect.
         vocab_parallel_options: only None.
@@ -283,7 +293,7 @@ def torch_linear_cross_entropy(
     label_smoothing: float = 0.0,
     options: object | None = None,
 ) -> Tensor:
-    """Cross entropy as ``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, …)``.
+    """Return the cross entropy as ``F.cross_entropy(F.linear(input, linear_weight, linear_bias), target, …)``.
 
     Args:
         target: int64 ids; class probabilities and a ``linear_weight`` of more than two dimensions are refused.
@@ -317,8 +327,10 @@ def torch_linear_cross_entropy(
 # ---- shared
 
 
-def _statistics(names: dict[str, str], hidden, weight, targets, **options) -> tuple[Request, LinearLogprobs]:
-    """The call, its operands gathered and cast, and what it gives; ``names`` are the peer's, for the messages of errors."""
+def _statistics(
+    names: dict[str, str], hidden: Tensor, weight: Tensor, targets: Tensor, **options
+) -> tuple[Request, LinearLogprobs]:
+    """Return the call, its operands gathered and cast, and its results. Errors name an argument as the peer does, by ``names``."""
     try:
         call = Request.of(hidden, weight, targets, **options)
         return call, logprobs_of(call)
@@ -332,16 +344,17 @@ def _statistics(names: dict[str, str], hidden, weight, targets, **options) -> tu
 def _cross_entropy(
     call: Request, out: LinearLogprobs, name: str, class_weights: Tensor | None, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
-    """Loss of each row, and its weight in a mean: both ``[...]``, 0 where the row does not count.
+    """Return the loss of each row and its weight in a mean: both ``[...]``, 0 where the row is not active.
 
-    With q = (1 − ε)·onehot + ε/V, ``−Σ_j w_j q_j (z_j − lse)``: its second part asks only for ``Σ_j w_j z_j = h · Σ_j w_j W_j``.
+    The loss is ``−Σ_j w_j q_j (z_j − lse)`` with ``q = (1 − ε)·onehot + ε/V``. The part in ε asks only for
+    ``Σ_j w_j z_j = h · Σ_j w_j W_j``.
     """
-    counts, dtype, vocab = call.active(), out.logprobs.dtype, call.weight.shape[0]
-    losses, weights = -out.logprobs, counts.to(dtype)
+    active, dtype, vocab = call.active(), out.logprobs.dtype, call.weight.shape[0]
+    losses, weights = -out.logprobs, active.to(dtype)
     if class_weights is not None:
         _check_class_weights(name, class_weights, call.weight)
         class_weights = class_weights.to(dtype)
-        weights = weights * class_weights[call.targets.where(counts, 0)]
+        weights = weights * class_weights[call.targets.where(active, 0)]
         losses = losses * weights
     if label_smoothing:
         factors = torch.ones(vocab, dtype=dtype, device=call.weight.device) if class_weights is None else class_weights
@@ -350,17 +363,18 @@ def _cross_entropy(
         total = _products(call, column.unsqueeze(0)).squeeze(-1)
         if call.bias is not None:
             total = total + (factors * call.bias.to(dtype)).sum()
-        smooth = (factors.sum() * out.logsumexp - total).masked_fill(~counts, 0) / vocab
+        smooth = (factors.sum() * out.logsumexp - total).masked_fill(~active, 0) / vocab
         losses = (1 - label_smoothing) * losses + label_smoothing * smooth
     return losses, weights
 
 
-def _selected_logprobs(call: Request, logsumexp: Tensor, ids: Tensor) -> Tensor:  # [..., K]
+def _selected_logprobs(call: Request, logsumexp: Tensor, ids: Tensor) -> Tensor:  # [K] -> [..., K]
+    """Return the log-probs of ``ids`` on each row, 0 where the row is not active."""
     if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or ids.dim() != 1:
         given = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise TypeError(f"selected_token_ids: {given} given, accepted is torch.int64 of shape [K]")
     outside = (ids < 0) | (ids >= len(call.weight))
-    # In a graph and on a device index_select refuses them.
+    # In a graph and on a device index_select itself refuses ids that are outside.
     if not torch.compiler.is_compiling() and ids.device.type == "cpu" and outside.any():
         raise ValueError(f"selected_token_ids: {ids[outside][0].item()} given, accepted are ids in [0, {len(call.weight)})")
     temperature = call.temperature.unsqueeze(-1) if isinstance(call.temperature, Tensor) else call.temperature
@@ -369,13 +383,14 @@ def _selected_logprobs(call: Request, logsumexp: Tensor, ids: Tensor) -> Tensor:
 
 
 def _products(call: Request, columns: Tensor) -> Tensor:  # [K, D] -> [..., K]
-    """In the dtype of ``columns``, that of the statistics; a row that does not count may hold anything."""
+    """Return ``h · columns`` for each row, in the dtype of ``columns``; a row that is not active gives 0, whatever it holds."""
     hidden = call.hidden.masked_fill(~call.active().unsqueeze(-1), 0).to(columns.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
         return hidden @ columns.T
 
 
 def _reduced(values: Tensor, count: Tensor, reduction: str) -> Tensor:
+    """Return ``values``, their sum, or their mean over ``count``."""
     if reduction == "none":
         return values
     return values.sum() if reduction == "sum" else values.sum() / count

@@ -1,4 +1,4 @@
-"""The fused head in any model of Hugging Face transformers, under LoRA, FSDP2, DDP and DeepSpeed too."""
+"""The fused head in any model of Hugging Face transformers, also under LoRA, FSDP2, DDP and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -6,41 +6,46 @@ import copy
 import functools
 import logging
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from bupo_kernels.integrations.readout import Unmeasured, measure_readout
-from bupo_kernels.modules import FusedLMHead, change_class, check_forward
+from bupo_kernels.modules import QUESTIONS, FusedLMHead, change_class, check_forward
+
+if TYPE_CHECKING:
+    from peft.tuners.lora import Linear as LoRALinear
+    from transformers import PreTrainedModel
+else:
+    LoRALinear = object  # peft need not be installed
 
 log = logging.getLogger("bupo_kernels")
 
-STATISTICS = ("targets", "advantages", "reference", "outputs")  # what makes a call of the head ask for more than logits
-
 
 def apply_fused_head(model: nn.Module) -> nn.Module:
-    """Turns the output embedding of ``model`` into a :class:`FusedLMHead`, in place, and returns ``model``.
+    """Turn the output embedding of ``model`` into a :class:`FusedLMHead`, in place, and return ``model``.
 
     ``model.get_output_embeddings()(hidden, targets, ...)`` then answers as :meth:`FusedLMHead.forward` does, and logits, generation
     and saving are what they were: only classes change, so parameters, state-dict keys, ties and hooks stay. ``hidden`` is what the
-    model hands its head: its last hidden state. To be called before or after ``fully_shard`` (also transformers' own,
-    ``DistributedConfig(fsdp_size=...)``), before DDP and DeepSpeed wrap the model. The head is to be called within the forward of
-    what they wrap: they gather and reduce its weight there.
+    model hands its head: its last hidden state. Call this before or after ``fully_shard`` (also transformers' own,
+    ``DistributedConfig(fsdp_size=...)``), and before DDP and DeepSpeed wrap the model. Call the head within the forward of what
+    they wrap: they gather and reduce its weight there.
 
-    Before it or after it, in any order: a ``device_map``, casts, copies, pickling, ``torch.compile``, resized token embeddings. It
-    is to be called again after an adapter was put on the head (statistics raise until then), and on a model that was loaded again.
+    A ``device_map``, casts, copies, pickling, ``torch.compile`` and resized token embeddings may come before it or after it, in any
+    order. Call it again after an adapter was put on the head (statistics raise until then), and on a model that was loaded again.
 
-    Adapters that peft has put on the head before (LoRA, ``modules_to_save``): statistics are those of the adapted logits, whatever
-    is active, merged or disabled at the time of the call. An active LoRA costs a copy of the weight, r columns wider, and a
-    gradient of that size, also where the weight is frozen.
+    With adapters that peft has put on the head before (LoRA, ``modules_to_save``), statistics are those of the adapted logits,
+    whatever is active, merged or disabled at the time of the call. An active LoRA costs a copy of the weight, r columns wider, and
+    a gradient of that size, also where the weight is frozen.
 
-    Of a model that scales or caps its logits after its head (Gemma, Cohere, Granite) statistics are those of *its* logits: what it
-    does is measured on its own forward, with stand-ins for its layers and its head, so that no weight is read, nothing gathered and
-    nothing random drawn. ``logit_scale`` or ``softcap`` in a call stands in the place of what was measured. A forward that does not
-    run that way is told of in a warning, and what it does is left to the caller.
+    Where a model scales or caps its logits after its head (Gemma, Cohere, Granite), statistics are those of *its* logits: the scale
+    and the cap are measured on the model's own forward, with stand-ins for its layers and its head, so that no weight is read,
+    nothing gathered and nothing random drawn. ``logit_scale`` or ``softcap`` in a call replaces the measured one. Where the forward
+    does not run that way, a warning says so, and scale and cap are left to the caller.
 
     Raises:
         ImportError: a release of transformers other than 5.
@@ -50,7 +55,7 @@ def apply_fused_head(model: nn.Module) -> nn.Module:
             whose ``forward`` was replaced by one that calls what it was before; and, with what was measured, models that do more to
             their logits than scale and cap them (Chameleon masks ids), or scale the hidden state before the head (T5, MiniCPM).
     """
-    modules, head = _modules(model), _head(model)
+    modules, head = _checked_modules(model), _head(model)
     options = _readout(model, head, modules)
     changed = [f"{kind} -> {type(module).__name__}" for module, kind in _fuse(modules)]
     for module in modules:
@@ -68,7 +73,7 @@ def apply_fused_head(model: nn.Module) -> nn.Module:
 
 
 def remove_fused_head(model: nn.Module) -> nn.Module:
-    """Undoes :func:`apply_fused_head`, in place, and returns ``model``; one without a fused head stays as it is."""
+    """Undo :func:`apply_fused_head`, in place, and return ``model``; one without a fused head stays as it is."""
     modules = _parts(_head(model))
     if any(map(is_parametrized, modules)):
         raise TypeError("model: its head is parametrized, accepted is one without; remove its parametrizations first")
@@ -83,11 +88,11 @@ def remove_fused_head(model: nn.Module) -> nn.Module:
 
 
 class _SetFusedHead:
-    """``set_output_embeddings`` of a model with a fused head, on the instance: the new one, of :meth:`resize_token_embeddings` for
-    one, is fused too. It does not keep the model alive, and is copied and pickled with it."""
+    """The ``set_output_embeddings`` of a model with a fused head, held by the instance: it fuses the new head too, for example that
+    of :meth:`resize_token_embeddings`. It does not keep the model alive, and is copied and pickled with it."""
 
-    def __init__(self, model: nn.Module):
-        self.model = weakref.ref(model)
+    def __init__(self, model: PreTrainedModel):
+        self.model: Callable[[], PreTrainedModel] = weakref.ref(model)
 
     def __call__(self, new_embeddings: nn.Module | None) -> None:
         model = self.model()
@@ -100,17 +105,18 @@ class _SetFusedHead:
     def __deepcopy__(self, memo: dict) -> _SetFusedHead:
         return _SetFusedHead(copy.deepcopy(self.model(), memo))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return _SetFusedHead, (self.model(),)
 
 
-class _FusedLoRA:
-    """Before the class of a LoRA ``Linear`` of peft, whose ``base_layer`` is a :class:`FusedLMHead`: statistics of its logits."""
+class _FusedLoRA(LoRALinear):
+    """A base put before the class of a LoRA ``Linear`` of peft, whose ``base_layer`` is a :class:`FusedLMHead`: it answers with
+    statistics of the adapted logits."""
 
     takes_statistics = True  # from its base layer, where other adapters take logits
 
-    def forward(self, hidden: Tensor, *arguments, **options):
-        if not arguments and not any(name in options for name in STATISTICS):
+    def forward(self, hidden: Tensor, *arguments: Tensor | None, **options: Any) -> Any:
+        if not arguments and not any(name in options for name in QUESTIONS):
             return super().forward(hidden, **options)
         active = [] if self.disable_adapters or self.merged else [name for name in self.active_adapters if name in self.lora_A]
         if not active:  # peft's own unmerges what is disabled
@@ -131,14 +137,15 @@ class _FusedLoRA:
             self.base_layer, {"weight": torch.cat(weights, 1)}, (self._extended(hidden, active), *arguments), options
         )
 
-    def __reduce_ex__(self, protocol):
+    def __reduce_ex__(self, protocol: Any) -> Any:
         kind = type(self)
         if _plain(kind) is not kind:  # sharded: whether that can be pickled is for FSDP2 to say
             return super().__reduce_ex__(protocol)
-        # Its class is made at run time: what is pickled is how to make it.
+        # Its class is made at run time, so the function that makes it is pickled instead.
         return _new_fused_lora, (kind.__bases__[1],), super().__reduce_ex__(2)[2]
 
     def _extended(self, hidden: Tensor, active: Sequence[str]) -> Tensor:  # [..., D] -> [..., D + r]
+        """Return ``hidden`` with the scaled products of each active adapter's A beside it."""
         parts = [hidden]
         for name in active:
             inner = self.lora_A[name](self.lora_dropout[name](hidden.to(self.lora_A[name].weight.dtype)))
@@ -146,8 +153,8 @@ class _FusedLoRA:
         return torch.cat(parts, -1)
 
 
-def _modules(model: nn.Module) -> list[nn.Module]:
-    """What has to change its class, checked."""
+def _checked_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """Return the modules of the head whose classes change. Raise where the head cannot be fused."""
     if (release := version("transformers")).split(".")[0] != "5":
         raise ImportError(f"transformers {release} is installed, accepted is 5 (pip install 'transformers>=5,<6')")
     modules = _parts(_head(model))
@@ -158,14 +165,15 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _check_parts(modules: list[nn.Module]) -> None:
+    """Raise unless each module of a head is a linear or a LoRA that can be fused."""
     for module in modules:
         _check_lora(module) if _is_lora(module) else _check_linear(module)
         if not isinstance(module, (FusedLMHead, _FusedLoRA)):
             check_forward("model", module)
 
 
-def _readout(model: nn.Module, head: nn.Module, modules: list[nn.Module]) -> dict[str, float]:
-    """What ``model`` does with the logits of ``head``, as options of the ops."""
+def _readout(model: PreTrainedModel, head: nn.Module, modules: list[nn.Module]) -> dict[str, float]:
+    """Return the scale and softcap that ``model`` applies to the logits of ``head``, as options of the ops."""
     linear = next(module for module in modules if isinstance(module, nn.Linear))
     try:
         readout = measure_readout(_base(model), head, linear)
@@ -189,13 +197,14 @@ def _readout(model: nn.Module, head: nn.Module, modules: list[nn.Module]) -> dic
     return readout.options
 
 
-def _base(model: nn.Module) -> nn.Module:
-    """Without what peft and ``torch.compile`` put around it."""
+def _base(model: PreTrainedModel) -> PreTrainedModel:
+    """Return ``model`` without the wrappers of peft and ``torch.compile``."""
     model = getattr(model, "_orig_mod", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _fuse(modules: list[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
+    """Change the class of each module that is not fused yet, and yield it with the name of its old class."""
     for module in modules:
         kind = type(module)
         if not issubclass(kind, (FusedLMHead, _FusedLoRA)):
@@ -203,7 +212,8 @@ def _fuse(modules: list[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
             yield module, kind.__name__
 
 
-def _head(model: nn.Module) -> nn.Module:
+def _head(model: PreTrainedModel) -> nn.Module:
+    """Return the output embedding of ``model``. Raise where it is no model of transformers or has none."""
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "config"):
         raise TypeError(f"model: {type(model).__name__} given, accepted is a model of transformers, before others wrap it")
     head = model.get_output_embeddings()
@@ -212,8 +222,8 @@ def _head(model: nn.Module) -> nn.Module:
     return head
 
 
-def _parts(head: nn.Module) -> list[nn.Module]:
-    """The linears of an output embedding and the LoRA layers around them."""
+def _parts(head: LoRALinear) -> list[nn.Module]:
+    """Return the linears of an output embedding, which may be wrapped, and the LoRA layers around them."""
     if hasattr(head, "modules_to_save") and hasattr(head, "original_module"):
         return [part for module in (head.original_module, *head.modules_to_save.values()) for part in _parts(module)]
     if hasattr(head, "_orig_mod"):  # torch.compile
@@ -222,10 +232,12 @@ def _parts(head: nn.Module) -> list[nn.Module]:
 
 
 def _is_lora(module: nn.Module) -> bool:
+    """Tell whether ``module`` is a LoRA layer, whatever its class: peft need not be imported for that."""
     return all(hasattr(module, name) for name in ("base_layer", "lora_A", "lora_B", "lora_dropout", "scaling", "active_adapters"))
 
 
-def _check_lora(layer: nn.Module) -> None:
+def _check_lora(layer: LoRALinear) -> None:
+    """Raise ValueError where ``layer`` adds anything but ``scaling · B A`` to its base layer."""
     beyond = [name for name in ("lora_variant", "use_dora") if any(dict(getattr(layer, name, {})).values())]
     parts = (*layer.lora_A.values(), *layer.lora_B.values())
     beyond += [type(layer).__name__] if not all(isinstance(part, nn.Linear) for part in parts) else []  # AdaLoRA
@@ -239,13 +251,14 @@ def _check_lora(layer: nn.Module) -> None:
 
 
 def _check_linear(linear: nn.Module) -> None:
+    """Raise unless ``linear`` is an ``nn.Linear``, sharded or not, with a weight of floating point."""
     if is_parametrized(linear):
         if isinstance(linear, FusedLMHead):
             return
         raise TypeError(
             "model: its head is parametrized, accepted is one that is fused first; parametrize it after apply_fused_head"
         )
-    if _plain(type(linear)) not in (nn.Linear, FusedLMHead):
+    if not isinstance(linear, nn.Linear) or _plain(type(linear)) not in (nn.Linear, FusedLMHead):
         remedy = "leave it out of target_modules" if hasattr(linear, "base_layer") else "do not quantise or replace it"
         kind = type(linear)
         name = f"{kind.__module__}.Linear" if kind.__name__ == "Linear" else kind.__name__  # peft has several
@@ -264,17 +277,17 @@ def _check_linear(linear: nn.Module) -> None:
 
 
 def _plain(kind: type) -> type:
-    """``kind`` without what FSDP2 puts before the class of a unit."""
+    """Return ``kind`` without the mixin that FSDP2 puts before the class of a unit."""
     return kind.__bases__[1] if kind.__bases__[0].__name__ == "FSDPModule" else kind
 
 
 def _like(kind: type, plain: type) -> type:
-    """``plain``, and before it what FSDP2 has put before ``kind``."""
-    return plain if _plain(kind) is kind else _fsdp_class(kind.__bases__[0], plain, kind.__deepcopy__)
+    """Return ``plain``, with the mixin of FSDP2 before it where ``kind`` has one."""
+    return plain if _plain(kind) is kind else _fsdp_class(kind.__bases__[0], plain, vars(kind)["__deepcopy__"])
 
 
 @functools.cache
-def _fsdp_class(mixin: type, plain: type, deepcopy) -> type:
+def _fsdp_class(mixin: type, plain: type, deepcopy: Callable) -> type:
     return type(f"FSDP{plain.__name__}", (mixin, plain), {"__deepcopy__": deepcopy})
 
 
@@ -283,5 +296,6 @@ def _fused_lora(kind: type) -> type:
     return type(f"Fused{kind.__name__}", (_FusedLoRA, kind), {})
 
 
-def _new_fused_lora(kind: type) -> nn.Module:
-    return _fused_lora(kind).__new__(_fused_lora(kind))
+def _new_fused_lora(kind: type) -> object:
+    """Return an empty LoRA layer of the fused class of ``kind``, for pickle to fill."""
+    return object.__new__(_fused_lora(kind))

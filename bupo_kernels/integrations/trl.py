@@ -1,24 +1,25 @@
-"""TRL: its trainers on this library's head, and BuPO (arXiv 2512.19673) as a trainer of theirs. Tested with TRL 1.16.
+"""This library in TRL: its trainers score tokens with it, and BuPO (arXiv 2512.19673) is one of them. Tested with TRL 1.16.
 
 :func:`patch_trl` before a trainer runs is all it takes; it reaches every trainer that scores tokens through TRL's fused head, which
 are GRPO, RLOO, KTO, DPO, SFT and the experimental asynchronous GRPO. It does not reach the distillation of one model into another
 (``DistillationTrainer`` and the experimental asynchronous one), which compares two heads. :class:`BuPOTrainer` works with and
 without it.
 
-Not the release of TRL decides but what is replaced: a release where it is not there, takes other arguments or gives other values is
-refused by name.
+Any release of TRL is accepted whose functions, of those that are replaced, are there, take the same arguments and give the same
+values; another is refused, and the function named.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from bupo_kernels.dispatch import log, log_once
@@ -48,7 +49,7 @@ _originals: list[tuple[object, str, object]] = []  # owner, name, what was there
 
 
 def patch_trl() -> None:
-    """Makes TRL's trainers, also those that exist already, use this library's head; once is enough, :func:`unpatch_trl` undoes it.
+    """Let TRL's trainers, also those that exist already, use this library's head. Once is enough, :func:`unpatch_trl` undoes it.
 
     Log-probs and entropy come from :func:`bupo_kernels.linear_logprobs`: fp32 statistics taken from fp32 products, positions
     without a label never reach the head on any device, and a head that FSDP2 shards as a unit of its own (a ``DTensor``) gets the
@@ -61,15 +62,15 @@ def patch_trl() -> None:
     TRL's own function still runs, which a warning says once, where DeepSpeed ZeRO-3 shards the head, where ``mean_logits`` are
     asked for under a softcap (DPO and KTO of Gemma 2), and in ``DistillationTrainer``.
 
-    Raises ``ImportError`` where TRL's head does not work as those that this was written for.
+    Raises ``ImportError`` where TRL's head does not work as that of the tested release.
     """
     if _originals:
         return
     _check_head()
     replacements = {
         "_ChunkedLogProbFunction": SimpleNamespace(apply=_per_token),
-        "_use_triton": lambda device: True,  # which there says: leave out positions without a label
-        "DTensor": (),  # nothing is an instance: the shards arrive here, instead of a copy whose gradient is never reduced
+        "_use_triton": lambda device: True,  # where this is so, TRL leaves out positions without a label
+        "DTensor": (),  # of which nothing is an instance: shards arrive here, not a copy whose gradient is never reduced
     }
     replaced = [(utils, name, replacement) for name, replacement in replacements.items()]
     if (divergence := _divergence()) is not None:
@@ -84,18 +85,18 @@ def patch_trl() -> None:
 
 
 def unpatch_trl() -> None:
-    """Gives TRL back what :func:`patch_trl` replaced; without it nothing happens."""
+    """Undo :func:`patch_trl`; without one nothing happens."""
     while _originals:
         owner, name, original = _originals.pop()
         delattr(owner, name) if original is None else setattr(owner, name, original)
 
 
 def _check_head() -> None:
-    """Raises ImportError unless TRL's fused head looks up what :func:`patch_trl` replaces, and gives the values it would give."""
+    """Raise ImportError unless TRL's fused head looks up the names that :func:`patch_trl` replaces, and gives the same values."""
     require(TRL, "trl.trainer.utils.add_fused_lm_head", utils, ("model",))
     require(TRL, "trl.trainer.utils._use_triton", utils, ("device",))
     codes, names = [utils.add_fused_lm_head.__code__], set()
-    while codes:  # that of the forward it makes is a constant of it
+    while codes:  # the code of the forward that it makes is one of its constants
         code = codes.pop()
         names |= set(code.co_names)
         codes += [constant for constant in code.co_consts if inspect.iscode(constant)]
@@ -107,8 +108,8 @@ def _check_head() -> None:
         require_values(TRL, "_ChunkedLogProbFunction", OUTPUTS, _TRLS_OWN.apply, _per_token, *given)
 
 
-def _divergence() -> type | None:
-    """The function of ``DistillationTrainer`` in the place of the fused head, if there is one."""
+def _divergence() -> type[torch.autograd.Function] | None:
+    """Return the function that ``DistillationTrainer`` has in place of the fused head, or None where there is none."""
     try:
         from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
     except ImportError:
@@ -117,7 +118,9 @@ def _divergence() -> type | None:
 
 
 def _told_of(apply: Callable) -> staticmethod:
-    def told(*arguments):
+    """Return ``apply`` with a warning before its first call."""
+
+    def told(*arguments: Any) -> Any:
         log_once("patch_trl: TRL's own head runs for DistillationTrainer, whose divergence is between two heads")
         return apply(*arguments)
 
@@ -135,8 +138,8 @@ def _per_token(
     logit_scale: float,
     outputs: tuple[str, ...],
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """As TRL's ``ChunkedLogProbFunction.apply``: log-probs, entropy, log Σp², mean logit, is top 1, ``[N]`` each, None where not in
-    ``outputs``; a gradient for the first two."""
+    """Return what TRL's ``ChunkedLogProbFunction.apply`` does: log-probs, entropy, log Σp², mean logit and whether the label is top
+    1, ``[N]`` each, None where not in ``outputs``; the first two have a gradient."""
     if reason := _left_to_trl(weight, softcap, outputs):
         log_once(f"patch_trl: TRL's own head runs for {reason}")
         weight, bias = gathered("weight", weight, hidden), gathered("bias", bias, hidden)
@@ -151,24 +154,25 @@ def _per_token(
         softcap=softcap,
         return_entropy="entropy" in outputs,
     )
-    logprobs, entropy, _, (_, log_s, *_), *_ = call.statistics()  # log Σe^(z−m), with m the largest logit
+    found = call.statistics()
     log_sum_sq_probs = mean_logits = is_top1 = None
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         if "log_sum_sq_probs" in outputs:
             squared = replace(call, temperature=temperature / 2, return_entropy=False)  # e^(2z)
-            log_sum_sq_probs = squared.statistics()[4] - 2 * log_s
+            log_sum_sq_probs = squared.statistics().log_s - 2 * found.log_s
         if "mean_logits" in outputs:  # the mean of a product is the product with the mean
-            dtype = logprobs.dtype
+            dtype = found.logprobs.dtype
             mean_logits = call.hidden.to(dtype) @ call.weight.mean(0, dtype=dtype)
             if call.bias is not None:
                 mean_logits += call.bias.mean(dtype=dtype)
             mean_logits *= logit_scale / temperature
         if "is_top1" in outputs:
-            is_top1 = logprobs >= -log_s  # z_y = m
-    return logprobs, entropy if call.return_entropy else None, log_sum_sq_probs, mean_logits, is_top1
+            is_top1 = found.logprobs >= -found.log_s  # z_y = m
+    return found.logprobs, found.entropy, log_sum_sq_probs, mean_logits, is_top1
 
 
 def _left_to_trl(weight: Tensor, softcap: float | None, outputs: tuple[str, ...]) -> str | None:
+    """Return the case that is left to TRL's own function, or None."""
     if hasattr(weight, "ds_id"):
         return "a head sharded by DeepSpeed ZeRO-3, which is gone by the backward unless gathered again, as TRL's does"
     if softcap is not None and "mean_logits" in outputs:
@@ -178,7 +182,7 @@ def _left_to_trl(weight: Tensor, softcap: float | None, outputs: tuple[str, ...]
 
 @dataclass(kw_only=True)
 class BuPOConfig(GRPOConfig):
-    """:class:`trl.GRPOConfig` and the internal policy of the first steps; all by name."""
+    """A :class:`trl.GRPOConfig` with the internal policy of the first steps; every field is given by name."""
 
     layer: int = field(metadata={"help": "Layer whose policy is optimised first, from 1 to the number of layers."})
     internal_steps: int = field(
@@ -196,11 +200,11 @@ class BuPOConfig(GRPOConfig):
 
 
 class BuPOTrainer(GRPOTrainer):
-    """:class:`trl.GRPOTrainer` that optimises an internal policy in its first ``internal_steps`` optimizer steps.
+    """A :class:`trl.GRPOTrainer` that optimises an internal policy in its first ``internal_steps`` optimizer steps.
 
-    Whatever a generation is scored with (old, new and, with ``beta``, reference log-probs; entropy) is of the policy that
-    :class:`BuPOConfig` names if it began before the optimizer step ``internal_steps``, and of the model's own if not. Samples are
-    always drawn from the model's own policy, and evaluation is of that too. The metric ``internal`` is 1.0 in the first phase.
+    A generation that began before the optimizer step ``internal_steps`` is scored (old, new and, with ``beta``, reference
+    log-probs; entropy) by the policy that :class:`BuPOConfig` names, any later one by the model's own. Samples are always drawn
+    from the model's own policy, and evaluation is of that too. The metric ``internal`` is 1.0 in the first phase.
 
     Layers above ``layer``, and the final norm where it is not applied, get no gradient in the first phase and stay as they are. The
     phase follows from ``state.global_step``, so that a run resumes on either side of the switch: an optimizer makes the state that
@@ -210,8 +214,8 @@ class BuPOTrainer(GRPOTrainer):
     Raises:
         TypeError: ``args`` is no :class:`BuPOConfig`.
         ValueError: naming the argument: ``layer``, ``module`` or the type of the model, as
-            :func:`bupo_kernels.internal_policy`; a PEFT model; ``internal_steps`` that end within a generation; what compares with
-            the log-probs of the sampler, which are of another policy (``vllm_importance_sampling_correction``,
+            :func:`bupo_kernels.internal_policy`; a PEFT model; ``internal_steps`` that end within a generation; settings that
+            compare with the log-probs of the sampler, which are of another policy (``vllm_importance_sampling_correction``,
             ``off_policy_mask_threshold``); DDP that does not look for parameters without gradient.
     """
 
@@ -222,13 +226,15 @@ class BuPOTrainer(GRPOTrainer):
         "id": "2512.19673",
     }
 
-    def __init__(self, model, reward_funcs=None, args: BuPOConfig | None = None, *arguments, **options):
-        _check(args)
+    def __init__(
+        self, model: Any, reward_funcs: Any = None, args: BuPOConfig | None = None, *arguments: Any, **options: Any
+    ) -> None:
+        args = _checked(args)
         self._internal = False
         super().__init__(model, reward_funcs, args, *arguments, **options)
         if is_peft_model(self.model):
             raise ValueError("model: with a PEFT adapter, accepted are models without")
-        # Entering it checks the layer, the module and the model.
+        # Entering the context checks the layer, the module and the model.
         with self._policy(self.model):
             pass
         finds_unused = args.ddp_find_unused_parameters
@@ -241,24 +247,25 @@ class BuPOTrainer(GRPOTrainer):
                 f"{args.gradient_checkpointing}, accepted is True: layers above the internal policy's get no gradient"
             )
 
-    def _policy(self, model):
+    def _policy(self, model: Any) -> AbstractContextManager[nn.Module]:
         args = self.args
         return internal_policy(self.accelerator.unwrap_model(model), args.layer, args.module, args.final_norm)
 
-    def _generate_and_score_completions(self, inputs):
+    def _generate_and_score_completions(self, inputs: Any) -> Any:
         if self.model.training:
             self._internal = self.state.global_step < self.args.internal_steps
             self._metrics["train"]["internal"].append(float(self._internal))
         return super()._generate_and_score_completions(inputs)
 
-    def _get_per_token_logps_and_entropies(self, model, *arguments, **options):
+    def _get_per_token_logps_and_entropies(self, model: Any, *arguments: Any, **options: Any) -> Any:
         if not (self._internal and self.model.training):
             return super()._get_per_token_logps_and_entropies(model, *arguments, **options)
         with self._policy(model):
             return super()._get_per_token_logps_and_entropies(model, *arguments, **options)
 
 
-def _check(args: BuPOConfig) -> None:
+def _checked(args: object) -> BuPOConfig:
+    """Return ``args``. Raise where it is no :class:`BuPOConfig`, or one whose settings do not go together."""
     if not isinstance(args, BuPOConfig):
         raise TypeError(f"args: {type(args).__name__} given, accepted is a BuPOConfig")
     if args.internal_steps < 0:
@@ -270,9 +277,10 @@ def _check(args: BuPOConfig) -> None:
             f"{accumulated} one lasts {generation / accumulated:g} optimizer steps (steps_per_generation * num_iterations / "
             "gradient_accumulation_steps)"
         )
-    # Both compare with the log-probs of the sampler, which are of the model's own policy.
+    # The next two settings compare with the log-probs of the sampler, which are of the model's own policy.
     if args.use_vllm and args.vllm_importance_sampling_correction:
         raise ValueError("vllm_importance_sampling_correction: True given, accepted is False with an internal policy")
     if args.off_policy_mask_threshold is not None:
         given = args.off_policy_mask_threshold
         raise ValueError(f"off_policy_mask_threshold: {given} given, accepted is None with an internal policy")
+    return args

@@ -1,4 +1,4 @@
-"""verl: its fused head runs this library, and BuPO is an engine that a verl configuration chooses. Tested with verl 0.9.1.
+"""This library in verl: the fused head runs it, and BuPO is an engine that a configuration chooses. Tested with verl 0.9.1.
 
 **The head.** Importing this module calls :func:`patch_verl`. As the entry point ``verl.plugins`` of this package it is imported by
 verl in every process, so that ``actor_rollout_ref.model.use_fused_kernels: True``, with any ``impl_backend``, is all there is to
@@ -16,15 +16,18 @@ gathered for the whole forward and backward, as tied heads are.
           layer: 6
           internal_steps: 30
 
-For the first ``internal_steps`` trainer steps the old log-probs and the update are those of the policy of ``layer``; then those of
-the whole model, which generates all along. See ``examples/verl_bupo.yaml``.
+For the first ``internal_steps`` trainer steps the old log-probs and the update are those of the policy of ``layer``; after them
+those of the whole model, which generates all along. See ``examples/verl_bupo.yaml``.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -42,10 +45,10 @@ _originals: list[tuple[object, str, object]] = []  # owner, name, what was there
 
 
 def patch_verl() -> None:
-    """verl's fused heads run :func:`bupo_kernels.linear_logprobs`; a second call changes nothing.
+    """Let verl's fused heads run :func:`bupo_kernels.linear_logprobs`; a second call changes nothing.
 
-    Raises ``ImportError`` where verl's heads are not there, take other arguments or give other values than those that this was
-    written for, whatever the release.
+    Raises ``ImportError`` where verl's heads are missing, take other arguments or give other values than those of the tested
+    release, whatever the release.
     """
     if _originals:
         return
@@ -65,7 +68,7 @@ def patch_verl() -> None:
     given = (hidden[None], weight, targets[None], 0.7)
     require_values(own, "FusedLinearForPPO", ("log_probs", "entropy"), FusedLinearForPPO(), _linear_cross_entropy, *given)
 
-    # verl looks all three up when it calls them, but for Megatron's models, which import the second once.
+    # verl looks up all three when it calls them, except that Megatron's models import the second once.
     replaced = (
         (FusedLinearForPPO, "forward", _fused_linear_for_ppo),
         (linear_cross_entropy, "linear_cross_entropy", _linear_cross_entropy),
@@ -79,18 +82,19 @@ def patch_verl() -> None:
 
 
 def unpatch_verl() -> None:
-    """Takes back what :func:`patch_verl` replaced and the engine that a :class:`BuPOEngineConfig` registered."""
+    """Undo :func:`patch_verl`, and take back the engine that a :class:`BuPOEngineConfig` registered."""
     while _originals:
         setattr(*_originals.pop())
-    if "BuPOEngine" in globals():
+    if (registered := globals().get("BuPOEngine")) is not None:
         from verl.workers.engine import EngineRegistry
 
         for engines in EngineRegistry._engines["language_model"].values():
-            for key in [key for key, engine in engines.items() if engine is BuPOEngine]:
+            for key in [key for key, engine in engines.items() if engine is registered]:
                 del engines[key]
 
 
 def _release() -> str:
+    """Return the name and release of the peer, as messages begin with it."""
     return f"verl {verl.__version__} (tested is 0.9.1)"
 
 
@@ -102,35 +106,38 @@ def _linear_cross_entropy(
     reduction: str = "none",
     dist_process_group=None,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and entropies, each ``[...]`` fp32, in the place of the function of this name in ``verl.utils.kernel``.
+    """Return log-probs and entropies, each ``[...]`` fp32, in place of the function of this name in ``verl.utils.kernel``.
 
-    A process group means a weight of which each rank holds some rows (Megatron): such calls, and those with a reduction, stay
-    verl's own.
+    A process group means a weight of which each rank holds some rows (Megatron): verl's own function still takes such calls, and
+    those with a reduction.
     """
     if dist_process_group is not None or reduction != "none":
         from verl.utils.kernel.linear_cross_entropy import LinearCrossEntropy
 
         return LinearCrossEntropy.apply(hidden, weight, labels, temperature, reduction, dist_process_group)
     out = linear_logprobs(hidden, weight, labels.long(), temperature=temperature)
+    assert out.entropy is not None
     return out.logprobs, out.entropy
 
 
-def _fused_linear_for_ppo(self, hidden_states, vocab_weights, input_ids, temperature=1.0) -> tuple[Tensor, Tensor]:
-    """The same, in the place of ``FusedLinearForPPO.forward``."""
+def _fused_linear_for_ppo(
+    self: nn.Module, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return the same in place of ``FusedLinearForPPO.forward``."""
     return _linear_cross_entropy(hidden_states, vocab_weights, input_ids, temperature)
 
 
-def _fsdp2_units(verls, model: nn.Module, layer_classes) -> list[nn.Module]:
-    """What verl makes FSDP2 units of, without the head where a fused forward reads its weight."""
-    units = verls(model, layer_classes)
+def _fsdp2_units(verls_own: Callable[..., list[nn.Module]], model: nn.Module, layer_classes: object) -> list[nn.Module]:
+    """Return the modules that verl makes FSDP2 units, without the head where a fused forward reads its weight."""
+    units = verls_own(model, layer_classes)
     if getattr(model, "_verl_fused_kernels_backend", None) is None:
         return units
     heads = [module for name, module in model.named_modules() if name.rpartition(".")[2] == "lm_head"]  # as verl finds them
     return [unit for unit in units if unit not in heads]
 
 
-def __getattr__(name: str):
-    # Their bases import verl's engines, which processes that load the plugin but train nothing should not wait for.
+def __getattr__(name: str) -> Any:
+    # The bases of these two import verl's engines, which processes that load the plugin but train nothing should not wait for.
     if name not in ("BuPOEngine", "BuPOEngineConfig"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     _define_engine()
@@ -138,6 +145,7 @@ def __getattr__(name: str):
 
 
 def _define_engine() -> None:
+    """Define :class:`BuPOEngine` and :class:`BuPOEngineConfig` in this module."""
     global BuPOEngine, BuPOEngineConfig
     from verl.utils.device import get_device_name, get_vendor
     from verl.workers.config import FSDPEngineConfig
@@ -150,14 +158,14 @@ def _define_engine() -> None:
 
     @dataclass
     class BuPOEngineConfig(FSDPEngineConfig):
-        """verl's ``fsdp_config`` of an actor, and the policy that it optimises first.
+        """The ``fsdp_config`` of an actor in verl, with the policy that it optimises first.
 
         Args:
-            layer: 1-based, as in :func:`bupo_kernels.internal_policy`; so are ``module`` and ``final_norm``.
-            internal_steps: of the trainer (each one ``update_actor``, whatever its mini-batches) that optimise that policy. They
-                are counted by the learning-rate scheduler, which verl's checkpoints carry: a resumed run continues its phase.
+            layer: 1-based, as in :func:`bupo_kernels.internal_policy`, which also takes ``module`` and ``final_norm``.
+            internal_steps: how many trainer steps (each one ``update_actor``, whatever its mini-batches) optimise that policy. The
+                learning-rate scheduler counts them, and verl's checkpoints carry it: a resumed run continues its phase.
 
-        Raises ``ValueError`` naming the setting, what was given and what is accepted; also for those of verl that do not go
+        Raises ``ValueError`` naming the setting, what was given and what is accepted, also for settings of verl that do not go
         together with a model that is run in part.
         """
 
@@ -167,36 +175,39 @@ def _define_engine() -> None:
         final_norm: bool = False
         use_no_sync_for_gradient_accumulation: bool = False  # as in verl's YAML
 
-        def __post_init__(self):
+        def __post_init__(self) -> None:
             super().__post_init__()
             for name, value in (("layer", self.layer), ("internal_steps", self.internal_steps)):
                 if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                     raise ValueError(f"{name}: {value!r} given, accepted are integers from 1")
             if self.module not in MODULES:
                 raise ValueError(f"module: {self.module!r} given, accepted are {', '.join(map(repr, MODULES))}")
-            # A reference; a gather of the layer after the last; and torch 2.13 looking, in the backwards of bf16 micro-batches that
-            # are not reduced, for the gathered parameters of layers that have never run.
+            # The first makes a reference of the engine. The second gathers the layer after the last that runs. With the third
+            # torch 2.13 looks, in backwards of bf16 micro-batches that are not reduced, for the gathered parameters of layers that
+            # have never run.
             for name in ("forward_only", "forward_prefetch", "use_no_sync_for_gradient_accumulation"):
                 if getattr(self, name):
                     raise ValueError(f"{name}: True given, accepted is False in the configuration of a BuPO actor")
-            # verl looks for an engine of this very device and vendor before those of its own.
+            # verl looks for an engine of this device and vendor before its own.
             device = os.getenv("VERL_ENGINE_DEVICE") or get_device_name()
             vendor = os.getenv("VERL_ENGINE_VENDOR") or get_vendor()
             if EngineRegistry._engines["language_model"]["fsdp2"].get((device, vendor)) is not BuPOEngine:
                 EngineRegistry.register("language_model", list(backends), device, vendor)(BuPOEngine)
 
     class BuPOEngine(FSDPEngineWithLMHead):
-        """verl's FSDP2 engine, whose model is an internal policy of itself for the first trainer steps.
+        """The FSDP2 engine of verl, whose model is an internal policy of itself for the first trainer steps.
 
-        Made with another configuration than :class:`BuPOEngineConfig` (the reference in the process of an actor) it is verl's own.
+        With another configuration than :class:`BuPOEngineConfig` (the reference in the process of an actor), this makes verl's own.
         """
 
-        def __new__(cls, model_config, engine_config, *arguments, **named):
+        _old_logprobs_step: int | None = None  # the step whose old log-probs this engine has computed
+
+        def __new__(cls, model_config: Any, engine_config: Any, *arguments: Any, **named: Any) -> Any:
             if isinstance(engine_config, BuPOEngineConfig):
                 return super().__new__(cls)
             return backends[engine_config.strategy](model_config, engine_config, *arguments, **named)
 
-        def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
+        def __init__(self, model_config: Any, engine_config: Any, optimizer_config: Any, checkpoint_config: Any):
             for name, value, accepted in (
                 ("strategy", engine_config.strategy, "fsdp2"),
                 ("lora_rank", model_config.lora_rank, 0),
@@ -208,18 +219,17 @@ def _define_engine() -> None:
                 if "extra" not in checkpoint_config[name]:
                     raise ValueError(f"{name}: {checkpoint_config[name]} given, accepted is with 'extra', where the step is")
             super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
-            self._old_logprobs_step = None
 
-        def initialize(self):
+        def initialize(self) -> None:
             super().initialize()
-            with self._internal_policy():  # refuses now, not at the first step, a model or a layer that is none
+            with self._internal_policy():  # refuses an unknown model or layer now, and not at the first step
                 log.info("verl: BuPO optimises layer %s for %s steps", self.engine_config.layer, self.engine_config.internal_steps)
 
-        def _internal_policy(self):
+        def _internal_policy(self) -> AbstractContextManager[nn.Module]:
             config = self.engine_config
             return internal_policy(self.module, config.layer, config.module, config.final_norm)
 
-        def forward_backward_batch(self, data, loss_function, forward_only=False):
+        def forward_backward_batch(self, data: Any, loss_function: Any, forward_only: bool = False) -> Any:
             step = self.lr_scheduler.last_epoch  # advanced by verl once a trainer step, after its last mini-batch
             if step >= self.engine_config.internal_steps:
                 return super().forward_backward_batch(data, loss_function, forward_only)
@@ -227,12 +237,12 @@ def _define_engine() -> None:
                 self._old_logprobs_step = step
             else:
                 self._check_update(data, step)
-            # Around the backward too: checkpointed activations are computed again there.
+            # The backward is within the context too, since checkpointed activations are computed again there.
             with self._internal_policy():
                 return super().forward_backward_batch(data, loss_function, forward_only)
 
-        def _check_update(self, data, step: int) -> None:
-            """What an update of the internal policy must not be mixed with: log-probs of the whole model."""
+        def _check_update(self, data: Any, step: int) -> None:
+            """Raise ValueError where an update of the internal policy would be mixed with log-probs of the whole model."""
             if self._old_logprobs_step != step:
                 raise ValueError(
                     "old_log_probs: not computed by this engine in this step, accepted is its own internal policy's "
@@ -248,5 +258,5 @@ def _define_engine() -> None:
 
 try:
     patch_verl()
-except (ImportError, AttributeError) as refused:  # verl may have imported this uninvited, and would not say that it failed
+except (ImportError, AttributeError) as refused:  # verl imports this as a plugin, and would not say that it failed
     log.warning("nothing of verl is replaced: %s", refused)

@@ -187,5 +187,5 @@ def _stream(
     from bupo_kernels.backends.triton_.product import Launch
 
     launch = Launch(operands, rows, target_of(rows.device))
-    partials, _ = linear_statistics(launch, count, with_entropy=with_entropy, cache=None if cache.is_empty else cache)
-    merge(partials, None, count, positions, result, with_entropy=with_entropy)
+    partials = linear_statistics(launch, count, with_entropy=with_entropy, cache=None if cache.is_empty else cache)
+    merge(partials, count, positions, result, with_entropy=with_entropy)

@@ -1,7 +1,7 @@
-"""Compiles every default configuration ahead of time, without a GPU, and prints what came of it: ``make kernels``.
+"""Ahead-of-time compilation of every default configuration, without a GPU, and a table of the resources: ``make kernels``.
 
 The launches are the real ones, on small tensors, with a driver that only knows the target and a ``run`` that compiles instead of
-launching: what is compiled is, specialisation for specialisation, what a GPU would be sent. A stack frame means spilled registers.
+launching, so that each specialisation is compiled as a GPU would get it. A stack frame means spilled registers.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
 from unittest import mock
 
 import torch
@@ -22,7 +24,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bupo_kernels.backends.algebra import Coefficients
-from bupo_kernels.backends.base import Operands, Readout
+from bupo_kernels.backends.base import Cache, Operands, Readout
 from bupo_kernels.backends.triton_ import config
 from bupo_kernels.backends.triton_.gradient_cached import gradient_cached
 from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute
@@ -44,6 +46,8 @@ MATRIX_INSTRUCTION = {
 
 @dataclass(frozen=True)
 class Compiled:
+    """A compiled kernel and its resources, a row of the table."""
+
     target: str
     kernel: str
     case: str
@@ -51,7 +55,7 @@ class Compiled:
     registers: int
     spills: int  # bytes of the stack frame (NVIDIA: there is nothing else on it), or registers (AMD)
     shared: int  # bytes
-    instruction: str  # of the tensor cores; "" without
+    instruction: str  # that the tensor cores run; "" without
 
     def __str__(self) -> str:
         row = f"{self.target:<7} {self.kernel:<18} {self.case:<28} {self.config:<30} {self.registers:>4} {self.spills:>6}"
@@ -62,7 +66,7 @@ HEADER = f"{'target':<7} {'kernel':<18} {'case':<28} {'configuration':<30} {'reg
 
 
 class _Driver:
-    """As much of a driver as compiling takes."""
+    """The part of a driver that compiling needs."""
 
     def __init__(self, target: str):
         self.target = target
@@ -71,18 +75,20 @@ class _Driver:
         return TARGETS[self.target]
 
     def get_current_device(self) -> str:
-        return self.target  # what is compiled is kept by device
+        return self.target  # Triton holds compiled kernels by device
 
     def get_current_stream(self, device: str) -> int:
         return 0
 
 
 @contextmanager
-def _compiling(target: str) -> Iterator[list]:
-    """Launches inside are compiled for ``target`` and not run; the list receives what came of them."""
-    launch, compiled = triton.runtime.jit.JITFunction.run, []
+def _compiling(target: str) -> Iterator[list[tuple[str, str, Any]]]:
+    """Compile launches for ``target`` within the context instead of running them. The list receives (kernel, configuration, binary)
+    of each."""
+    launch = triton.runtime.jit.JITFunction.run
+    compiled: list[tuple[str, str, Any]] = []
 
-    def compile_only(kernel, *args, **kwargs):
+    def compile_only(kernel: Any, *args: Any, **kwargs: Any) -> None:
         tile = " x ".join(str(kwargs[block]) for block in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if block in kwargs)
         configuration = f"{tile}, {kwargs['num_warps']} warps" + (
             f", {kwargs['num_stages']} stages" if "num_stages" in kwargs else ""
@@ -104,55 +110,51 @@ def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(*shape, dtype=dtype, device="cpu")
 
 
-def _operands(dtype: torch.dtype, *, width: int = 512, bias=False, per_row=False, softcap=None, shift: int = 0) -> Operands:
+def _operands(dtype: torch.dtype, *, width: int = 512, all_options: bool = False, shift: int = 0) -> Operands:
+    """Return 64 rows and 1024 columns, which start ``shift`` elements into their memory."""
     rows, vocab = 64, 1024
     hidden = _zeros(rows * width + 16, dtype=dtype)[shift : rows * width + shift].view(rows, width)
     weight = _zeros(vocab * width + 16, dtype=dtype)[shift : vocab * width + shift].view(vocab, width)
-    temperature = torch.ones(rows, dtype=torch.float32, device="cpu") if per_row else 0.7
-    return Operands(
-        hidden,
-        weight,
-        _zeros(vocab) if bias else None,
-        _zeros(rows, dtype=torch.int64),
-        Readout(temperature, 1.0, softcap),
-    )
+    bias = _zeros(vocab) if all_options else None
+    temperature = torch.ones(rows, dtype=torch.float32, device="cpu") if all_options else 0.7
+    readout = Readout(temperature, 1.0, 30.0 if all_options else None)
+    return Operands(hidden, weight, bias, _zeros(rows, dtype=torch.int64), readout)
 
 
 def cases(name: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(case, launch) of everything that runs by default."""
+    """Yield (case, launch) of every kernel and configuration that runs by default."""
     gpu = TARGETS[name]
     target = config.Target(gpu.backend, gpu.arch if gpu.backend == "cuda" else 0, processors=132)
-    rows, count, floats = torch.arange(64, dtype=torch.int64, device="cpu"), _zeros(1, dtype=torch.int64) + 64, _zeros(64)
+    rows, active_rows, floats = torch.arange(64, dtype=torch.int64, device="cpu"), _zeros(1, dtype=torch.int64) + 64, _zeros(64)
     coefficients = Coefficients(floats, floats, floats, floats, rows)
-    cache = _zeros(64, 1024, dtype=torch.bfloat16), _zeros(64, 16, dtype=torch.int32)
+    cache = Cache(_zeros(64, 1024, dtype=torch.bfloat16), _zeros(64, 16, dtype=torch.int32))
 
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        all_options = {"bias": True, "per_row": True, "softcap": 30.0}
         kinds = {
             "": _operands(dtype),
-            ", all options": _operands(dtype, **all_options),
+            ", all options": _operands(dtype, all_options=True),
             ", ragged width": _operands(dtype, width=520),
             ", odd strides": _operands(dtype, width=509, shift=1),
-            ", odd, all options": _operands(dtype, width=509, shift=1, **all_options),
+            ", odd, all options": _operands(dtype, width=509, shift=1, all_options=True),
         }
         for kind, operands in kinds.items():
             case, launch = str(dtype).removeprefix("torch.") + kind, Launch(operands, rows, target)
-            yield case, lambda launch=launch: linear_statistics(launch, count, with_entropy=True)
+            statistics = partial(linear_statistics, launch, active_rows, with_entropy=True)
+            yield case, statistics
             if config.why_not_cached(dtype, softcap=operands.readout.softcap is not None) is None:
-                yield f"{case}, E kept", lambda launch=launch: linear_statistics(launch, count, with_entropy=True, cache=cache)
+                yield f"{case}, E stored", partial(statistics, cache=cache)
             dz = _zeros(64, 1024, dtype=dtype)
-            yield case, lambda launch=launch, dz=dz: gradient_recompute(launch, coefficients, dz, slice(0, 1024))
+            yield case, partial(gradient_recompute, launch, coefficients, dz, slice(0, 1024))
 
-    launch = Launch(_operands(torch.bfloat16), rows, target)
-    yield "bfloat16, arg max", lambda: linear_statistics(launch, count, with_entropy=True, with_argmax=True)
-    partials, best, merged = _zeros(4, 4, 64), _zeros(4, 64, dtype=torch.int64), _zeros(4, 64)
-    yield "with arg max", lambda: merge(partials, best, count, rows, merged, rows, with_entropy=True)
+    partials, merged = _zeros(4, 4, 64), _zeros(4, 64)
+    yield "float32", partial(merge, partials, active_rows, rows, merged, with_entropy=True)
     columns = config.statistics_config(torch.bfloat16, target, regular=True, softcap=False, cache=True).columns
     dz = _zeros(64, 1024, dtype=torch.bfloat16)
-    yield "bfloat16", lambda: gradient_cached(cache, columns, rows, coefficients, dz, slice(0, 1024))
+    yield "bfloat16", partial(gradient_cached, cache, columns, rows, coefficients, dz, slice(0, 1024))
 
 
 def compile_all(targets: Iterable[str] = TARGETS) -> Iterator[Compiled]:
+    """Compile every case for each of the ``targets``, and yield the rows of the table."""
     for target in targets:
         for case, launch in cases(target):
             with _compiling(target) as compiled:
@@ -161,8 +163,8 @@ def compile_all(targets: Iterable[str] = TARGETS) -> Iterator[Compiled]:
             yield Compiled(target, kernel, case, configuration, *_resources(binary, TARGETS[target].backend))
 
 
-def _resources(binary, backend: str) -> tuple[int, int, int, str]:
-    """Registers, spills, shared bytes, matrix instruction."""
+def _resources(binary: Any, backend: str) -> tuple[int, int, int, str]:
+    """Return registers, spills, shared bytes and matrix instruction."""
     if backend == "hip":
         text, fields = binary.asm["amdgcn"], (r"\.vgpr_count", r"\.vgpr_spill_count")
     else:
@@ -172,7 +174,7 @@ def _resources(binary, backend: str) -> tuple[int, int, int, str]:
             tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
             text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
         fields = r"\bREG", r"\bSTACK"
-    registers, spills = (int(re.search(rf"{field}: *(\d+)", text)[1]) for field in fields)
+    registers, spills = (int(re.findall(rf"{field}: *(\d+)", text)[0]) for field in fields)
     assembly = binary.asm["amdgcn" if backend == "hip" else "ptx"]
     found = sorted({" ".join(parts) for parts in MATRIX_INSTRUCTION[backend].findall(assembly)})
     return registers, spills, binary.metadata.shared, ", ".join(found)

@@ -1,8 +1,8 @@
-"""The gradient tile, from the cache: ``E = 2^(z·log2e − k)`` in bf16 -> ``dz``, without a product.
+"""The gradient tile from the cache, without a product: ``E = 2^(z·log2e − k)`` in bf16 becomes ``dz``.
 
 ``e^(z−m) = E · 2^(k − m·log2e)`` and ``z − m = ln 2 · (log2 E + k − m·log2e)``; the exponent is formed with one rounding, so
-nothing cancels at large |z|. What is inexact is E alone: 2⁻⁸ relative in p, at most 0.004 nat in log p. Bound by memory traffic:
-two bytes read and two written for each of rows × columns.
+nothing cancels at large |z|. Only E is inexact: 2⁻⁸ relative in p, at most 0.004 nat in log p. Memory traffic bounds the kernel:
+two bytes are read and two written for each of rows × columns.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from bupo_kernels.backends.algebra import Coefficients
+from bupo_kernels.backends.base import Cache
 from bupo_kernels.backends.triton_.product import LN2, LOG2E, LOG2E_REST
 
 
@@ -37,21 +38,21 @@ def gradient_cached_kernel(
     BLOCK_V: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    counts = rows < n
+    within = rows < n
     first = first_column + tl.program_id(1) * BLOCK_V
     columns = first + tl.arange(0, BLOCK_V)
-    stored = counts[:, None] & (columns < V)[None, :]
-    at = tl.load(cache_rows + rows, mask=counts, other=0)
-    e = tl.load(cache + at[:, None] * cache_stride + columns[None, :], mask=stored, other=0.0).to(tl.float32)
-    k = tl.load(exponents + at * exponent_stride + first // BLOCK_V, mask=counts, other=0).to(tl.float32)
-    m = tl.load(maximum + rows, mask=counts, other=0.0)
+    stored = within[:, None] & (columns < V)[None, :]
+    cache_row = tl.load(cache_rows + rows, mask=within, other=0)
+    e = tl.load(cache + cache_row[:, None] * cache_stride + columns[None, :], mask=stored, other=0.0).to(tl.float32)
+    k = tl.load(exponents + cache_row * exponent_stride + first // BLOCK_V, mask=within, other=0).to(tl.float32)
+    m = tl.load(maximum + rows, mask=within, other=0.0)
     power = tl.math.fma(m, -LOG2E_REST, tl.math.fma(m, -LOG2E, k))[:, None]  # k − m·log2e
-    factor = tl.load(constant + rows, mask=counts, other=0.0)[:, None]
+    factor = tl.load(constant + rows, mask=within, other=0.0)[:, None]
     if WITH_ENTROPY:
         x = tl.where(e > 0, (tl.log2(e) + power) * LN2, 0.0)
-        factor = factor - tl.load(slope + rows, mask=counts, other=0.0)[:, None] * x
-    y = tl.load(targets + rows, mask=counts, other=-1)[:, None]
-    on_target = tl.load(dz_target + rows, mask=counts, other=0.0)[:, None]
+        factor = factor - tl.load(slope + rows, mask=within, other=0.0)[:, None] * x
+    y = tl.load(targets + rows, mask=within, other=-1)[:, None]
+    on_target = tl.load(dz_target + rows, mask=within, other=0.0)[:, None]
     gradient = tl.where(columns[None, :] == y, on_target, e * tl.exp2(power) * factor)
     tl.store(
         dz + rows[:, None] * dz_stride + (columns - first_column)[None, :],
@@ -61,13 +62,14 @@ def gradient_cached_kernel(
 
 
 def gradient_cached(
-    cache: tuple[Tensor, Tensor],  # [cached rows, V up to whole blocks] bf16, [cached rows, exponents] int32
+    cache: Cache,  # E and its exponents
     exponent_columns: int,  # how many columns share an exponent: BLOCK_V of the kernel that wrote them
     cache_rows: Tensor,  # [n] int64
     coefficients: Coefficients,  # [n] each
     dz: Tensor,  # [n or more, whole blocks of columns], overwritten
     columns: slice,  # of the vocabulary, from a multiple of COLUMN_UNIT on
 ) -> None:
+    """Write the gradients of the logits of some rows and columns into ``dz``."""
     e, exponents = cache
     n, rows = len(cache_rows), 32
     m, constant, slope, on_target, y = coefficients

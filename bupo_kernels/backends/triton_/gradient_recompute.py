@@ -1,6 +1,6 @@
-"""The gradient tile, recomputed: ``dz`` of rows × vocabulary slice in the dtype of the gradient GEMMs.
+"""The gradient tile, recomputed: ``dz`` of rows × columns of a slice, in the dtype of the gradient GEMMs.
 
-The product is formed again with the tiles of the forward, so its logits are those the statistics came from, bit for bit. The
+The product is formed again with the tiles of the forward, so its logits are those that the statistics came from, bit for bit. The
 target column is not ``1 − p_y`` of a rounded p but the value that the row's fp32 log-prob gives.
 """
 
@@ -31,9 +31,9 @@ def gradient_recompute_kernel(
     scale,
     inner,
     maximum,  # [n] fp32: m
-    constant,  # [n] fp32: dz_j = e^(z_j−m) (constant − slope (z_j−m)) off the target,
+    constant,  # [n] fp32: off the target dz_j = e^(z_j−m) (constant − slope (z_j−m))
     slope,  # [n] fp32
-    dz_target,  # [n] fp32: and this on it
+    dz_target,  # [n] fp32: dz_y, on the target
     dz,  # [n, slice_columns up to whole blocks]: TMA descriptor, or pointer
     dz_stride,
     first_column,  # of the slice, a multiple of BLOCK_V
@@ -59,14 +59,14 @@ def gradient_recompute_kernel(
     for item in tl.range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0)):
         block, column_block = in_order(item, row_blocks, column_blocks, GROUP)
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-        counts = rows < n
+        within = rows < n
         z_scale = scale
         if ROW_SCALE:
-            z_scale = tl.load(row_scale + rows, mask=counts, other=1.0)[:, None]
+            z_scale = tl.load(row_scale + rows, mask=within, other=1.0)[:, None]
         first = first_column + column_block * BLOCK_V
         product = product_tile(
             hidden,
-            tl.load(offsets + rows, mask=counts, other=0),
+            tl.load(offsets + rows, mask=within, other=0),
             hidden_stride,
             weight,
             weight_stride_v,
@@ -83,16 +83,16 @@ def gradient_recompute_kernel(
         )
         columns = first + tl.arange(0, BLOCK_V)
         z, cap_slope = readout(product, bias, columns, columns < V, z_scale, inner, HAS_BIAS, HAS_SOFTCAP)
-        x = z - tl.load(maximum + rows, mask=counts, other=0.0)[:, None]
-        factor = tl.load(constant + rows, mask=counts, other=0.0)[:, None]
+        x = z - tl.load(maximum + rows, mask=within, other=0.0)[:, None]
+        factor = tl.load(constant + rows, mask=within, other=0.0)[:, None]
         if WITH_ENTROPY:
-            factor = factor - tl.load(slope + rows, mask=counts, other=0.0)[:, None] * tl.maximum(x, LEAST_EXPONENT)
-        y = tl.load(targets + rows, mask=counts, other=-1)[:, None]
-        on_target = tl.load(dz_target + rows, mask=counts, other=0.0)[:, None]
+            factor = factor - tl.load(slope + rows, mask=within, other=0.0)[:, None] * tl.maximum(x, LEAST_EXPONENT)
+        y = tl.load(targets + rows, mask=within, other=-1)[:, None]
+        on_target = tl.load(dz_target + rows, mask=within, other=0.0)[:, None]
         gradient = tl.where(columns[None, :] == y, on_target, tl.exp(x) * factor)
         if HAS_SOFTCAP:
             gradient *= cap_slope
-        store_tile(gradient.to(DTYPE), dz, dz_stride, rows, counts, column_block * BLOCK_V, TMA)
+        store_tile(gradient.to(DTYPE), dz, dz_stride, rows, within, column_block * BLOCK_V, TMA)
 
 
 def gradient_recompute(
@@ -101,6 +101,7 @@ def gradient_recompute(
     dz: Tensor,  # [n or more, whole blocks of columns], overwritten
     columns: slice,  # of the vocabulary, from a multiple of COLUMN_UNIT on
 ) -> None:
+    """Write the gradients of the logits of ``launch``'s rows in some columns into ``dz``."""
     hidden, readout = launch.operands.hidden, launch.operands.readout
     config = gradient_config(hidden.dtype, launch.target, regular=launch.regular, softcap=readout.softcap is not None)
     n, width = len(launch.rows), columns.stop - columns.start

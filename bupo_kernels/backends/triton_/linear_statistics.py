@@ -1,7 +1,7 @@
 """The forward: per row, running (m, s, t, z_y) over the vocabulary, straight from the fp32 accumulator.
 
 One work item is (row block, vocabulary split). Its program walks the split's column blocks, multiplies, and folds each tile into
-registers; a logit never leaves the chip. What does is four fp32 numbers per row and split, merged in order by ``merge.py``.
+registers; a logit never leaves the chip. Only four fp32 numbers per row and split do, and ``merge.py`` merges them in order.
 Splits and tile sizes do not depend on the number of rows, so neither does any row's result.
 
 With ``CACHE`` the first ``cached_rows`` rows also leave ``E = 2^(z·log2e − k)`` in bf16, ``k`` an integer per row and column
@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bupo_kernels.backends.base import Cache
 from bupo_kernels.backends.triton_.config import split_columns, statistics_config
 from bupo_kernels.backends.triton_.product import (
     LEAST_EXPONENT,
@@ -32,19 +33,18 @@ from bupo_kernels.backends.triton_.product import (
 @triton.jit
 def linear_statistics_kernel(
     hidden,
-    offsets,  # [N] int64, of the rows that count
-    targets,  # [N] int64, of the rows that count
-    count,  # [1] int64: how many those are
+    offsets,  # [N] int64: where each row starts, the active ones first
+    targets,  # [N] int64
+    active_rows,  # [1] int64: how many rows are active
     hidden_stride,
     weight,
     weight_stride_v,
     weight_stride_d,
     bias,
-    row_scale,  # [N] fp32 of the rows that count, or None
+    row_scale,  # [N] fp32, or None
     scale,
     inner,
     partials,  # [splits, 4, N] fp32: m, s, t, z_y
-    best,  # [splits, N] int64: arg max, or None
     cache,  # [cached_rows, V up to whole blocks] bf16: TMA descriptor, or pointer, or None
     exponents,  # [cached_rows, column blocks] int32, or None
     cache_stride,
@@ -55,7 +55,6 @@ def linear_statistics_kernel(
     D,
     SPLIT: tl.constexpr,  # columns of a split, a multiple of BLOCK_V
     WITH_ENTROPY: tl.constexpr,
-    WITH_ARGMAX: tl.constexpr,
     CACHE: tl.constexpr,
     ROW_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -68,24 +67,23 @@ def linear_statistics_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    rows_that_count = tl.load(count).to(tl.int32)  # no call has 2³¹ rows; element offsets are 64 bit
-    row_blocks = tl.cdiv(rows_that_count, BLOCK_N)
+    active_count = tl.load(active_rows).to(tl.int32)  # no call has 2³¹ rows; element offsets are 64 bit
+    row_blocks = tl.cdiv(active_count, BLOCK_N)
     splits = tl.cdiv(V, SPLIT)
     for item in tl.range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
         block, split = in_order(item, row_blocks, splits, GROUP)
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-        counts = rows < rows_that_count
-        offset = tl.load(offsets + rows, mask=counts, other=0)
-        y = tl.load(targets + rows, mask=counts, other=-1)
+        active = rows < active_count
+        offset = tl.load(offsets + rows, mask=active, other=0)
+        y = tl.load(targets + rows, mask=active, other=-1)
         z_scale = scale
         if ROW_SCALE:
-            z_scale = tl.load(row_scale + rows, mask=counts, other=1.0)[:, None]
+            z_scale = tl.load(row_scale + rows, mask=active, other=1.0)[:, None]
 
         m = tl.full((BLOCK_N,), LOWEST, tl.float32)
         s = tl.zeros((BLOCK_N,), tl.float32)
         t = tl.zeros((BLOCK_N,), tl.float32)
         z_y = tl.zeros((BLOCK_N,), tl.float32)
-        top = tl.zeros((BLOCK_N,), tl.int64)
         for first in tl.range(split * SPLIT, tl.minimum(V, (split + 1) * SPLIT), BLOCK_V):
             product = product_tile(
                 hidden,
@@ -108,10 +106,7 @@ def linear_statistics_kernel(
             inside = columns < V
             z, _ = readout(product, bias, columns, inside, z_scale, inner, HAS_BIAS, HAS_SOFTCAP)
             z_y += tl.sum(tl.where(columns[None, :] == y[:, None], z, 0.0), 1)
-            tile_m = tl.max(z, 1)
-            if WITH_ARGMAX:
-                top = tl.where(tile_m > m, first + tl.argmax(z, 1).to(tl.int64), top)
-            new_m = tl.maximum(m, tile_m)
+            new_m = tl.maximum(m, tl.max(z, 1))
             x = z - new_m[:, None]
             e = tl.exp(x)
             a = tl.exp(m - new_m)
@@ -121,56 +116,53 @@ def linear_statistics_kernel(
             s = a * s + tl.sum(e, 1)
             m = new_m
             if CACHE:
-                base = tl.maximum(m, -1e9)  # of a block of −inf, whose E is 0 whatever k, as long as that is an int32
+                base = tl.maximum(m, -1e9)  # a block of −inf has an E of 0 for any k, which must be an int32
                 k = tl.ceil(base * LOG2E)
                 power = tl.math.fma(base, LOG2E_REST, tl.math.fma(base, LOG2E, -k))  # m·log2e − k
-                kept = rows < tl.minimum(cached_rows, rows_that_count)
-                store_tile((e * tl.exp2(power)[:, None]).to(tl.bfloat16), cache, cache_stride, rows, kept, first, TMA)
-                tl.store(exponents + rows * exponent_stride + first // BLOCK_V, k.to(tl.int32), mask=kept)
+                cached = rows < tl.minimum(cached_rows, active_count)
+                store_tile((e * tl.exp2(power)[:, None]).to(tl.bfloat16), cache, cache_stride, rows, cached, first, TMA)
+                tl.store(exponents + rows * exponent_stride + first // BLOCK_V, k.to(tl.int32), mask=cached)
 
         partial = partials + split.to(tl.int64) * 4 * N + rows
-        tl.store(partial, m, mask=counts)
-        tl.store(partial + N, s, mask=counts)
+        tl.store(partial, m, mask=active)
+        tl.store(partial + N, s, mask=active)
         if WITH_ENTROPY:
-            tl.store(partial + 2 * N, t, mask=counts)
-        tl.store(partial + 3 * N, z_y, mask=counts)
-        if WITH_ARGMAX:
-            tl.store(best + split.to(tl.int64) * N + rows, top, mask=counts)
+            tl.store(partial + 2 * N, t, mask=active)
+        tl.store(partial + 3 * N, z_y, mask=active)
 
 
 def linear_statistics(
     launch: Launch,
-    count: Tensor,  # [1] int64
+    active_rows: Tensor,  # [1] int64
     *,
     with_entropy: bool,
-    with_argmax: bool = False,
-    cache: tuple[Tensor, Tensor] | None = None,  # [cached rows, V up to whole blocks] bf16, [cached rows, exponents] int32
-) -> tuple[Tensor, Tensor | None]:
-    """Partials [splits, 4, N] of the first ``count`` rows of ``launch``, and for each split the column of its largest logit."""
+    cache: Cache | None = None,  # E and its exponents
+) -> Tensor:
+    """Return the partials [splits, 4, N] of the first ``active_rows`` rows of ``launch``, and fill the ``cache``."""
     hidden, weight = launch.operands.hidden, launch.operands.weight
     softcap = launch.operands.readout.softcap is not None
-    config = statistics_config(
-        hidden.dtype, launch.target, regular=launch.regular, softcap=softcap, cache=cache is not None, argmax=with_argmax
-    )
+    config = statistics_config(hidden.dtype, launch.target, regular=launch.regular, softcap=softcap, cache=cache is not None)
     n, split = len(launch.rows), split_columns(weight.shape[0])
     splits = triton.cdiv(weight.shape[0], split)
     partials = torch.empty(splits, 4, n, dtype=torch.float32, device=hidden.device)
-    best = torch.empty(splits, n, dtype=torch.int64, device=hidden.device) if with_argmax else None
-    e, exponents = cache if cache is not None else (None, None)
+    cached: dict[str, object] = {"cache": None, "exponents": None, "cache_stride": 0, "exponent_stride": 0, "cached_rows": 0}
+    if cache is not None:
+        e, exponents = cache
+        cached = {
+            "cache": launch.tile_of(e, config),
+            "exponents": exponents,
+            "cache_stride": e.stride(0),
+            "exponent_stride": exponents.stride(0),
+            "cached_rows": len(e),
+        }
     linear_statistics_kernel[launch.programs(config, splits)](
-        count=count,
+        active_rows=active_rows,
         partials=partials,
-        best=best,
-        cache=None if e is None else launch.tile_of(e, config),
-        exponents=exponents,
-        cache_stride=0 if e is None else e.stride(0),
-        exponent_stride=0 if e is None else exponents.stride(0),
-        cached_rows=0 if e is None else len(e),
         N=n,
         SPLIT=split,
         WITH_ENTROPY=with_entropy,
-        WITH_ARGMAX=with_argmax,
-        CACHE=e is not None,
+        CACHE=cache is not None,
+        **cached,
         **launch.arguments(config),
     )
-    return partials, best
+    return partials

@@ -11,76 +11,61 @@ from bupo_kernels.backends.triton_.product import LEAST_EXPONENT, LOWEST
 
 @triton.jit
 def merge_kernel(
-    partials,  # [splits, 4, N] fp32: m, s, t, z_y of the rows that count
-    best,  # [splits, N] int64, or None
-    count,  # [1] int64
-    positions,  # [N] int64: where each of those rows belongs in the results
+    partials,  # [splits, 4, N] fp32: m, s, t, z_y
+    active_rows,  # [1] int64: how many rows are active, the first ones
+    positions,  # [N] int64: where each row belongs in the results
     statistics,  # [4, N] fp32: the same four, over the whole vocabulary
-    top,  # [N] int64, or None
     splits,
     N,
     WITH_ENTROPY: tl.constexpr,
-    WITH_ARGMAX: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
-    counts = rows < tl.load(count)
+    active = rows < tl.load(active_rows)
     m = tl.full((BLOCK_N,), LOWEST, tl.float32)
     s = tl.zeros((BLOCK_N,), tl.float32)
     t = tl.zeros((BLOCK_N,), tl.float32)
     z_y = tl.zeros((BLOCK_N,), tl.float32)
-    arg_max = tl.zeros((BLOCK_N,), tl.int64)
     partial = partials + rows
-    if WITH_ARGMAX:
-        best_of_split = best + rows
     for _ in tl.range(0, splits):
-        split_m = tl.load(partial, mask=counts, other=0.0)
-        split_s = tl.load(partial + N, mask=counts, other=1.0)
+        split_m = tl.load(partial, mask=active, other=0.0)
+        split_s = tl.load(partial + N, mask=active, other=1.0)
         new_m = tl.maximum(m, split_m)
         a, b = tl.exp(m - new_m), tl.exp(split_m - new_m)
         if WITH_ENTROPY:
-            split_t = tl.load(partial + 2 * N, mask=counts, other=0.0)
+            split_t = tl.load(partial + 2 * N, mask=active, other=0.0)
             carried = tl.maximum(m - new_m, LEAST_EXPONENT) * s
             t = a * (t + carried) + b * (split_t + tl.maximum(split_m - new_m, LEAST_EXPONENT) * split_s)
-        if WITH_ARGMAX:
-            arg_max = tl.where(split_m > m, tl.load(best_of_split, mask=counts, other=0), arg_max)
-            best_of_split += N
         s = a * s + b * split_s
         m = new_m
-        z_y += tl.load(partial + 3 * N, mask=counts, other=0.0)
+        z_y += tl.load(partial + 3 * N, mask=active, other=0.0)
         partial += 4 * N
-    position = tl.load(positions + rows, mask=counts, other=0)
-    tl.store(statistics + position, m, mask=counts)
-    tl.store(statistics + N + position, s, mask=counts)
-    tl.store(statistics + 2 * N + position, t, mask=counts)
-    tl.store(statistics + 3 * N + position, z_y, mask=counts)
-    if WITH_ARGMAX:
-        tl.store(top + position, arg_max, mask=counts)
+    position = tl.load(positions + rows, mask=active, other=0)
+    tl.store(statistics + position, m, mask=active)
+    tl.store(statistics + N + position, s, mask=active)
+    tl.store(statistics + 2 * N + position, t, mask=active)
+    tl.store(statistics + 3 * N + position, z_y, mask=active)
 
 
 def merge(
     partials: Tensor,  # [splits, 4, N]
-    best: Tensor | None,  # [splits, N]
-    count: Tensor,  # [1]
+    active_rows: Tensor,  # [1]
     positions: Tensor,  # [N]
-    statistics: Tensor,  # [4, N], written where a row counts
-    top: Tensor | None = None,  # [N], likewise
+    statistics: Tensor,  # [4, N], written at the positions of active rows
     *,
     with_entropy: bool,
 ) -> None:
+    """Fold the ``partials`` of each row into its ``statistics``."""
     splits, _, n = partials.shape
     rows = 128
     merge_kernel[(triton.cdiv(n, rows),)](
         partials,
-        best,
-        count,
+        active_rows,
         positions,
         statistics,
-        top,
         splits,
         n,
         WITH_ENTROPY=with_entropy,
-        WITH_ARGMAX=best is not None,
         BLOCK_N=rows,
         num_warps=4,
         enable_fp_fusion=True,

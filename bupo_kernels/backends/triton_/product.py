@@ -1,11 +1,13 @@
-"""What the kernels share: one tile of logits from a product, the order in which tiles are visited, and the arguments for both.
+"""What the kernels with a product share: a tile of logits, the order in which tiles are visited, and the arguments of a launch.
 
-The two kernels that multiply, ``linear_statistics.py`` and ``gradient_recompute.py``, get their logits here, from operands that
-are read where they lie: rows of ``hidden`` through their offsets, so any view will do and rows that do not count are never touched;
-W through a TMA descriptor where the GPU and the strides allow it, through pointers elsewhere.
+``linear_statistics.py`` and ``gradient_recompute.py`` get their logits here, from operands that are read where they lie: rows of
+``hidden`` through their offsets, so any view will do and rows that are not active are never touched; W through a TMA descriptor
+where the GPU and the strides allow it, through pointers elsewhere.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import triton
@@ -23,20 +25,20 @@ LOG2E = tl.constexpr(1.4426950216293335)  # log2(e) rounded to fp32 …
 LOG2E_REST = tl.constexpr(1.9259629911266175e-08)  # … and what the rounding left out
 LN2 = tl.constexpr(0.6931471805599453)
 
-# As in algebra.py: the maximum of no logits, and where exponents end.
+# The maximum of no logits, and the least exponent, as in algebra.py.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 LEAST_EXPONENT = tl.constexpr(-1e4)
 
-# Elements: 16 bytes or more, what TMA asks of a row and a vectorised, asynchronous load of its address.
+# Elements. They are 16 bytes or more, as TMA asks of a row, and a vectorised, asynchronous load of its address.
 ALIGNMENT = tl.constexpr(8)
-# Elements: a whole number of steps of any kernel, so that nothing along D is masked. Every model's width is one.
+# Elements. They are a whole number of steps of any kernel, so that nothing along D is masked. Every model's width is a multiple.
 WIDTH_UNIT = 64
 
 
 @triton.jit
 def in_order(item, row_blocks, columns, GROUP: tl.constexpr):
-    """Item number -> (row block, column unit). ``GROUP`` row blocks are visited for one column unit before the next, so that
-    programs running side by side read the same slice of W while it is in L2."""
+    """Return the (row block, column unit) of an item. ``GROUP`` row blocks are visited for one column unit before the next, so that
+    programs running side by side read the same columns of W while they are in L2."""
     per_group = GROUP * columns
     first = (item // per_group) * GROUP
     size = tl.minimum(row_blocks - first, GROUP)
@@ -45,7 +47,7 @@ def in_order(item, row_blocks, columns, GROUP: tl.constexpr):
 
 @triton.jit
 def tanh_and_slope(x):
-    """``(tanh(x), 1 − tanh²(x))`` to a few fp32 ulp on both ends, where ``(1 − e) / (1 + e)`` alone cancels for small x and
+    """Return ``(tanh(x), 1 − tanh²(x))`` to a few fp32 ulp on both ends, where ``(1 − e) / (1 + e)`` alone cancels for small x and
     ``1 − tanh²`` for large. The polynomial is Cephes' ``tanhf`` for |x| < 0.625."""
     e = tl.exp(-2.0 * tl.abs(x))
     large = (1.0 - e) / (1.0 + e)
@@ -74,7 +76,7 @@ def product_tile(
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """``h·W_j`` for a tile, ``[BLOCK_N, BLOCK_V]`` in fp32. Columns past V hold the last column's values (pointers) or 0 (TMA)."""
+    """Return ``h·W_j`` of a tile, ``[BLOCK_N, BLOCK_V]`` fp32. Columns past V repeat the last (pointers) or hold 0 (TMA)."""
     columns = tl.minimum(first_column + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
     depth = tl.arange(0, BLOCK_D)
     if REGULAR:
@@ -114,7 +116,7 @@ def readout(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Logits of a tile, −inf past V, and the slope of the softcap (1 where there is none)."""
+    """Return the logits of a tile, −inf past V, and the slope of the softcap (1 where there is none)."""
     if HAS_BIAS:
         product += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
     slope = 1.0
@@ -129,19 +131,20 @@ def store_tile(
     target,  # [rows, whole blocks of columns]: TMA descriptor, or base pointer
     stride,
     rows,  # [BLOCK_N] int64
-    kept,  # [BLOCK_N]: which rows to write; TMA writes all that lie within the descriptor
+    stored,  # [BLOCK_N]: which rows to write; TMA writes all that lie within the descriptor
     first_column,
     TMA: tl.constexpr,
 ):
+    """Write a tile into a matrix."""
     if TMA:
         target.store([tl.min(rows).to(tl.int32), first_column], tile)
     else:
         columns = first_column + tl.arange(0, tile.shape[1])
-        tl.store(target + (rows * stride)[:, None] + columns[None, :], tile, mask=kept[:, None])
+        tl.store(target + (rows * stride)[:, None] + columns[None, :], tile, mask=stored[:, None])
 
 
 def regular(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether rows of both are contiguous, start on multiples of 16 bytes and need no mask. All others run too, but slower."""
+    """Tell whether rows of both are contiguous, start on multiples of 16 bytes and need no mask. All others run too, but slower."""
     return hidden.shape[-1] % WIDTH_UNIT == 0 and all(
         x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % ALIGNMENT.value == 0 for stride in x.stride()[:-1])
         for x in (hidden, weight)
@@ -149,7 +152,7 @@ def regular(hidden: Tensor, weight: Tensor) -> bool:
 
 
 class Launch:
-    """The arguments that both product kernels take, for some rows of a call."""
+    """The arguments that both kernels with a product take, for some rows of a call."""
 
     def __init__(self, operands: Operands, rows: Tensor, target: Target):  # [n] int64: rows, numbered through
         hidden, weight, _, targets, readout = operands
@@ -169,9 +172,11 @@ class Launch:
 
     @property
     def precision(self) -> str:
+        """The precision of the products, after torch's own setting."""
         return precision(self.operands.hidden.dtype, self.target, torch.backends.cuda.matmul.fp32_precision == "tf32")
 
-    def arguments(self, config: KernelConfig) -> dict:
+    def arguments(self, config: KernelConfig) -> dict[str, Any]:
+        """Return the arguments of a launch with ``config``, by name."""
         hidden, weight, bias, _, readout = self.operands
         return {
             "hidden": hidden,
@@ -199,13 +204,13 @@ class Launch:
             "BLOCK_D": config.depth,
             "num_warps": config.warps,
             "num_stages": config.stages,
-            "enable_fp_fusion": True,  # said, since Triton 3.10 will no longer assume it
+            "enable_fp_fusion": True,  # given, since Triton 3.10 will no longer assume it
         }
 
     def programs(self, config: KernelConfig, column_units: int) -> tuple[int]:
-        """A persistent grid: one program for each multiprocessor, or fewer where there is less to do."""
+        """Return a persistent grid: one program for each multiprocessor, or fewer where there is less to do."""
         return (min(self.target.processors, triton.cdiv(len(self.rows), config.rows) * column_units),)
 
     def tile_of(self, matrix: Tensor, config: KernelConfig) -> Tensor | TensorDescriptor:
-        """As ``store_tile`` wants it."""
+        """Return ``matrix`` as the ``target`` of ``store_tile``."""
         return TensorDescriptor.from_tensor(matrix, [config.rows, config.columns]) if self.tma else matrix
