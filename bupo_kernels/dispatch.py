@@ -43,8 +43,8 @@ def default_memory_budget(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a call will do, and why not otherwise; ``print`` it. FLOPs count multiply and add; the backward's are an upper bound,
-    reached when no row's upstream gradients are all zero."""
+    """The plan of a call: what it will do, and why not otherwise; ``print`` it. FLOPs count multiply and add; the backward's are an
+    upper bound, reached when no row's upstream gradients are all zero."""
 
     problem: Problem
     backend: str

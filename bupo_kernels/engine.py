@@ -28,8 +28,9 @@ Flags = tuple[bool, bool, bool]  # one each for hidden, weight and bias
 
 
 class Settings(NamedTuple):
-    """What a call asks for beside tensors and readout. Torch's ops take it as one string: of its values none varies from step to
-    step (those that may, as a temperature, are floats of the ops, since a traced graph is made anew for each new string)."""
+    """The choices of a call, beside its tensors and its readout. Torch's ops take it as one string: of its values none varies from
+    step to step (those that may, as a temperature, are floats of the ops, since a traced graph is made anew for each new
+    string)."""
 
     ignore_index: int
     with_entropy: bool
@@ -117,7 +118,7 @@ def on(device: torch.device) -> Iterator[None]:
 
 
 class Forward(NamedTuple):
-    """What a forward finds of N rows, and leaves for the backward."""
+    """The results of a forward for N rows, and what it leaves for the backward."""
 
     logprob: Tensor  # [N]
     entropy: Tensor | None  # [N]
@@ -205,7 +206,7 @@ def rows_that_matter(objective: PolicyObjective, active: Tensor, weights: Tensor
 
 
 class PolicyTokens(NamedTuple):
-    """What a policy loss takes of each token, in the shape of the targets."""
+    """The inputs of a policy loss for each token, in the shape of the targets."""
 
     advantages: Tensor
     old_logprobs: Tensor | None

@@ -25,7 +25,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class RowStatistics(NamedTuple):
-    """What streaming finds of N rows; 0 on those that are not active."""
+    """The streamed statistics of N rows; 0 on those that are not active."""
 
     logprobs: Tensor  # [...]
     entropy: Tensor | None  # [...]

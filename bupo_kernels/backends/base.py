@@ -58,7 +58,7 @@ class Operands(NamedTuple):
 
 @dataclass(frozen=True)
 class Problem:
-    """All that a plan depends on. Sizes are in elements, ``memory_budget`` is in bytes."""
+    """The facts that a plan depends on. Sizes are in elements, ``memory_budget`` is in bytes."""
 
     rows: int  # token positions of the call
     active_rows: int  # those that are not masked out
@@ -126,7 +126,7 @@ class TilePlan(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """What the forward leaves of some rows, so that the backward has their dz without their product. [0] each where it leaves
+    """The memory that a forward leaves of some rows, so that the backward has their dz without their product; [0] where it leaves
     nothing.
 
     ``triton`` leaves ``E = 2^(z·log2 e − k)`` in bf16, [rows, columns], and its integer exponents k in int32, one per row and
@@ -143,7 +143,7 @@ class Cache(NamedTuple):
 
 
 class PolicyRows(NamedTuple):
-    """What a kernel that takes whole rows from products to a policy loss leaves of n of them."""
+    """The results, for n rows, of a kernel that takes whole rows from products to a policy loss."""
 
     loss: Tensor  # [n], times the weight of the row
     logprob: Tensor  # [n]

@@ -43,7 +43,7 @@ class Block(NamedTuple):
 
 
 class RowKernels(Protocol):
-    """What is done to the rows of a tile."""
+    """The two kernels that work on the rows of a tile."""
 
     def dtypes(self, problem: Problem) -> tuple[torch.dtype, torch.dtype]:
         """Return the dtype of the products' operands and that of dz."""
@@ -69,7 +69,7 @@ class TileLoop(Backend):
 
     @abstractmethod
     def row_kernels(self, plan: TilePlan) -> RowKernels:
-        """Return what is done to the rows of a tile."""
+        """Return the kernels that work on the rows of a tile."""
 
     def plan(self, problem: Problem, strategy: str | None) -> TilePlan:
         problem.require_budget(memory(problem, Tile(1, 1)).working)
