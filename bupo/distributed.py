@@ -6,11 +6,13 @@ import json
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from functools import partial
+from types import MethodType
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -23,10 +25,13 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from transformers import PreTrainedModel
 
 from bupo.config import Hardware
 from bupo.errors import ConfigError
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -208,30 +213,42 @@ def _device(name: str, local_rank: int | None) -> torch.device:
     return torch.device(device.type, torch.cuda.current_device()) if device.type == "cuda" and device.index is None else device
 
 
-def shard(model: nn.Module, world: World, hardware: Hardware, methods: Sequence[str]) -> nn.Module:
-    """Shards ``model`` in place over the ranks: one FSDP2 unit a layer; embedding, final norm and head stay in the root unit.
+def shard(model: PreTrainedModel, world: World, hardware: Hardware) -> PreTrainedModel:
+    """Shard ``model`` in place over the ranks: one FSDP2 unit a layer; embedding, final norm and head stay in the root unit.
 
     One process in float32 without offload keeps the plain model: there is nothing to gather and nothing to cast.
-
-    Args:
-        methods: of the model, beside ``forward``, that run it: FSDP gathers the root's weights around them too.
     """
     if world.size == 1 and hardware.precision == "float32" and not hardware.offload:
         return model.to(world.device)
-    options = {
-        "mesh": dist.device_mesh.init_device_mesh(world.device.type, (world.size,)),
+    to_unit = partial(
+        fully_shard,
+        mesh=dist.device_mesh.init_device_mesh(world.device.type, (world.size,)),
         # Inputs are not cast: among them are the old log-probs, which bfloat16 would round.
-        "mp_policy": MixedPrecisionPolicy(
-            getattr(torch, hardware.precision), reduce_dtype=torch.float32, cast_forward_inputs=False
-        ),
-        "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if hardware.offload else OffloadPolicy(),
-    }
+        mp_policy=MixedPrecisionPolicy(getattr(torch, hardware.precision), reduce_dtype=torch.float32, cast_forward_inputs=False),
+        offload_policy=CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if hardware.offload else OffloadPolicy(),
+    )
     for layer in model.base_model.layers:
-        fully_shard(layer, **options)
-    fully_shard(model, **options)
-    for method in methods:
-        register_fsdp_forward_method(model, method)
+        to_unit(layer)
+    to_unit(model)
+    setattr(model, _RUN, MethodType(_run, model))
+    register_fsdp_forward_method(model, _RUN)
     return model
+
+
+_RUN = "_run_as_forward"  # the method of a sharded model that runs a function
+
+
+def _run(model: nn.Module, function: Callable[..., R], *arguments: Any, **options: Any) -> R:
+    return function(model, *arguments, **options)
+
+
+def as_forward(function: Callable[Concatenate[nn.Module, P], R], model: nn.Module, *arguments: P.args, **options: P.kwargs) -> R:
+    """Return ``function(model, *arguments, **options)``, run as a forward of ``model``, sharded or not.
+
+    Any function that runs parts of the model, as :func:`bupo_kernels.policy_loss` does, must be called this way: FSDP gathers the
+    weights of the root unit around a forward of the model, and around nothing else.
+    """
+    return getattr(model, _RUN, partial(_run, model))(function, *arguments, **options)
 
 
 def sharded_units(model: nn.Module) -> list[FSDPModule]:

@@ -13,10 +13,11 @@ from bupo.attention import packed_options, training_attention
 from bupo.batching import pack_all
 from bupo.config import TrainConfig
 from bupo.data import Example
-from bupo.distributed import World
+from bupo.distributed import World, as_forward
 from bupo.errors import ConfigError
 from bupo.output import replace_file
 from bupo.rollout import Rollout, Sample
+from bupo_kernels import policy_logprobs
 
 FILE = "guard.json"  # in the run folder: the first model is gone when a run is resumed
 
@@ -61,7 +62,7 @@ class PerplexityGuard:
         with training_attention(model, self.attention):
             for batch in self.micro_batches:
                 options = packed_options(batch, self.attention)
-                found = model.policy_logprobs(batch.input_ids, batch.targets, return_entropy=False, **options)
-                total += torch.stack([found.logprobs.sum(dtype=torch.float64), batch.mask.sum()])
+                own = as_forward(policy_logprobs, model, batch.input_ids, batch.targets, return_entropy=False, **options)
+                total += torch.stack([own.logprobs.sum(dtype=torch.float64), batch.mask.sum()])
         logprobs, count = self.world.sum(total).tolist()
         return math.exp(-logprobs / count) / self.first

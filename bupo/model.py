@@ -6,9 +6,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -32,10 +30,8 @@ from transformers.utils import logging as transformers_logging
 from bupo.config import Hardware, Optimizer
 from bupo.distributed import World, shard, sharded_units
 from bupo.errors import ConfigError
-from bupo_kernels import FusedLMHead, policy_divergence, policy_lens, policy_logprobs, policy_loss
+from bupo_kernels import FusedLMHead
 from bupo_kernels.internal_policy import MODEL_TYPES
-
-METHODS = {f.__name__: f for f in (policy_logprobs, policy_loss, policy_divergence, policy_lens)}
 
 
 def pretrained(name: str) -> dict[str, str]:
@@ -63,8 +59,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(name: str, hardware: Hardware, world: World, *, weights: bool = True) -> PreTrainedModel:
-    """The model of a folder, a hub name or a GGUF file, with float32 masters, a :class:`FusedLMHead`, and :data:`METHODS` bound to
-    it; sharded.
+    """Return the model of a folder, a hub name or a GGUF file, with float32 masters and a :class:`FusedLMHead`, sharded.
 
     Only rank 0 reads the weights; the others make room and are sent their shards. Without ``weights`` there is room only, for a
     checkpoint to fill. Raises :class:`ConfigError`.
@@ -73,9 +68,10 @@ def load_model(name: str, hardware: Hardware, world: World, *, weights: bool = T
         model = _one_process_model(name, hardware, read=weights and world.main)
         if hardware.liger:
             _apply_liger(model, world)
-    make_trainable(model, hardware, METHODS)
+    if hardware.checkpoint_activations:
+        checkpoint_activations(model)
     whole = model.state_dict() if world.main else {}
-    shard(model, world, hardware, list(METHODS))
+    shard(model, world, hardware)
     if weights and sharded_units(model) and world.size > 1:
         set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     # In training mode activations are checkpointed; there is no dropout.
@@ -181,13 +177,10 @@ def require_finite(name: str, model: PreTrainedModel) -> None:
             raise unusable(name, f"its tensor {tensor} holds NaN or infinity")
 
 
-def make_trainable(model: PreTrainedModel, hardware: Hardware, methods: dict[str, Callable]) -> None:
-    """Activations are checkpointed if ``hardware`` says so, and ``methods``, which run the model, are bound to it."""
-    if hardware.checkpoint_activations:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # the name since 5.23
-        enable({"use_reentrant": False})
-    for name, function in methods.items():
-        setattr(model, name, MethodType(function, model))
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Have each layer of ``model`` run again in the backward instead of keeping its activations."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # the name since 5.23
+    enable({"use_reentrant": False})
 
 
 def unusable(name: str | Path, reason: object, key: str = "model") -> ConfigError:
