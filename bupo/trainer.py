@@ -32,7 +32,7 @@ from bupo.model import export, export_type, keep_base, load_model, load_tokenize
 from bupo.monitor import RunFolder
 from bupo.output import FolderLock
 from bupo.rewards import RewardPool
-from bupo.rollout import Rollout, Sample, Stopped, configured_rollout, text_of
+from bupo.rollout import Rollout, Sample, Stopped, configured_decode, configured_rollout
 from bupo.schedule import FINAL, OptimisedPolicy, Schedule, learning_rate
 from bupo_kernels import PolicyObjective, policy_divergence, policy_lens, policy_logprobs, policy_loss
 
@@ -64,6 +64,7 @@ def take_steps(setup: Setup, run: RunFolder, termination: Termination) -> list[A
     scored = 0  # rewards that did not fail
 
     def due(step: int, every: int) -> bool:
+        """Return whether a thing done every so many steps, 0 = never, is due after ``step``; the last step is a case apart."""
         return every > 0 and step % every == 0 and step < config.steps
 
     def log_accuracy(step: int) -> bool:
@@ -101,9 +102,10 @@ def take_steps(setup: Setup, run: RunFolder, termination: Termination) -> list[A
             if config.telemetry.lens_every and (step == 1 or step % config.telemetry.lens_every == 0):
                 seen |= look_at_layers(model, samples, step, config, world)
                 clock.lap("lens")
-            mini_batches = make_mini_batches(samples, rewards, advantages, config, world)
-            for batches in mini_batches:
-                batches[:] = [with_old_logprobs(model, batch, policy, config) for batch in batches]
+            mini_batches = [
+                [with_old_logprobs(model, batch, policy, config) for batch in batches]
+                for batches in make_mini_batches(samples, rewards, advantages, config, world)
+            ]
             clock.lap("old")
             updates = [update(model, optimizer, batches, policy, config, world) for batches in mini_batches if batches]
             clock.lap("update")
@@ -119,10 +121,8 @@ def take_steps(setup: Setup, run: RunFolder, termination: Termination) -> list[A
             with world.agree():
                 raise ConfigError(f"reward.function: {config.reward.function!r} failed {everything}: {episodes.failure}")
         if step == 1 or step % config.telemetry.episodes_every == 0:
-            scores = rewards[0].tolist(), advantages[0].tolist()
-            run.log_episodes(
-                step, policy.phase, episodes.examples[0], episodes.responses, samples[: config.rollout.samples], *scores
-            )
+            first = samples[: config.rollout.samples], rewards[0].tolist(), advantages[0].tolist()
+            run.log_episodes(step, policy.phase, episodes.examples[0], episodes.responses, *first)
 
         state, stop = {"schedule": setup.schedule.state_dict()}, termination.requested()
         if stop or step == config.steps or due(step, config.checkpoints.every):
@@ -160,13 +160,9 @@ class Setup:
     checkpoints: Checkpoints
     last: int  # the step of the checkpoint the run goes on from, or 0
     rollout: Rollout
+    decode: Callable[[Sequence[int]], str]  # turns the tokens of a response into text
     order: PromptOrder
     heldout: list[Example]
-
-    def decode(self, response_ids: Sequence[int]) -> str:
-        """Return a response as rewards and files have it."""
-        skip = self.config.rollout.skip_special_tokens
-        return text_of(response_ids, tokenizer=self.tokenizer, ends=self.rollout.ends, skip_special_tokens=skip)
 
 
 def prepare(config: TrainConfig, world: World, lock: FolderLock, pool: RewardPool) -> Setup:
@@ -210,6 +206,7 @@ def prepare(config: TrainConfig, world: World, lock: FolderLock, pool: RewardPoo
         checkpoints=checkpoints,
         last=last,
         rollout=rollout,
+        decode=configured_decode(config, tokenizer, rollout),
         order=PromptOrder(examples, config.rollout.prompts, config.seed),
         heldout=heldout,
     )
@@ -286,7 +283,6 @@ def evaluate_heldout(setup: Setup, progress: Callable[[int, int], None], termina
         setup.world,
         samples=evaluation.samples,
         ks=evaluation.k,
-        step=0,
         seed=setup.config.seed,
         progress=progress,
         termination=termination,
@@ -344,10 +340,10 @@ class Update(NamedTuple):
     loss: float
     clipped: float  # tokens on which a clip decided
     kl_old: float  # summed over tokens
-    tokens: float  # of the samples with a gradient
+    tokens: float  # response tokens of the samples with a gradient
     ratio_max: float
     grad_norm: float  # before clipping
-    micro_batches: int  # on each rank
+    micro_batches: int  # as many on each rank
 
 
 def update(
@@ -402,6 +398,8 @@ def look(
         options = call_options(batch, policy, config)
         entropy = as_forward(policy_logprobs, model, batch.input_ids, batch.targets, **options).entropy
         divergence = as_forward(policy_divergence, model, batch.input_ids, batch.mask, **options)
+    assert entropy is not None  # it is returned by default
+    assert final.entropy is not None
     gap = torch.where(batch.mask, (final.logprobs - batch.sampler_logprobs).abs(), 0)
     sums = [x.sum(dtype=torch.float64) for x in (entropy, final.entropy, divergence.to(entropy), gap, batch.mask)]
     *sums, count = world.sum(torch.stack(sums)).tolist()
@@ -429,7 +427,8 @@ def look_at_layers(
     outputs = ("entropy", "kl_to_final", "logprobs")
     lens = as_forward(policy_lens, model, batch.input_ids, targets, outputs=outputs, **batch_options(batch, config))
     count = torch.full((1,), len(chosen), dtype=torch.float64, device=world.device)
-    sums = [x.sum((1, 2), dtype=torch.float64) for x in (lens.entropy[:-1], lens.kl_to_final[:-1], lens.logprobs[-1:])]
+    entropy, divergence, logprobs = (getattr(lens, name) for name in outputs)
+    sums = [x.sum((1, 2), dtype=torch.float64) for x in (entropy[:-1], divergence[:-1], logprobs[-1:])]
     means = world.sum(torch.cat([*sums, count])).tolist()
     *means, logprob = (value / means[-1] for value in means[:-1])
     half = len(means) // 2
@@ -496,7 +495,7 @@ def describe_speed(
         memory = torch.cuda.max_memory_allocated(world.device)
         torch.cuda.reset_peak_memory_stats(world.device)
     else:
-        peak, memory = None, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process, since its start
+        peak, memory = None, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the most since the process' start
     if config.telemetry.peak_tflops is not None:
         peak = 1e12 * config.telemetry.peak_tflops
     return {
