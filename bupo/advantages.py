@@ -1,4 +1,4 @@
-"""Advantages of sampled responses, without a critic."""
+"""The advantages of sampled responses, without a critic."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ EPSILON = 1e-6  # added to every standard deviation, as verl does; TRL adds 1e-4
 
 
 def estimate_advantages(rewards: Tensor, estimator: str, divide_by_std: bool = True) -> Tensor:  # [P, G] -> [P, G]
-    """The advantage of each of G responses to each of P prompts; ``rewards`` are those of all devices.
+    """Return the advantage of each of G responses to each of P prompts, from the ``rewards`` of all devices.
 
     ========================  ===============================================================================
     ``grpo``                  (R − mean) / std within the prompt's group (arXiv 2402.03300, outcome rewards);
@@ -27,7 +27,7 @@ def estimate_advantages(rewards: Tensor, estimator: str, divide_by_std: bool = T
     compared with. Where all rewards are equal the advantages are exactly 0, so that their tokens cost nothing in the backward.
     Computed in float64 and returned in the dtype of ``rewards``.
 
-    Raises ``ValueError`` for another estimator, shape or an infinite reward.
+    Raises ``ValueError`` for an unknown estimator, another shape or an infinite reward.
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator: {estimator!r} given, accepted are {', '.join(ESTIMATORS)}")
@@ -38,7 +38,7 @@ def estimate_advantages(rewards: Tensor, estimator: str, divide_by_std: bool = T
         raise ValueError("rewards: infinite ones given, accepted are finite numbers, and nan for a failed sample")
 
     values = rewards.double()
-    if estimator == "reinforce++":  # the batch is one group
+    if estimator == "reinforce++":  # its group is the whole batch
         values = values.reshape(1, -1)
     valid = ~values.isnan()
     count = valid.sum(1, keepdim=True)  # [P, 1]

@@ -1,7 +1,7 @@
-"""Attention of a packed batch, sequence by sequence: no mask, and no work between one sequence and another.
+"""Attention within each sequence of a packed batch: no mask, and no work between one sequence and another.
 
-transformers' own way on ``sdpa`` is a block-diagonal mask of ``[T, T]`` and the products of all T² pairs. Here the T tokens are cut
-at the borders that the caller names, and neighbours of equal length run as one batch.
+On ``sdpa`` transformers itself makes a block-diagonal mask of ``[T, T]`` and the products of all T² pairs. Here the T tokens are
+cut at the borders that the caller names, and neighbours of equal length run as one batch.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def per_sequence_attention(
     sequence_lengths: Sequence[int] | None = None,
     **_,
 ) -> tuple[Tensor, None]:  # [1, T, heads, d]
-    """Causal attention within each of the sequences of ``sequence_lengths``, which add up to T; with a ``sliding_window`` to that
-    many tokens at most, the token itself among them.
+    """Return causal attention within each of the sequences of ``sequence_lengths``, which add up to T.
 
-    Raises ``ValueError`` without ``sequence_lengths``, or with others than the batch holds.
+    With a ``sliding_window`` a token attends to that many tokens at most, itself among them. Raises ``ValueError`` without
+    ``sequence_lengths``, or with others than the batch holds.
     """
     if sequence_lengths is None or sum(sequence_lengths) != query.shape[2] or len(query) != 1:
         given = None if sequence_lengths is None else sum(sequence_lengths)
@@ -48,11 +48,12 @@ def per_sequence_attention(
         stop = start + count * length
         # [1, heads, count · length, d] -> [count, heads, length, d], a view
         q, k, v = (x[0, :, start:stop].unflatten(1, (count, length)).transpose(0, 1) for x in (query, key, value))
-        seen = None  # a mask [length, length] of what each token attends to, where that is not simply all before it
+        window = None  # [length, length]: what each token attends to, where that is not simply all before it
         if sliding_window is not None and length > sliding_window:
-            seen = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - sliding_window)
-        options = {"attn_mask": seen, "is_causal": seen is None, "enable_gqa": query.shape[1] != key.shape[1]}
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scaling, **options)
+            window = torch.ones(length, length, dtype=torch.bool, device=query.device).tril().triu(1 - sliding_window)
+        out = F.scaled_dot_product_attention(
+            *(q, k, v, window, dropout), is_causal=window is None, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+        )
         parts.append(out.transpose(1, 2).flatten(0, 1))  # [count · length, heads, d]
         start = stop
     return torch.cat(parts).unsqueeze(0), None
@@ -64,7 +65,7 @@ AttentionMaskInterface.register(NAME, lambda *_, **__: None)
 
 @contextmanager
 def training_attention(model: PreTrainedModel, implementation: str) -> Iterator[None]:
-    """Within the context the model's layers use ``implementation``, one of ``hardware.attention``."""
+    """Have the model's layers use ``implementation``, one of ``hardware.attention``, within the context."""
     before = model.config._attn_implementation
     model.config._attn_implementation = NAME if implementation == "per-sequence" else implementation
     try:
@@ -74,6 +75,6 @@ def training_attention(model: PreTrainedModel, implementation: str) -> Iterator[
 
 
 def packed_options(batch: MicroBatch, implementation: str) -> dict[str, Any]:
-    """What :func:`bupo_kernels.policy_logprobs` must be told for sequences of a packed batch not to see one another."""
+    """Return the arguments of :func:`bupo_kernels.policy_logprobs` that keep the sequences of a packed batch apart."""
     lengths = {"model_options": {"sequence_lengths": batch.lengths}} if implementation == "per-sequence" else {}
     return {"position_ids": batch.position_ids, **lengths}

@@ -30,10 +30,10 @@ from bupo.attention import training_attention
 from bupo.batching import MicroBatch, pack
 from bupo.config import TrainConfig, parse_config
 from bupo.cost import load_architecture, parameters
-from bupo.distributed import World, full, process_group, shard
+from bupo.distributed import World, as_forward, full, process_group, shard
 from bupo.errors import ConfigError
 from bupo.measurement import machine, peak_bytes, rates, results_path, timed, write_section
-from bupo.model import METHODS, make_optimizer, make_trainable
+from bupo.model import checkpoint_activations, make_optimizer
 from bupo.output import progress_bar
 from bupo.rollout import Sample
 from bupo.schedule import FINAL, OptimisedPolicy
@@ -107,9 +107,9 @@ class Trainee:
         with torch.device(self.world.device):
             model = AutoModelForCausalLM.from_config(self.architecture, dtype=torch.float32, attn_implementation="sdpa")
         FusedLMHead.adopt(model.get_output_embeddings())
-        methods = METHODS | {f.__name__: f for f in (naive_logprobs, untruncated)}
-        make_trainable(model, self.config.hardware, methods)
-        shard(model, self.world, self.config.hardware, list(methods))
+        if self.config.hardware.checkpoint_activations:
+            checkpoint_activations(model)
+        shard(model, self.world, self.config.hardware)
         self.model = model.train()
         self.optimizer = make_optimizer(model, self.config.optimizer)
         set_learning_rate(self.optimizer, 0.0)
@@ -148,7 +148,7 @@ def untruncated_step(trainee: Trainee, case: Case, batch: MicroBatch) -> float:
     model, how, options = trainee.model, trainee.config.objective, batch_options(batch, trainee.config)
     objective = PolicyObjective(clip_low=how.clip_low, clip_high=how.clip_high, dual_clip=how.dual_clip)
     with training_attention(model, trainee.config.hardware.attention):
-        ask = partial(model.untruncated, case.layer, batch.input_ids, batch.targets, **options)
+        ask = partial(as_forward, untruncated, model, case.layer, batch.input_ids, batch.targets, **options)
         with torch.no_grad():
             old = ask(return_entropy=False).logprobs
         loss, _ = ask(batch.coefficients, old_logprobs=old, objective=objective, denominator=1)
@@ -161,16 +161,13 @@ def naive_step(trainee: Trainee, case: Case, batch: MicroBatch, both_heads: bool
     input_ids, targets, coefficients, mask = (
         x.view(shape) for x in (batch.input_ids, batch.targets, batch.coefficients, batch.mask)
     )
-    ask = partial(trainee.model.naive_logprobs, case, input_ids, targets.clamp(min=0), both_heads)
+    ask = partial(as_forward, naive_logprobs, trainee.model, case, input_ids, targets.clamp(min=0), both_heads)
     with torch.no_grad():
         old = ask(entropy=True)
     ratio = (ask() - old).exp()
     terms = torch.maximum(-coefficients * ratio, -coefficients * ratio.clamp(1 - how.clip_low, 1 + how.clip_high))
     terms = torch.where(coefficients < 0, terms.minimum(-coefficients * how.dual_clip), terms)
     return trainee.update((terms * mask).sum())
-
-
-# naive_logprobs and untruncated run the model, and are bound to it as METHODS are: FSDP gathers its root around them.
 
 
 def naive_logprobs(

@@ -1,4 +1,4 @@
-"""Everything a run needs to go on: weights, AdamW, random states, position and phase, written whole or not at all."""
+"""Checkpoints, with everything a run needs to go on: weights, AdamW, random states, step and phase, whole or not at all."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -31,8 +31,8 @@ from bupo.errors import ConfigError
 
 T = TypeVar("T")
 
-FORMAT = 1  # of what a checkpoint says about itself; those without it are from before there was one
-# Of a model's config, what its weights mean something else without, though they fit.
+FORMAT = 1  # the version of what a checkpoint says about itself; those without it are from before there was one
+# The entries of a model's config that decide what its weights mean, though they would fit with others.
 ARCHITECTURE = (
     *("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "hidden_act", "rms_norm_eps", "rope_parameters", "sliding_window", "layer_types"),
@@ -42,21 +42,22 @@ OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)  # by parameter na
 
 
 class Checkpoints:
-    """``step-000030`` and so on in a folder, the newest ``keep`` of them. Its methods are collectives."""
+    """The newest ``keep`` checkpoints in a folder, ``step-000030`` and so on. Its methods are collectives."""
 
     def __init__(self, folder: Path, keep: int, world: World) -> None:
         self.folder, self.keep, self.world = folder, keep, world
-        self.damaged: set[int] = set()  # steps of those that could not be read: as if they were not there
+        self.damaged: set[int] = set()  # the steps of those that could not be read, which count as absent
 
     def steps(self) -> list[int]:
-        """Of the complete ones, ascending; as rank 0 sees the folder."""
+        """Return the steps of the complete checkpoints, ascending, as rank 0 sees the folder."""
         return self.world.from_main(self._steps())
 
     def path(self, step: int) -> Path:
+        """Return the folder of a step's checkpoint."""
         return self.folder / f"step-{step:06}"
 
     def save(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """``state`` is JSON. A checkpoint of that step that is there already stays."""
+        """Write the checkpoint of ``step``, with ``state``, which is JSON. One that is there already stays."""
         if step in self.steps():
             return
         partial = self.folder / f"step-{step:06}.partial"
@@ -67,11 +68,11 @@ class Checkpoints:
         try:
             about = {"step": step, "world_size": self.world.size, **_identity(model), **state}
             self._write(partial, about, model, optimizer)
-        except BaseException:  # of a full disk dcp makes one that is no Exception
+        except BaseException:  # for a full disk dcp raises one that is no Exception
             shutil.rmtree(partial, ignore_errors=True)
             raise
         if self.world.main:
-            shutil.rmtree(self.path(step), ignore_errors=True)  # a damaged one
+            shutil.rmtree(self.path(step), ignore_errors=True)  # a damaged one may be there
             os.replace(partial, self.path(step))
             self.damaged.discard(step)
             _sync(self.folder)
@@ -90,7 +91,7 @@ class Checkpoints:
                 _sync(path)
 
     def newest(self, load: Callable[[int], T]) -> T:
-        """What ``load`` makes of the step of the newest checkpoint that can be read; those that cannot are named. A collective.
+        """Return what ``load`` makes of the step of the newest checkpoint that can be read; print a line for each that cannot.
 
         Raises :class:`ConfigError` when there is none.
         """
@@ -105,10 +106,10 @@ class Checkpoints:
             raise ConfigError(f"output_dir: no checkpoint in {self.folder} can be read, accepted is a new folder, or a whole one")
 
     def load(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Puts weights and optimizer state back, and, on as many ranks as saved it, random states; returns the ``state``.
+        """Put weights and optimizer state back, and, on as many ranks as saved it, random states; return the ``state``.
 
-        Raises :class:`ConfigError` when the checkpoint is of another model, and :class:`Damaged`, model and optimizer then being
-        of no use before another one is loaded. What a configuration says of the optimizer (decay, scale) is not put back.
+        Raises :class:`ConfigError` when the checkpoint is of another model, and :class:`Damaged`, after which model and optimizer
+        are of no use before another one is loaded. What a configuration says of the optimizer (decay, scale) is not put back.
         """
         state, random_state = self._read(step, model)
         weights, moments = get_state_dict(model, optimizer, options=OPTIONS)
@@ -122,7 +123,7 @@ class Checkpoints:
         return state
 
     def load_model(self, step: int, model: PreTrainedModel) -> int:
-        """Puts the weights alone back; returns the step. Raises as :meth:`load` does."""
+        """Put the weights alone back; return the step. Raises as :meth:`load` does."""
         self._read(step, model, trained=False)
         weights = get_model_state_dict(model, options=OPTIONS)
         self._read_tensors(step, {"model": weights})
@@ -130,7 +131,7 @@ class Checkpoints:
         return step
 
     def _read(self, step: int, model: PreTrainedModel, trained: bool = True) -> tuple[dict[str, Any], dict[str, Any] | None]:
-        """State, and this rank's random state if it is to be restored, of a checkpoint that is whole and is ``model``'s."""
+        """Return the state, and this rank's random state if it is to be restored, of a checkpoint that is whole and ``model``'s."""
         folder, fault = self.path(step), None
         try:
             state, random_state = json.loads((folder / "state.json").read_text(encoding="utf-8")), None
@@ -140,7 +141,7 @@ class Checkpoints:
             for entry in metadata.storage_data.values():
                 if (folder / entry.relative_path).stat().st_size < entry.offset + entry.length:
                     raise EOFError(f"{entry.relative_path} is cut off")
-        except Exception as error:  # of as many kinds as there are ways to damage a file
+        except Exception as error:  # its kinds are as many as the ways to damage a file
             fault = _in_one_line(error)
         if faults := [fault for fault in self.world.gather([fault]) if fault is not None]:
             raise Damaged(f"{folder} is damaged ({faults[0]})")
@@ -149,6 +150,7 @@ class Checkpoints:
         return state, random_state
 
     def _compare(self, step: int, state: dict[str, Any], metadata: Metadata, model: PreTrainedModel, trained: bool) -> None:
+        """Raise :class:`ConfigError` where the checkpoint is of another model or, if ``trained``, trained other parameters."""
         place = f"output_dir: {self.path(step)}"
         if (found := state.get("format", 0)) > FORMAT:
             raise ConfigError(f"{place} is of format {found}, accepted are up to {FORMAT}: it comes from a newer bupo")
@@ -159,17 +161,20 @@ class Checkpoints:
             for key, value in now["architecture"].items()
             if key in before and _differ(before[key], value)
         ]
-        saved = metadata.state_dict_metadata
-        saved = {key.removeprefix("model."): tuple(entry.size) for key, entry in saved.items() if key.startswith("model.")}
+        saved = {
+            key.removeprefix("model."): tuple(entry.size)
+            for key, entry in metadata.state_dict_metadata.items()
+            if key.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+        }
         made = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-        needed = [name for name, _ in model.named_parameters()]  # of tied weights one name
+        needed = [name for name, _ in model.named_parameters()]  # tied weights under one name
         changed = [key for key in dict.fromkeys([*needed, *saved]) if saved.get(key) != made.get(key)]
         if changed and not other:
             other = [f"{changed[0]} was {saved.get(changed[0], 'absent')}, is {made.get(changed[0], 'absent')}"]
         if other:
             raise ConfigError(f"{place} is of another model, accepted is the one it was saved from: {other[0]}")
         moments = (re.fullmatch(r"optimizer\.state\.(.+)\.exp_avg", key) for key in metadata.state_dict_metadata)
-        before = state.get("trained") or [match[1] for match in moments if match]  # those of before there was a format
+        before = state.get("trained") or [match[1] for match in moments if match]  # without a format it does not say
         if trained and (different := sorted({*before} ^ {*now["trained"]})):
             raise ConfigError(
                 f"{place} is of a run that trained {len(before)} parameters, accepted are the same, here are {len(now['trained'])} "
@@ -190,11 +195,11 @@ class Checkpoints:
 
 
 class Damaged(ConfigError):
-    """A checkpoint that cannot be read: which, and why."""
+    """A checkpoint that cannot be read, with its name and the reason."""
 
 
 def _identity(model: PreTrainedModel) -> dict[str, Any]:
-    """What a checkpoint says about itself, as JSON gives it back."""
+    """Return what a checkpoint says about itself, as JSON gives it back."""
     config = model.config.to_dict()
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     about = {"format": FORMAT, "architecture": {key: config[key] for key in ARCHITECTURE if key in config}, "trained": trained}
@@ -202,7 +207,7 @@ def _identity(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _differ(before: Any, now: Any) -> bool:
-    """Whether two values of a config mean something else; what only one version of transformers writes down is left out."""
+    """Return whether two values of a config differ in meaning, but for entries that only one version of transformers writes."""
     if isinstance(before, dict) and isinstance(now, dict):
         return any(_differ(before[key], now[key]) for key in before.keys() & now.keys())
     return before != now
@@ -213,7 +218,7 @@ def _in_one_line(error: BaseException) -> str:
 
 
 def last_step(config: TrainConfig, steps: Sequence[int]) -> int:
-    """The newest of the ``steps`` of the checkpoints in the run folder, 0 if there is none; none of them is read yet.
+    """Return the newest of the ``steps`` that the run folder has checkpoints of, none of which is read yet, or 0.
 
     Raises :class:`ConfigError` for a folder that is no run's, or not to be continued.
     """
@@ -227,7 +232,7 @@ def last_step(config: TrainConfig, steps: Sequence[int]) -> int:
 
 
 def require_space(folder: Path, needed: int) -> None:
-    """Raises :class:`ConfigError` unless ``needed`` bytes are free where ``folder`` is, or will be."""
+    """Raise :class:`ConfigError` unless ``needed`` bytes are free where ``folder`` is, or will be."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -238,12 +243,14 @@ def require_space(folder: Path, needed: int) -> None:
 
 
 def space_needed(parameters: int, keep: int) -> int:
-    """Bytes that a run writes at most: ``keep`` checkpoints and the one being written (weights, two moments), and the model."""
+    """Return the bytes that a run writes at most: ``keep`` checkpoints and one more (weights, two moments), and the model."""
     return parameters * 4 * (3 * (keep + 1) + 1)
 
 
 def _random_state() -> dict[str, Any]:
-    numpy_name, numpy_keys, *numpy_rest = np.random.get_state()  # noqa: NPY002 (a reward or a library may use the global one)
+    numpy_state = np.random.get_state()  # noqa: NPY002 (a reward or a library may use the global one)
+    assert isinstance(numpy_state, tuple)  # it could be a dictionary if that were asked for
+    numpy_name, numpy_keys, *numpy_rest = numpy_state
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,

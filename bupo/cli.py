@@ -1,4 +1,4 @@
-"""``bupo train | evaluate | analyze | bench | export | demo | env``."""
+"""The command line: ``bupo train | evaluate | analyze | bench | export | demo | env``."""
 
 from __future__ import annotations
 
@@ -20,15 +20,18 @@ from bupo.errors import ConfigError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs a command; returns the exit code: 0 done, 1 sides of a benchmark that do not agree or a full disk, 2 bad input (one
-    line on stderr, nothing written), 130 interrupted, 143 terminated."""
+    """Run a command and return the exit code.
+
+    It is 0 when done, 1 where sides of a benchmark do not agree or the disk is full, 2 for bad input (one line on stderr, nothing
+    written), 130 when interrupted, 143 when terminated.
+    """
     parser = _parser()
     options, left = parser.parse_known_args(arguments)
     if left and (options.command != "train" or any(word.startswith("-") for word in left)):
         parser.error(f"unrecognized arguments: {' '.join(left)}")
-    if left:  # argparse takes no positional arguments behind an option
+    if left:  # argparse leaves positional arguments that stand behind an option
         options.overrides += left
-    told = [signal.signal(signal.SIGTERM, _terminate)] if threading.current_thread() is threading.main_thread() else []
+    handlers = [signal.signal(signal.SIGTERM, _terminate)] if threading.current_thread() is threading.main_thread() else []
     try:
         return options.do(options)
     except ConfigError as error:
@@ -39,23 +42,23 @@ def main(arguments: list[str] | None = None) -> int:
             unfinished = "; what is in --out stays, and the same command goes on from there"
             if getattr(options, "out", None) is None:
                 unfinished = "; nothing is kept without --out"
-            kept = {"evaluate": unfinished, "analyze": unfinished}
-            kept["train"] = "; the same command goes on from the newest checkpoint in the run folder"
-            said = ("SIGTERM" if terminated else "interrupted") + kept.get(options.command, "")
-            print(f"\nbupo {options.command}: {said}", file=sys.stderr)
+            endings = {"evaluate": unfinished, "analyze": unfinished}
+            endings["train"] = "; the same command goes on from the newest checkpoint in the run folder"
+            line = ("SIGTERM" if terminated else "interrupted") + endings.get(options.command, "")
+            print(f"\nbupo {options.command}: {line}", file=sys.stderr)
         return 143 if terminated else 130
-    except BaseException as error:  # among those of a full disk is one of torch that is no Exception
+    except BaseException as error:  # for a full disk torch raises one that is no Exception
         if not _says_no_space(error):
             raise
         print(f"bupo {options.command}: the disk is full; what was written before is whole", file=sys.stderr)
         return 1
     finally:
-        for handler in told:
+        for handler in handlers:
             signal.signal(signal.SIGTERM, handler or signal.SIG_DFL)
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does, where it is not waited for."""
+    """SIGTERM as an exception, which ends a command as Ctrl-C does, where the command does not listen for it."""
 
 
 def _terminate(*_) -> None:
@@ -63,7 +66,7 @@ def _terminate(*_) -> None:
 
 
 def _refuse(command: str, error: ConfigError) -> int:
-    """Prints the line of an error, once: under torchrun it is one rank's, or all say the same."""
+    """Print the line of an error, once under torchrun, where it is one rank's or the same on all; return the exit code."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         from bupo.distributed import agree_on
 
@@ -74,7 +77,7 @@ def _refuse(command: str, error: ConfigError) -> int:
 
 
 def _says_no_space(error: BaseException) -> bool:
-    """Whether it comes of a full disk: libraries turn that into errors of their own."""
+    """Return whether an error comes of a full disk, which libraries turn into errors of their own."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or os.strerror(errno.ENOSPC) in str(error)
 
 
@@ -235,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
 def _version() -> str:
     try:
         return version("bupo-kernels")
-    except PackageNotFoundError:  # PYTHONPATH and a checkout
+    except PackageNotFoundError:  # it runs from a checkout on PYTHONPATH
         return "not installed"
 
 
@@ -355,10 +358,10 @@ def _free_folder(path: Path) -> Path:
 
 
 def _prepare_process() -> None:
-    """Rewards in the current folder are found, as under python -m; no progress bars and no notices but this program's own."""
+    """Have rewards in the current folder found, as under python -m, and only the program's own progress bars and notices shown."""
     sys.path.insert(0, "")
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    # On a CPU it reports an error at every start that is none; what does fail is raised.
+    # On a CPU it logs an error at every start where there is none; a real one is raised.
     logging.getLogger("ContinuousBatchingLogger").setLevel(logging.CRITICAL)

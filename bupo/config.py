@@ -20,7 +20,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
-from pydantic_core import PydanticCustomError
+from pydantic_core import ErrorDetails, PydanticCustomError
 
 from bupo.errors import ConfigError
 
@@ -28,8 +28,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 ExportType = Literal["auto", "float32", "bfloat16", "float16"]
 
-
-BASE = "base"  # in a run folder: config and tokenizer of the model it started from
+BASE = "base"  # the folder of a run with config and tokenizer of the model it started from
 
 
 def _allows_flags(annotation: Any) -> bool:
@@ -37,19 +36,21 @@ def _allows_flags(annotation: Any) -> bool:
 
 
 class Section(BaseModel):
+    """A part of the configuration: frozen, and without unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     @field_validator("*", mode="before")
     @classmethod
     def _flags_are_not_numbers(cls, value: Any, field: ValidationInfo) -> Any:
-        if isinstance(value, bool) and not _allows_flags(cls.model_fields[field.field_name].annotation):
+        if isinstance(value, bool) and not _allows_flags(cls.model_fields[str(field.field_name)].annotation):
             raise PydanticCustomError("flag", "not true or false")
         return value
 
 
 class Data(Section):
-    """Files are JSONL or parquet, folders are what `datasets` saved, everything else is a dataset's name on the Hugging Face hub
-    (``name:split`` or ``name/config:split``)."""
+    """The data of a run. Files are JSONL or parquet, folders are what `datasets` saved, everything else is the name of a dataset on
+    the Hugging Face hub (``name:split`` or ``name/config:split``)."""
 
     train: str | list[str] = Field(
         description="JSONL or parquet file, folder saved by `datasets`, or name:split on the hub; one or several"
@@ -74,7 +75,7 @@ class Reward(Section):
 
 
 class Guards(Section):
-    """Each ends phase 1 early when it trips; null is off."""
+    """The guards that end phase 1 early; null is off."""
 
     perplexity: Annotated[float, Field(gt=1)] | None = Field(
         None, description="of the final policy on held-out responses of the first model, relative to that model's own"
@@ -86,7 +87,7 @@ class Guards(Section):
 
 
 class Bupo(Section):
-    """Phase 1 of Bottom-up Policy Optimization; read when `policy: bupo`."""
+    """Phase 1 of Bottom-up Policy Optimization, which is there with `policy: bupo`."""
 
     layer: PositiveInt = Field(description="the internal policy's layer l, counted from 1")
     internal_steps: int = Field(ge=0, description="s_inter: this many steps optimise the internal policy, the rest the model's own")
@@ -206,12 +207,13 @@ class TrainConfig(Section):
             if not holds:
                 raise ValueError(f"{key}: {value} given, accepted {accepted}")
 
-        rollout, optimizer, guards = self.rollout, self.optimizer, self.bupo.guards if self.bupo else Guards()
+        rollout, optimizer = self.rollout, self.optimizer
         if self.policy == "bupo":
             if self.bupo is None:
                 raise ValueError("bupo: missing, accepted is a section with layer and internal_steps, or policy: grpo")
             require(self.bupo.internal_steps <= self.steps, "bupo.internal_steps", f"are 0 to {self.steps} (steps)")
-            require(guards.perplexity is None or self.heldout, "bupo.guards.perplexity", "is null without data.heldout")
+            measurable = self.guards.perplexity is None or self.heldout != []
+            require(measurable, "bupo.guards.perplexity", "is null without data.heldout")
         require(self.data.train != [], "data.train", "is at least one")
         unpacked = rollout.engine != "vllm" or not self.model.lower().endswith(".gguf")
         require(unpacked, "rollout.engine", "are continuous and generate for a GGUF file")
@@ -245,16 +247,22 @@ class TrainConfig(Section):
         return self
 
     @property
+    def guards(self) -> Guards:
+        """The guards on phase 1; all are off without a section `bupo`."""
+        return self.bupo.guards if self.bupo else Guards()
+
+    @property
     def heldout(self) -> list[str]:
+        """`data.heldout` as a list."""
         return [self.data.heldout] if isinstance(self.data.heldout, str) else self.data.heldout
 
     def with_absolute_paths(self) -> TrainConfig:
-        """The same with the files and folders that are there named absolutely, so that it means the same in any folder."""
+        """Return the configuration with absolute names of files and folders, so that it means the same in any folder."""
 
         def absolute(names: Any) -> Any:
             if isinstance(names, list):
                 return [absolute(name) for name in names]
-            return str(Path(names).absolute()) if Path(names).exists() else names  # else a name on the hub
+            return str(Path(names).absolute()) if Path(names).exists() else names  # a name on the hub stays
 
         data = {name: absolute(getattr(self.data, name)) for name in ("train", "heldout")}
         changes = {"model": absolute(self.model), "output_dir": self.output_dir.absolute()}
@@ -265,20 +273,20 @@ class TrainConfig(Section):
 
     @property
     def lengths(self) -> tuple[int, int]:
-        """Tokens at most of a prompt, and of a response."""
+        """The greatest number of tokens of a prompt, and of a response."""
         return self.data.max_prompt_tokens, self.rollout.max_new_tokens
 
     @property
     def look_tokens(self) -> int:
-        """On how many tokens per device both policies are looked at in each step: some thousands, or the longest sequence."""
+        """The tokens per device on which each step looks at both policies: some thousands, or the longest sequence."""
         return min(self.hardware.max_tokens_per_device, max(4096, sum(self.lengths)))
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
-    """The checked configuration in ``path`` with ``key.path=value`` overrides; values are YAML.
+    """Read and check the configuration in ``path``, with ``key.path=value`` overrides, whose values are YAML.
 
-    That of a run folder means the folder it lies in, wherever that was moved to. Raises :class:`ConfigError`. The model and the
-    files it names are not looked at here.
+    The configuration of a run folder means the folder it lies in, wherever that was moved to. The model and the files that it names
+    are not looked at. Raises :class:`ConfigError`.
     """
     if not path.is_file():
         raise ConfigError(f"config: {path} is not a file, accepted is a YAML file")
@@ -294,7 +302,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:
 
 
 def parse_config(tree: dict[str, Any]) -> TrainConfig:
-    """The checked configuration in ``tree``. Raises :class:`ConfigError`."""
+    """Check the configuration in ``tree``. Raises :class:`ConfigError`."""
     try:
         return TrainConfig.model_validate(tree)
     except ValidationError as error:
@@ -302,7 +310,7 @@ def parse_config(tree: dict[str, Any]) -> TrainConfig:
 
 
 def check_new_folder(path: Path, key: str) -> None:
-    """Raises :class:`ConfigError` unless ``path`` is an empty folder, or can become one.
+    """Raise :class:`ConfigError` unless ``path`` is an empty folder, or can become one.
 
     What a process leaves that was killed before it had written anything whole (a lock, a file's first part) does not count.
     """
@@ -314,12 +322,12 @@ def check_new_folder(path: Path, key: str) -> None:
 
 
 def dump_config(config: TrainConfig) -> str:
-    """The configuration as YAML that :func:`load_config` reads back."""
+    """Return the configuration as YAML that :func:`load_config` reads back."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
 def describe_config() -> str:
-    """Every key with its default and meaning, one a line, for ``--help``."""
+    """Return every key with its default and meaning, one a line, for ``--help``."""
     return "\n".join(_describe(TrainConfig, ""))
 
 
@@ -333,13 +341,13 @@ def _describe(section: type[Section], prefix: str) -> list[str]:
         default = (
             "(required)" if field.is_required() else f"= {yaml.safe_dump(field.default, default_flow_style=True).split(chr(10))[0]}"
         )
-        choices = " | ".join(field.annotation.__args__) if get_origin(field.annotation) is Literal else ""
+        choices = " | ".join(get_args(field.annotation)) if get_origin(field.annotation) is Literal else ""
         lines.append(f"  {key:<28}{default:<29}{field.description or choices}".rstrip())
     return lines
 
 
 def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """``tree`` with ``key.path=value`` put in; values are YAML. Raises :class:`ConfigError`."""
+    """Put ``key.path=value``, whose values are YAML, into ``tree`` and return it. Raises :class:`ConfigError`."""
     for given in overrides:
         key, equals, value = given.partition("=")
         if not equals or not key:
@@ -359,8 +367,8 @@ def override(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     return tree
 
 
-def _one_line(error: dict[str, Any]) -> str:
-    """A pydantic error as ``key.path: what was given, what is accepted``."""
+def _one_line(error: ErrorDetails) -> str:
+    """Return a pydantic error as ``key.path: what was given, what is accepted``."""
     *parents, leaf = error["loc"] or ("",)
     key = ".".join(map(str, error["loc"]))
     if error["type"] == "value_error":
@@ -368,10 +376,12 @@ def _one_line(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         return f"{key}: missing, it has no default"
     if error["type"] == "extra_forbidden":
-        section = TrainConfig
+        fields = TrainConfig.model_fields
         for parent in parents:
-            section = _section(section.model_fields[parent].annotation)
-        accepted = list(section.model_fields)
+            section = _section(fields[str(parent)].annotation)
+            assert section is not None  # or it would have no keys to forbid
+            fields = section.model_fields
+        accepted = list(fields)
         near = difflib.get_close_matches(str(leaf), accepted, 1)
         hint = f"did you mean {near[0]}? " if near else ""
         return f"{key}: unknown key, {hint}accepted are {', '.join(accepted)}"
@@ -380,6 +390,6 @@ def _one_line(error: dict[str, Any]) -> str:
 
 
 def _section(annotation: Any) -> type[Section] | None:
-    """The section in ``Section`` or ``Section | None``; None for a plain value."""
+    """Return the section in ``Section`` or ``Section | None``; None for a plain value."""
     options = (annotation, *get_args(annotation))
     return next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)

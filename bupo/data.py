@@ -1,4 +1,4 @@
-"""Prompts with verifiable answers: where they come from, how they are put to the model, the order in which training sees them."""
+"""Prompts with verifiable answers: their files and datasets, their templates and tokens, and their order in training."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from bupo.rewards import Columns, Question
 
 @dataclass(frozen=True)
 class Example:
-    prompt: str  # after the template: the text the model sees
+    """A prompt with its answer."""
+
+    prompt: str  # the text the model sees, after the template
     prompt_ids: tuple[int, ...]
     answer: str
-    source: str  # accuracy is reported by it
-    row: dict[str, Any] = field(default_factory=dict, hash=False)  # what the reward is called with besides
+    source: str  # the name by which accuracy is reported
+    row: dict[str, Any] = field(default_factory=dict, hash=False)  # the further columns that the reward is called with
 
 
 def load_examples(
@@ -40,16 +42,21 @@ def load_examples(
     columns: Columns | None = None,
     answers: bool = True,
 ) -> list[Example]:
-    """The examples of a JSONL or parquet file, of a folder saved by `datasets`, or of a dataset on the Hugging Face hub; or of
-    several of them, one after the other.
+    """Return the examples of a JSONL or parquet file, of a folder saved by `datasets`, or of a dataset on the Hugging Face hub; or
+    of several of them, one after the other.
 
-    Columns, template and limit are those of ``data``; ``columns`` are those that the reward asks for besides. Answers that are
-    numbers become text, whole ones without a point; without ``answers`` there need be none, and they are empty.
-    Raises :class:`ConfigError` with the configuration ``key`` and the first row that is not as it must be; one with a token from
-    ``vocab`` on, for which the model has no embedding, is not.
+    Args:
+        data: the section with columns, template and limit.
+        key: the configuration key of ``where``, for messages.
+        vocab: the size of the model's embedding, which every token must be below; None = any.
+        columns: the further columns that the reward asks for.
+        answers: whether there must be answers; without, they are empty. Numbers become text, whole ones without a point.
+
+    Raises:
+        ConfigError: a file or a row is not as it must be; the message names the first row.
     """
     wheres = [where] if isinstance(where, str) else where
-    sharing = Counter(map(_name, dict.fromkeys(wheres)))  # how many have a name: no two are to be reported as one
+    sharing = Counter(map(_name, dict.fromkeys(wheres)))  # how many datasets have a name: no two are reported as one
     names = [_name(one) if sharing[_name(one)] == 1 else one for one in wheres]
     parts = [_load(*one, data, tokenizer, key, vocab, columns, answers) for one in zip(wheres, names, strict=True)]
     return [example for part in parts for example in part]
@@ -65,11 +72,12 @@ def _load(
     columns: Columns | None,
     answers: bool,
 ) -> list[Example]:
-    """The examples of one file or dataset; ``name`` is the source of those that name none."""
+    """Return the examples of one file or dataset; ``name`` is the source of those that name none."""
     wanted = [data.prompt, data.source or "data_source", *(_answer_columns(data) if answers else ())]
     if columns is not None:
-        wanted = None if columns.optional is None else [*wanted, *columns.required, *columns.optional]
-    rows = _read(where, wanted, key)
+        wanted += [*columns.required, *(columns.optional or ())]
+    everything = columns is not None and columns.optional is None
+    rows = _read(where, None if everything else wanted, key)
     if not rows:
         raise ConfigError(f"{key}: {where} is empty, accepted is at least one example")
     _check_special_tokens(data.template, tokenizer)
@@ -107,7 +115,7 @@ def _load(
 
 
 def question(example: Example, response: str, response_ids: Sequence[int]) -> Question:
-    """What the reward of a response to ``example`` is asked with."""
+    """Return the question about a response to ``example`` that its reward answers."""
     return Question(response, example.answer, response_ids, example.source, example.row)
 
 
@@ -120,13 +128,15 @@ _PLACES = "a .jsonl or .parquet file, a folder saved by `datasets`, or owner/nam
 
 @dataclass(frozen=True)
 class _Row:
-    place: str  # for messages: the key, the file and the row
+    """A row of a dataset."""
+
+    place: str  # the key, the file and the row, for messages
     values: dict[str, Any]
-    columns: Sequence[str]  # all there are; `values` may have fewer
+    columns: Sequence[str]  # the names of all columns; `values` may have fewer
 
     def get(self, columns: Sequence[str], convert: Callable[[Any], Any], accepted: str) -> Any:
-        """What ``convert`` makes of the first of ``columns`` that is there. Raises :class:`ConfigError` where it makes None, or
-        raises a ``ValueError`` that says what of the value is wrong."""
+        """Return what ``convert`` makes of the first of ``columns`` that is there. Raises :class:`ConfigError` where that is None,
+        or where ``convert`` raises a ``ValueError``, which says what of the value is wrong."""
         for column in columns:
             if (value := _find(self.values, column)) is not _MISSING:
                 reason = ""
@@ -142,7 +152,7 @@ class _Row:
 
 
 def _find(values: Any, column: str) -> Any:
-    """The value of a column, ``a.b`` being b in the struct a."""
+    """Return the value of a column, where ``a.b`` is b in the struct a, or :data:`_MISSING`."""
     if not isinstance(values, dict):
         return _MISSING
     if column in values:
@@ -156,13 +166,15 @@ def _answer_columns(data: Data) -> tuple[str, ...]:
 
 
 def _text(value: Any) -> str | None:
+    """Return a value that is text and not empty, else None."""
     try:
         return value if isinstance(value, str) and value.strip() and value.encode() else None
-    except UnicodeEncodeError:  # half of a surrogate pair, which JSON can spell
+    except UnicodeEncodeError:  # JSON can spell half of a surrogate pair
         return None
 
 
 def _answer(value: Any) -> str | None:
+    """Return an answer as text, or None if it is none."""
     if isinstance(value, bool) or (isinstance(value, float) and not math.isfinite(value)):
         return None
     if isinstance(value, float):
@@ -171,6 +183,7 @@ def _answer(value: Any) -> str | None:
 
 
 def _prompt(value: Any) -> str | list[dict[str, str]] | None:
+    """Return a prompt, text or a chat, or None if it is none. Raises ``ValueError`` for the message of a chat that is wrong."""
     if not isinstance(value, list):
         return _text(value)
     for number, message in enumerate(value, 1):
@@ -179,7 +192,7 @@ def _prompt(value: Any) -> str | list[dict[str, str]] | None:
         for name in ("role", "content"):
             if _text(message.get(name)) is None:
                 raise ValueError(f"message {number} has {f'{message[name]!r:.60} as' if name in message else 'no'} {name}")
-        # A table has every column in every row: None is as good as nothing.
+        # A table has every column in every row, so that None is as good as nothing.
         if more := [name for name, content in message.items() if name not in ("role", "content") and content is not None]:
             raise ValueError(f"message {number} has {', '.join(map(repr, more))}, which templates would not see")
     if value and value[-1]["role"] == "assistant":
@@ -188,7 +201,7 @@ def _prompt(value: Any) -> str | list[dict[str, str]] | None:
 
 
 def _told(row: _Row, prompt: str | list[dict[str, str]], columns: Columns | None) -> dict[str, Any]:
-    """What of the row a reward is called with that asks for ``columns``: they, and the prompt as it was before the template."""
+    """Return what a reward that asks for ``columns`` is told of the row: those, and the prompt as it was before the template."""
     if columns is None:
         return {}
     for name in columns.required:
@@ -214,7 +227,7 @@ def _is_json(value: Any) -> bool:
 
 
 def _name(where: str) -> str:
-    """What a dataset is called where its rows do not say."""
+    """Return the name of a dataset whose rows do not say their source."""
     path = Path(where)
     if path.is_dir():
         return path.resolve().name
@@ -222,7 +235,7 @@ def _name(where: str) -> str:
 
 
 def _read(where: str, wanted: Sequence[str] | None, key: str) -> list[_Row]:
-    """The rows of a dataset, with the columns in ``wanted`` at least; None: with all."""
+    """Return the rows of a dataset, with at least the columns in ``wanted``, or with all if that is None."""
     path = Path(where)
     suffix = path.suffix.lower()
     if path.is_dir():
@@ -240,6 +253,7 @@ def _read(where: str, wanted: Sequence[str] | None, key: str) -> list[_Row]:
 
 
 def jsonl_rows(where: str, key: str) -> list[_Row]:
+    """Return the rows of a JSONL file. Raises :class:`ConfigError` with ``key`` for the first line that is not one."""
     try:
         lines = Path(where).read_text(encoding="utf-8-sig").split("\n")  # splitlines() would also split at U+2028 within a text
     except UnicodeDecodeError as error:
@@ -276,7 +290,7 @@ def _parquet_rows(where: str, wanted: Sequence[str] | None, key: str) -> list[_R
 
 
 def _datasets_rows(where: str, wanted: Sequence[str] | None, key: str) -> list[_Row]:
-    """The rows of a folder that `datasets` saved, or else of a dataset on the hub."""
+    """Return the rows of a folder that `datasets` saved, or else of a dataset on the hub."""
     name, _, split = where.partition(":")
     parts = name.split("/")
     folder = Path(where).is_dir()
@@ -291,7 +305,7 @@ def _datasets_rows(where: str, wanted: Sequence[str] | None, key: str) -> list[_
             dataset = datasets.load_from_disk(where)
         else:
             dataset = datasets.load_dataset("/".join(parts[:2]), parts[2] if len(parts) == 3 else None, split=split)
-    except Exception as error:  # of the network, of the hub, of the format: datasets has no class of its own for them
+    except Exception as error:  # network, hub and format raise their own, and datasets has no class for them
         raise ConfigError(f"{key}: {where} cannot be loaded ({_first_line(error)}), accepted is {_PLACES}") from None
     if isinstance(dataset, dict):
         raise ConfigError(f"{key}: {where} holds the splits {', '.join(dataset)}, accepted is the folder of one of them")
@@ -309,8 +323,8 @@ def _table_rows(values: list[dict[str, Any]], schema: Any, columns: list[str], w
 
 
 def _shortest(value: Any, kind: Any) -> Any:
-    """A value of an arrow type in which numbers of 16 and 32 bits are the decimals they were written as: 0.1, not the
-    0.10000000149011612 that the float of Python makes of it."""
+    """Return a value of an arrow type with numbers of 16 and 32 bits as the decimals they were written as: 0.1, not the
+    0.10000000149011612 that Python's float makes of it."""
     from pyarrow import types
 
     if value is None:
@@ -325,7 +339,7 @@ def _shortest(value: Any, kind: Any) -> Any:
 
 
 def _needed(columns: list[str], wanted: Sequence[str] | None) -> list[str]:
-    """Those of a table's columns that are looked into: others can be gigabytes. At least one: `datasets` has no rows without."""
+    """Return the columns of a table to read, as others can be gigabytes; at least one, without which `datasets` has no rows."""
     if wanted is None:
         return columns
     return [name for name in columns if any(column == name or column.startswith(f"{name}.") for column in wanted)] or columns[:1]
@@ -341,7 +355,7 @@ _QWEN = (
     "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n<|im_start|>user\n",
     "<|im_end|>\n<|im_start|>assistant\n",
 )
-TEMPLATES = {  # the paper's: what stands before and after the problem
+TEMPLATES = {  # the texts before and after the problem, as the paper has them
     "qwen-math": _QWEN,
     "qwen3-nothinking": (_QWEN[0], _QWEN[1] + "<think>\n\n</think>\n\n"),
     "octothinker": (
@@ -362,7 +376,7 @@ def _check_special_tokens(template: str, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _render(prompt: str | list[dict[str, str]], row: _Row, template: str, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The text that the model sees. Raises :class:`ConfigError` when prompt, template and tokenizer do not go together."""
+    """Return the text that the model sees. Raises :class:`ConfigError` when prompt, template and tokenizer do not go together."""
     if template in TEMPLATES:
         before, after = TEMPLATES[template]
         users = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt if message["role"] == "user"]
@@ -379,20 +393,23 @@ def _render(prompt: str | list[dict[str, str]], row: _Row, template: str, tokeni
     chat = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     try:
         return tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    except Exception as error:  # whatever a template raises
+    except Exception as error:  # a template may raise anything
         raise ConfigError(f"{row.place}: the tokenizer's chat template does not take it ({_first_line(error)})") from None
 
 
 def _is_whole(prompt: str | list[dict[str, str]], template: str) -> bool:
-    """Whether the template has written the special tokens, so that the tokenizer must not add its own."""
+    """Return whether the template has written the special tokens, so that the tokenizer must not add its own."""
     if template in TEMPLATES:
         return TEMPLATES[template][0].startswith("<|")
     return template == "chat" or not isinstance(prompt, str)
 
 
 def encode(texts: list[str], whole: list[bool], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """The tokens of prompts. What the tokenizer puts before a text stands there once, also where the text has it already; where
-    the text is ``whole``, only if it has. What the tokenizer appends is left out: no prompt ends there."""
+    """Return the tokens of prompts.
+
+    The tokens that the tokenizer puts before a text stand there once, also where the text has them already; before a ``whole`` text
+    only if it has them. Those that the tokenizer appends are left out, as no prompt ends there.
+    """
     begin = _tokens_before(tokenizer)
     encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
     for i, ids in enumerate(encoded):
@@ -405,13 +422,13 @@ def encode(texts: list[str], whole: list[bool], tokenizer: PreTrainedTokenizerBa
 
 
 def _tokens_before(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Such as a beginning-of-sequence token."""
+    """Return the tokens that the tokenizer puts before a text, such as one for the beginning of a sequence."""
     bare, marked = (tokenizer("1", add_special_tokens=special).input_ids for special in (False, True))
     return next(marked[:i] for i in range(len(marked) + 1) if marked[i : i + len(bare)] == bare)
 
 
 def require_known(place: str, ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, vocab: int | None) -> None:
-    """Raises :class:`ConfigError` when one of the tokens is beyond the ``vocab`` that the model's embedding has rows for."""
+    """Raise :class:`ConfigError` when one of the tokens is beyond the ``vocab`` rows of the model's embedding."""
     if vocab is not None and (unknown := next((i for i in ids if i >= vocab), None)) is not None:
         token = tokenizer.convert_ids_to_tokens(unknown)
         raise ConfigError(f"{place} has the token {token!r} ({unknown}), accepted are those below {vocab} (the model's embedding)")
@@ -421,13 +438,13 @@ def require_known(place: str, ids: Sequence[int], tokenizer: PreTrainedTokenizer
 
 
 class PromptOrder:
-    """Shuffled epochs, one after the other. The batch is a function of the step alone: nothing to save, nothing to restore."""
+    """The order of prompts: shuffled epochs. A batch is a function of the step alone, with nothing to save and to restore."""
 
     def __init__(self, examples: list[Example], batch: int, seed: int) -> None:
         self.examples, self.batch, self.seed = examples, batch, seed
 
     def at(self, step: int) -> list[Example]:
-        """The examples of a step, counted from 1."""
+        """Return the examples of ``step``, counted from 1."""
         first, size = (step - 1) * self.batch, len(self.examples)
         epochs = range(first // size, (first + self.batch - 1) // size + 1)
         order = [i for epoch in epochs for i in self._permutation(epoch)]
@@ -443,8 +460,8 @@ STREAMS = ("order", "rollout", "evaluation", "warm-up", "guard", "look", "lens")
 
 
 def stream_seed(seed: int, stream: str, *indices: int) -> int:
-    """A seed of its own for one use (an epoch; a step and a rank) of one of a run's :data:`STREAMS` of random numbers.
+    """Return the seed for one use (an epoch; a step and a rank) of one of a run's :data:`STREAMS` of random numbers.
 
-    Hashed to 32 bits: torch's CPU generator reads no more of its seed, so that sums and shifts would collide.
+    It is hashed to 32 bits, as torch's CPU generator reads no more of its seed: sums and shifts would collide.
     """
     return int(np.random.SeedSequence((seed, STREAMS.index(stream), *indices)).generate_state(1)[0])

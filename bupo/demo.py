@@ -1,7 +1,7 @@
 """The demo: a model of about a million parameters learns two-digit sums, first from examples, then from reward.
 
-It writes what a run needs (prompts, a warm checkpoint, a configuration) and then runs the very code of ``bupo train``, and of
-``bupo analyze`` on what came of it.
+It writes what a run needs (prompts, a warm checkpoint, a configuration), runs the very code of ``bupo train``, and then that of
+``bupo analyze`` on the trained model.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -27,16 +28,16 @@ from bupo.rollout import Sample, Sampling, make_rollout
 from bupo.trainer import train
 from bupo_kernels import FusedLMHead, policy_logprobs
 
-HELDOUT = 512  # of the 10,000 sums of two numbers below 100
+HELDOUT = 512  # held-out sums, of the 10,000 of two numbers below 100
 ANSWER_TOKENS = 4  # three digits and the end of the sequence
-WARM_ACCURACY = 0.45  # share of right samples at which reinforcement takes over; by then it has passed it, to about half
-WARM_STEPS = 1500  # by which a healthy warm-up is long done
+WARM_ACCURACY = 0.45  # the share of right samples that ends the warm-up, by when it is about a half
+WARM_STEPS = 1500  # steps after which a healthy warm-up is long done
 
-CONFIG = {
+CONFIG: dict[str, Any] = {
     "bupo": {"layer": 3, "internal_steps": 15},
     "steps": 80,
     "reward": {"function": "bupo.rewards:exact_match"},
-    # Continuous batching, the default, takes half a second to set up: more than these few tokens.
+    # Continuous batching, the default, takes half a second to set up, which is longer than to sample these few tokens.
     "rollout": {"engine": "generate", "prompts": 64, "samples": 8, "max_new_tokens": ANSWER_TOKENS},
     "optimizer": {"learning_rate": 1e-4, "mini_batch": 32},
     "evaluation": {"samples": 8, "every": 20},
@@ -44,8 +45,8 @@ CONFIG = {
 
 
 def demo(folder: Path, policy: str = "bupo", seed: int = 0) -> tuple[Accuracy, Accuracy]:
-    """Prepares ``folder``, trains in ``folder/run`` and looks into the model in ``folder/analysis``; returns held-out accuracy
-    before and after.
+    """Prepare ``folder``, train in ``folder/run`` and analyze the model in ``folder/analysis``; return held-out accuracy before and
+    after.
 
     Raises :class:`ConfigError` when ``folder`` is not new or empty.
     """
@@ -60,7 +61,7 @@ def demo(folder: Path, policy: str = "bupo", seed: int = 0) -> tuple[Accuracy, A
 
 
 def prepare(folder: Path, policy: str, seed: int) -> Path:
-    """Writes prompts, the warm checkpoint and the configuration of a demo run; returns the configuration's path."""
+    """Write prompts, the warm checkpoint and the configuration of a demo run; return the configuration's path."""
     check_new_folder(folder, "--output")
     folder.mkdir(parents=True, exist_ok=True)
     sums = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(100) for b in range(100)]
@@ -90,7 +91,7 @@ def prepare(folder: Path, policy: str, seed: int) -> Path:
 
 
 def character_tokenizer(characters: str) -> PreTrainedTokenizerBase:
-    """One token per character, and ``<pad>`` and ``<eos>``."""
+    """Return a tokenizer with one token per character, and ``<pad>`` and ``<eos>``."""
     vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", *characters])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", behavior="isolated")
@@ -99,7 +100,7 @@ def character_tokenizer(characters: str) -> PreTrainedTokenizerBase:
 
 
 def small_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausalLM:
-    """A Qwen3 of random weights: four layers, 1.2 M parameters."""
+    """Return a Qwen3 of random weights, with four layers and 1.2 M parameters."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=len(tokenizer),
@@ -119,7 +120,7 @@ def small_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausal
 
 
 def warm_up(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, sums: list[dict[str, str]], seed: int) -> None:
-    """Supervised learning on ``sums`` until :data:`WARM_ACCURACY` of the model's samples are right."""
+    """Train the model on solved ``sums`` until :data:`WARM_ACCURACY` of its samples are right."""
     FusedLMHead.adopt(model.lm_head)
     rng = random.Random(seed)
     solutions = [solution(tokenizer, row) for row in sums]
@@ -150,7 +151,7 @@ def warm_up(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, sums: l
 
 
 def solution(tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> Sample:
-    """A sum with its answer as the response."""
+    """Return a sum with its answer as the response."""
     prompt, answer = (tokenizer(row[name], add_special_tokens=False).input_ids for name in ("prompt", "answer"))
     return Sample(prompt, [*answer, tokenizer.eos_token_id], None, finished=True)
 
@@ -158,6 +159,7 @@ def solution(tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> Sample:
 def sampled_accuracy(
     model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, sums: list[dict[str, str]], seed: int, step: int
 ) -> float:
+    """Return the share of sampled responses to ``sums`` that are right."""
     world, sampling = World(0, 1, model.device), Sampling(ANSWER_TOKENS, 1.0, seed, "warm-up")
     rollout = make_rollout("generate", model, tokenizer, sampling, world, sequences=len(sums))
     samples = rollout.generate([tokenizer(row["prompt"], add_special_tokens=False).input_ids for row in sums], 1, step)

@@ -1,4 +1,4 @@
-"""How well the final policy still predicts what the first model said: the guard on phase 1 that the paper's Figure 5c suggests."""
+"""The guard on phase 1 that the paper's Figure 5c suggests: how well the final policy still predicts what the first model said."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from bupo.attention import packed_options, training_attention
 from bupo.batching import pack_all
 from bupo.config import TrainConfig
 from bupo.data import Example
-from bupo.distributed import World
+from bupo.distributed import World, as_forward
 from bupo.errors import ConfigError
 from bupo.output import replace_file
 from bupo.rollout import Rollout, Sample
+from bupo_kernels import policy_logprobs
 
-FILE = "guard.json"  # in the run folder: the first model is gone when a run is resumed
+FILE = "guard.json"  # in the run folder, since the first model is gone when a run is resumed
 
 
 class PerplexityGuard:
-    """Responses of the first model to held-out prompts, and its perplexity on them; what is measured later is relative to it."""
+    """The responses of the first model to held-out prompts, and its perplexity on them, to which later ones are relative."""
 
     def __init__(
         self, model: PreTrainedModel, rollout: Rollout, heldout: Sequence[Example], config: TrainConfig, world: World, last: int
@@ -30,8 +31,7 @@ class PerplexityGuard:
         self.attention, self.max_tokens, self.world = config.hardware.attention, config.hardware.max_tokens_per_device, world
         path = config.output_dir / FILE
         if last == 0:
-            asked = heldout[: config.bupo.guards.responses]
-            prompts = [example.prompt_ids for example in world.share(asked)]
+            prompts = [example.prompt_ids for example in world.share(heldout[: config.guards.responses])]
             samples = world.gather(rollout.with_sampling(stream="guard").generate(prompts, 1, 0))
             self._hold(samples)
             self.first = 1.0
@@ -44,7 +44,8 @@ class PerplexityGuard:
         with world.agree():
             try:
                 saved = json.loads(path.read_text(encoding="utf-8"))
-                samples, self.first = [Sample(*pair, None, True) for pair in saved["responses"]], saved["perplexity"]
+                samples = [Sample(prompt, response, None, True) for prompt, response in saved["responses"]]
+                self.first = saved["perplexity"]
             except (OSError, ValueError, TypeError, KeyError) as error:
                 fault = "missing" if isinstance(error, FileNotFoundError) else "damaged"
                 accepted = "accepted is a run folder with it, or bupo.guards.perplexity: null"
@@ -56,12 +57,12 @@ class PerplexityGuard:
 
     @torch.no_grad()
     def measure(self, model: PreTrainedModel) -> float:
-        """Perplexity of ``model``'s own policy, over that of the first model. A collective."""
+        """Return the perplexity of ``model``'s own policy, divided by that of the first model. A collective."""
         total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         with training_attention(model, self.attention):
             for batch in self.micro_batches:
                 options = packed_options(batch, self.attention)
-                found = model.policy_logprobs(batch.input_ids, batch.targets, return_entropy=False, **options)
-                total += torch.stack([found.logprobs.sum(dtype=torch.float64), batch.mask.sum()])
+                own = as_forward(policy_logprobs, model, batch.input_ids, batch.targets, return_entropy=False, **options)
+                total += torch.stack([own.logprobs.sum(dtype=torch.float64), batch.mask.sum()])
         logprobs, count = self.world.sum(total).tolist()
         return math.exp(-logprobs / count) / self.first

@@ -6,9 +6,7 @@ import contextlib
 import os
 import re
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -32,14 +30,12 @@ from transformers.utils import logging as transformers_logging
 from bupo.config import Hardware, Optimizer
 from bupo.distributed import World, shard, sharded_units
 from bupo.errors import ConfigError
-from bupo_kernels import FusedLMHead, policy_divergence, policy_lens, policy_logprobs, policy_loss
+from bupo_kernels import FusedLMHead
 from bupo_kernels.internal_policy import MODEL_TYPES
-
-METHODS = {f.__name__: f for f in (policy_logprobs, policy_loss, policy_divergence, policy_lens)}
 
 
 def pretrained(name: str) -> dict[str, str]:
-    """``name``, a folder, a name on the hub or a GGUF file, as ``from_pretrained`` takes it.
+    """Return ``name``, a folder, a name on the hub or a GGUF file, as the arguments of ``from_pretrained``.
 
     Raises ``FileNotFoundError`` for a GGUF file that is not there.
     """
@@ -52,10 +48,10 @@ def pretrained(name: str) -> dict[str, str]:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Raises :class:`ConfigError`."""
+    """Return the tokenizer of the model ``name``. Raises :class:`ConfigError`."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(**pretrained(name))
-    except Exception as error:  # of as many kinds as there are formats and ways to damage a file
+    except Exception as error:  # its kinds are as many as the formats and the ways to damage a file
         raise unusable(name, error) from error
     if tokenizer.eos_token_id is None:
         raise unusable(name, "its tokenizer has no end-of-sequence token")
@@ -63,8 +59,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(name: str, hardware: Hardware, world: World, *, weights: bool = True) -> PreTrainedModel:
-    """The model of a folder, a hub name or a GGUF file, with float32 masters, a :class:`FusedLMHead`, and :data:`METHODS` bound to
-    it; sharded.
+    """Return the model of a folder, a hub name or a GGUF file, with float32 masters and a :class:`FusedLMHead`, sharded.
 
     Only rank 0 reads the weights; the others make room and are sent their shards. Without ``weights`` there is room only, for a
     checkpoint to fill. Raises :class:`ConfigError`.
@@ -73,12 +68,13 @@ def load_model(name: str, hardware: Hardware, world: World, *, weights: bool = T
         model = _one_process_model(name, hardware, read=weights and world.main)
         if hardware.liger:
             _apply_liger(model, world)
-    make_trainable(model, hardware, METHODS)
+    if hardware.checkpoint_activations:
+        checkpoint_activations(model)
     whole = model.state_dict() if world.main else {}
-    shard(model, world, hardware, list(METHODS))
+    shard(model, world, hardware)
     if weights and sharded_units(model) and world.size > 1:
         set_model_state_dict(model, whole, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    # In training mode activations are checkpointed; there is no dropout.
+    # Activations are checkpointed in training mode only; there is no dropout.
     return model.train()
 
 
@@ -97,7 +93,7 @@ def _one_process_model(name: str, hardware: Hardware, read: bool) -> PreTrainedM
             with no_init_weights():  # memory that is never written is never taken
                 model = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32, **options)
             model.tie_weights()
-            with contextlib.suppress(OSError):  # there is none: as from_config made it
+            with contextlib.suppress(OSError):  # without a file it stays as from_config made it
                 model.generation_config = GenerationConfig.from_pretrained(pretrained(name)["pretrained_model_name_or_path"])
         FusedLMHead.adopt(model.get_output_embeddings())
     except ConfigError:
@@ -109,26 +105,26 @@ def _one_process_model(name: str, hardware: Hardware, read: bool) -> PreTrainedM
     return model
 
 
-# What torch.compile, DDP, FSDP1 and activation checkpointing put in front of the names of what they wrap.
+# The prefixes that torch.compile, DDP, FSDP1 and activation checkpointing give to the names of what they wrap.
 WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 def read_model(name: str, **options: Any) -> PreTrainedModel:
-    """``from_pretrained``, in which every weight comes from the checkpoint and none is left over.
+    """Return the model that ``from_pretrained`` makes, if every weight comes from the checkpoint and none is left over.
 
-    transformers makes up what is missing, and warns. Names that a wrapper put its own in front of are read without it, with a line.
+    transformers makes up what is missing, and only warns. Prefixes that a wrapper gave to names are taken off, and a line says so.
     The weights of a GGUF file are unpacked, so that it is a model like any other. Raises :class:`ConfigError`.
     """
     level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # its report is a table; what is wrong is said here, in a line
+    transformers_logging.set_verbosity_error()  # its report is a table; the error raised here is a line
     try:
         source = pretrained(name)
         if "gguf_file" in source and hasattr(transformers, "GgufConfig"):  # without it, weights are always unpacked
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-        how = {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, found = AutoModelForCausalLM.from_pretrained(**source, **options, **how)
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, found = AutoModelForCausalLM.from_pretrained(**source, **options)
         if "gguf_file" in source and getattr(model, "hf_quantizer", None) is not None:
-            model.hf_quantizer.remove_quantization_config(model)  # or nothing could be saved
+            model.hf_quantizer.remove_quantization_config(model)  # a model with one cannot be saved
         missing, unexpected = sorted(found["missing_keys"]), sorted(found["unexpected_keys"])
         if any(map(WRAPPERS.search, unexpected)):
             missing, unexpected = _load_unwrapped(model, Path(name))
@@ -149,8 +145,8 @@ def read_model(name: str, **options: Any) -> PreTrainedModel:
 
 
 def _load_unwrapped(model: PreTrainedModel, folder: Path) -> tuple[list[str], list[str]]:
-    """Loads the weights in ``folder`` by their names without :data:`WRAPPERS`; returns the names missing and unexpected."""
-    weights = {}
+    """Load the weights in ``folder`` by their names without :data:`WRAPPERS`; return the names missing and unexpected."""
+    weights: dict[str, Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         weights |= load_file(path)
     for path in () if weights else sorted(folder.glob("pytorch_model*.bin")):
@@ -160,7 +156,7 @@ def _load_unwrapped(model: PreTrainedModel, folder: Path) -> tuple[list[str], li
     print(f"model: {folder}: {', '.join(prefixes)} taken off the names of its weights")
     unexpected = model.load_state_dict(plain, strict=False).unexpected_keys
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    filled: dict[int, Tensor] = {}  # of tied weights one name is enough, and a second one must have the same
+    filled: dict[int, Tensor] = {}  # for tied weights one name is enough, and a second one must hold the same
     for key in plain.keys() & parameters.keys():
         if not torch.equal(filled.setdefault(id(parameters[key]), plain[key]), plain[key]):
             unexpected.append(key)
@@ -172,26 +168,23 @@ def _some(names: list[str]) -> str:
 
 
 def require_finite(name: str, model: PreTrainedModel) -> None:
-    """Raises :class:`ConfigError` with the first of the model's tensors that holds a NaN or an infinity."""
+    """Raise :class:`ConfigError` with the first of the model's tensors that holds a NaN or an infinity, if there is one."""
     for tensor, parameter in model.named_parameters():
         if parameter.numel() == 0:
             continue
-        # One pass and no copy: both ends are NaN where any element is.
+        # This is one pass without a copy: both ends are NaN where any element is.
         if not torch.stack(parameter.detach().aminmax()).isfinite().all():
             raise unusable(name, f"its tensor {tensor} holds NaN or infinity")
 
 
-def make_trainable(model: PreTrainedModel, hardware: Hardware, methods: dict[str, Callable]) -> None:
-    """Activations are checkpointed if ``hardware`` says so, and ``methods``, which run the model, are bound to it."""
-    if hardware.checkpoint_activations:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # the name since 5.23
-        enable({"use_reentrant": False})
-    for name, function in methods.items():
-        setattr(model, name, MethodType(function, model))
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Have each layer of ``model`` run again in the backward instead of keeping its activations."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)  # the name since 5.23
+    enable({"use_reentrant": False})
 
 
 def unusable(name: str | Path, reason: object, key: str = "model") -> ConfigError:
-    """That the model ``name`` cannot be used, for a ``reason`` that may be whatever was raised; a damaged file of it is named."""
+    """Return the error that the model ``name`` cannot be used, with a damaged file of it, else ``reason``, even an exception."""
     found = [fault for path in sorted(Path(name).glob("*")) if (fault := _fault(path))] if Path(name).is_dir() else []
     if found:
         reason = found[0]
@@ -201,7 +194,7 @@ def unusable(name: str | Path, reason: object, key: str = "model") -> ConfigErro
 
 
 def _fault(path: Path) -> str | None:
-    """What is wrong with a file of a model's folder, as far as that can be seen without the model."""
+    """Return what is wrong with a file of a model's folder, as far as the file alone shows it, or None."""
     if path.is_file():
         with path.open("rb") as file:
             if file.read(40).startswith(b"version https://git-lfs.github.com/spec/"):
@@ -224,23 +217,23 @@ def _apply_liger(model: PreTrainedModel, world: World) -> None:
         raise ConfigError(
             "hardware.liger: true given, accepted once liger-kernel is installed (pip install liger-kernel)"
         ) from None
-    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)  # the head is ours
+    _apply_liger_kernel_to_instance(model, cross_entropy=False, fused_linear_cross_entropy=False)  # bupo_kernels has the head
 
 
-def make_optimizer(model: PreTrainedModel, how: Optimizer) -> torch.optim.AdamW:
-    """AdamW over two groups: embedding, head and layers up to ``upper_from``; and what is above it, its learning rate scaled.
+def make_optimizer(model: PreTrainedModel, config: Optimizer) -> torch.optim.AdamW:
+    """Return AdamW over two groups: embedding, head and layers up to ``upper_from``; and what is above, its learning rate scaled.
 
     A scale of 0 freezes the upper part (``requires_grad`` is False, no gradient is formed). Every parameter has its state from
     the start, so that a checkpoint of phase 1, in which upper layers have no gradient, can be resumed like any other.
     """
-    upper = set(_above(model, how.upper_from))
+    upper = set(_above(model, config.upper_from))
     for parameter in upper:
-        parameter.requires_grad_(how.upper_layers > 0)
+        parameter.requires_grad_(config.upper_layers > 0)
     lower = [parameter for parameter in model.parameters() if parameter not in upper]
-    groups = [{"params": lower, "scale": 1.0}]
-    if upper and how.upper_layers > 0:
-        groups.append({"params": [p for p in model.parameters() if p in upper], "scale": how.upper_layers})
-    optimizer = torch.optim.AdamW(groups, lr=how.learning_rate, betas=how.betas, weight_decay=how.weight_decay, fused=True)
+    groups: list[dict[str, Any]] = [{"params": lower, "scale": 1.0}]
+    if upper and config.upper_layers > 0:
+        groups.append({"params": [p for p in model.parameters() if p in upper], "scale": config.upper_layers})
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True)
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             optimizer.state[parameter] = {
@@ -259,23 +252,23 @@ def _above(model: PreTrainedModel, layer: int | None) -> list[nn.Parameter]:
 
 
 def export_type(architecture: PretrainedConfig, asked: str) -> torch.dtype:
-    """The type ``asked`` for; "auto" is the one in which a model of this config is loaded by default."""
+    """Return the type called ``asked``; "auto" is the one in which a model of this config is loaded by default."""
     dtype = asked if asked != "auto" else architecture.dtype or torch.float32
     return getattr(torch, str(dtype).removeprefix("torch."))
 
 
 def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, world: World, dtype: torch.dtype) -> None:
-    """A Hugging Face checkpoint at ``path``, in place of one that is there, which appears whole or not at all; a collective."""
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """Write a Hugging Face checkpoint to ``path``, in place of what is there; it appears whole or not at all. A collective."""
+    whole: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if world.main:
         partial = path.with_name(path.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
-        # Of tied weights, which sharded are no longer seen to be one, the first name only.
+        # Tied weights are written once, under the first name: sharded ones no longer look like one.
         names = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name in whole]
         weights = {name: whole[name].to(dtype) if whole[name].is_floating_point() else whole[name] for name in names}
         model.save_pretrained(partial, state_dict=weights)
         masters, model.config.dtype = model.config.dtype, dtype
-        model.config.save_pretrained(partial)  # once more: it said what the masters are
+        model.config.save_pretrained(partial)  # once more, now with the type of the file
         model.config.dtype = masters
         tokenizer.save_pretrained(partial)
         shutil.rmtree(path, ignore_errors=True)  # a folder cannot be put over another
@@ -284,12 +277,12 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Pat
 
 
 def keep_base(name: str, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """Config, generation config and tokenizer of the model ``name`` at ``path``, in place of what is there: all but its weights."""
+    """Write config, generation config and tokenizer of the model ``name`` to ``path``, in place of what is there."""
     partial = path.with_name(path.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     source = pretrained(name)
     AutoConfig.from_pretrained(**source).save_pretrained(partial)
-    with contextlib.suppress(OSError):  # there is none
+    with contextlib.suppress(OSError):  # not every model has one
         GenerationConfig.from_pretrained(source["pretrained_model_name_or_path"]).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a run leaves behind, and what it shows while it runs."""
+"""The folder that a run leaves behind, and the lines it shows while it runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bupo.output import progress_bar, replace_file
 from bupo.plots import draw_run
 from bupo.rollout import Sample
 
-# What the line of a step shows, each part where all of its metrics are there.
+# The parts of a step's line, each shown where all of its metrics are there.
 PARTS = (
     ("reward {:.3f}", "reward"),
     ("({:d} failed)", "reward_failures"),
@@ -48,19 +48,19 @@ PARTS = (
 
 
 def step_line(metrics: dict[str, Any], steps: int) -> str:
-    """The console's line for a step; what is absent, None or not worth a word is left out.
+    """Return the console's line for a step, without metrics that are absent, None or not worth a word.
 
-    In brackets: behind the optimised policy's entropy the final policy's, behind the seconds those of rollout, old, update.
+    Behind the optimised policy's entropy stands, in brackets, the final policy's; behind the seconds those of rollout, old, update.
     """
-    said = dict(metrics)
-    if not said.get("reward_failures"):
-        said["reward_failures"] = None
-    if said["phase"] == "final":  # the optimised policy is the final one
-        said["entropy_final"] = None
-    shown = [(text, [said.get(name) for name in names]) for text, *names in PARTS]
-    parts = [text.format(*values) for text, values in shown if None not in values]
+    shown = dict(metrics)
+    if not shown.get("reward_failures"):
+        shown["reward_failures"] = None
+    if shown["phase"] == "final":  # the two entropies are the same
+        shown["entropy_final"] = None
+    values = [(text, [shown.get(name) for name in names]) for text, *names in PARTS]
+    parts = [text.format(*numbers) for text, numbers in values if None not in numbers]
     joined = "  ".join(parts).replace("  (", " (")
-    return f"step {said['step']:>{len(str(steps))}}/{steps}  {said['phase']:<7}  {joined}"
+    return f"step {shown['step']:>{len(str(steps))}}/{steps}  {shown['phase']:<7}  {joined}"
 
 
 class RunFolder:
@@ -119,11 +119,12 @@ class RunFolder:
         self._draw()
 
     def say(self, line: str) -> None:
+        """Print a line as it is, above the progress bar."""
         if self.main:
             self.progress.console.print(line, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def show_progress(self, what: str, done: int, total: int) -> None:
-        """A second bar for a part of a step, which goes when it is done."""
+        """Show a second bar for ``what``, a part of a step, until it is done."""
         if not self.main:
             return
         if what not in self.parts:
@@ -133,7 +134,7 @@ class RunFolder:
             self.progress.remove_task(self.parts.pop(what))
 
     def log_step(self, metrics: dict[str, Any]) -> None:
-        """Numbers and words of a step, ``step`` and ``phase`` among them; numbers that are not finite are written as null."""
+        """Write and show the metrics of a step, ``step`` and ``phase`` among them; numbers that are not finite become null."""
         if not self.main:
             return
         row = {name: _finite(value) for name, value in metrics.items()}
@@ -147,7 +148,7 @@ class RunFolder:
         self._publish("train", row["step"], row)
 
     def log_accuracy(self, step: int, accuracy: Accuracy) -> None:
-        """Held-out accuracy after ``step``, in place of one that was logged there before."""
+        """Write and show held-out accuracy after ``step``, in place of one that was logged there before."""
         if not self.main:
             return
         self.accuracies = [row for row in self.accuracies if row["step"] != step] + [{"step": step, **accuracy.as_dict()}]
@@ -157,7 +158,7 @@ class RunFolder:
         self._draw()
 
     def has_accuracy(self, step: int) -> bool:
-        """Whether held-out accuracy after ``step`` is there. A collective."""
+        """Return whether held-out accuracy after ``step`` has been logged. A collective."""
         return self.world.from_main(any(row["step"] == step for row in self.accuracies))
 
     def log_episodes(
@@ -170,10 +171,10 @@ class RunFolder:
         rewards: list[float],
         advantages: list[float],
     ) -> None:
-        """One prompt's group of responses, as text."""
+        """Write one prompt's group of responses, as text."""
         if not self.main:
             return
-        # Only this line begins at the margin: whatever a text holds, repr keeps it on one line. So the file can be cut at a step.
+        # The file can be cut at a step since only this line begins at the margin: repr keeps whatever a text holds on one line.
         lines = [f"step {step} ({phase})  prompt {example.prompt!r}  answer {example.answer!r}"]
         for response, sample, reward, advantage in zip(responses, samples, rewards, advantages, strict=True):
             ending = "" if sample.finished else "  (cut off)"
@@ -183,46 +184,47 @@ class RunFolder:
             file.write("\n".join(lines) + "\n\n")
 
     def _cut(self) -> None:
-        """Takes from the files what lies after ``resumed_step``, and reads the rest."""
+        """Remove the entries after ``resumed_step`` from the files, and read the rest."""
         for change in _changes(self.path / "config.yaml", self.config):
             self.say(f"config: {change}")
         for name, rows in (("metrics.jsonl", self.metrics), ("accuracy.jsonl", self.accuracies)):
             path = self.path / name
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-            read = [(line, _row(line)) for line in lines]
-            kept = [(line, row) for line, row in read if row is not None and row["step"] <= self.resumed_step]
-            rows += [row for _, row in kept]
-            if unreadable := sum(row is None for _, row in read):
+            parsed = [(line, _row(line)) for line in lines]
+            done = [(line, row) for line, row in parsed if row is not None and row["step"] <= self.resumed_step]
+            rows += [row for _, row in done]
+            if unreadable := sum(row is None for _, row in parsed):
                 self.say(f"{name}: {unreadable} unreadable line(s) dropped")
             if lines:
-                replace_file(path, "".join(line + "\n" for line, _ in kept))
+                replace_file(path, "".join(line + "\n" for line, _ in done))
         path = self.path / "episodes.txt"
         if path.exists():
             groups = re.split(r"^(?=\S)", path.read_text(encoding="utf-8", errors="replace"), flags=re.MULTILINE)
             steps = [re.match(r"step (\d+) \(", group) for group in groups]
-            kept = [group for group, step in zip(groups, steps, strict=True) if step and int(step[1]) <= self.resumed_step]
-            replace_file(path, "".join(kept))
+            numbered = zip(groups, steps, strict=True)
+            replace_file(path, "".join(group for group, step in numbered if step and int(step[1]) <= self.resumed_step))
 
     def _connect(self, exists: bool) -> None:
-        """Opens TensorBoard and Weights & Biases, which both continue what was there."""
+        """Open TensorBoard and Weights & Biases, which both continue what was there."""
         if self.wandb is not None:
-            # A name of its own, kept in the folder: one made from the path would continue whatever run was there before.
-            named = self.path / "wandb.id"
-            settings = {
-                "project": self.config.telemetry.wandb,
-                "id": named.read_text(encoding="utf-8") if named.exists() else uuid.uuid4().hex,
-                "name": self.path.name,
-                "dir": str(self.path),
-                "config": self.config.model_dump(mode="json"),
-            }
+            # The run has a random name, kept in the folder: one made from the path would continue whatever run was there before.
+            path, project = self.path / "wandb.id", self.config.telemetry.wandb
+            name = path.read_text(encoding="utf-8") if path.exists() else uuid.uuid4().hex
             try:
-                run = self.wandb.init(resume="allow", **settings)
+                run = self.wandb.init(
+                    resume="allow",
+                    project=project,
+                    id=name,
+                    name=self.path.name,
+                    dir=str(self.path),
+                    config=self.config.model_dump(mode="json"),
+                )
             except self.wandb.Error as error:
                 reason = " ".join(str(error).split())
-                raise ConfigError(f"telemetry.wandb: {settings['project']!r} given, but Weights & Biases said: {reason}") from None
-            replace_file(named, settings["id"])
+                raise ConfigError(f"telemetry.wandb: {project!r} given, but Weights & Biases said: {reason}") from None
+            replace_file(path, name)
             self.closing.push(lambda kind, error, trace: run.finish(exit_code=int(kind is not None)))
-            # Its own counter cannot go back, so the rows of steps that are done again would be dropped.
+            # wandb's own counter cannot go back, so that it would drop the rows of steps that are done again.
             run.define_metric("*", step_metric="step")
             self.sinks.append(lambda step, scalars: run.log({**scalars, "step": step}))
         if self.summary_writer is not None:
@@ -249,7 +251,7 @@ class RunFolder:
 
 
 def _finite(value: Any) -> Any:
-    """The value, None instead of numbers that JSON does not know; of a list each."""
+    """Return the value, or a list's values, with None instead of numbers that JSON does not know."""
     if isinstance(value, list):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -278,7 +280,7 @@ def _wandb(project: str | None) -> Any:
 
 
 def _row(line: str) -> dict | None:
-    """The JSON object with a step that the line is, or None."""
+    """Return the JSON object with a step that the line is, or None if it is none."""
     try:
         row = json.loads(line)
         return row if isinstance(row["step"], int) else None
@@ -287,7 +289,7 @@ def _row(line: str) -> dict | None:
 
 
 def _changes(path: Path, config: TrainConfig) -> list[str]:
-    """What differs between the configuration in ``path`` and ``config``."""
+    """Return the differences between the configuration in ``path`` and ``config``, each as a line."""
     if not path.exists():
         return []
     try:
@@ -304,14 +306,14 @@ def _changes(path: Path, config: TrainConfig) -> list[str]:
 
 
 def _flat(prefix: str, tree: Any) -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    """Return ``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
     if not isinstance(tree, dict):
         return {prefix: tree}
     return {k: v for name, below in tree.items() for k, v in _flat(f"{prefix}.{name}" if prefix else str(name), below).items()}
 
 
 def _scalars(prefix: str, row: dict[str, Any]) -> dict[str, float]:
-    """The numbers of a row as ``prefix/name``, of a list as ``prefix/name/00`` …; those of a data source as
+    """Return the numbers of a row as ``prefix/name``, those of a list as ``prefix/name/00`` …, those of a data source as
     ``prefix/source/name``."""
     scalars = {f"{prefix}/{name}": value for name, value in row.items() if isinstance(value, (int, float)) and name != "step"}
     for name, values in row.items():

@@ -1,4 +1,4 @@
-"""How anything here is shown and written: a progress bar, a file that is whole at any moment, a folder that one process writes."""
+"""The ways to show and to write: a progress bar, a file that is whole at any moment, a folder that one process writes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import os
 import socket
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -17,7 +17,7 @@ from bupo.errors import ConfigError
 
 
 def progress_bar(shown: bool = True) -> Progress:
-    """A bar with the time left, on a terminal; nothing where output is a file or not ``shown``."""
+    """Return a bar with the time left, for a terminal; it shows nothing where output is a file, or without ``shown``."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -30,16 +30,16 @@ def progress_bar(shown: bool = True) -> Progress:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """``path`` with the content ``text``; at any moment it is whole, the old or the new one."""
+    """Write ``text`` to ``path``, which at any moment is whole: the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
 
 
 def claim(partial: Path, name: str, plan: dict[str, Any], what: str) -> None:
-    """Writes ``plan`` into the file ``name`` of ``partial``, where unfinished work, ``what``, is kept.
+    """Mark ``partial``, the folder of unfinished work called ``what``, with the settings ``plan``, kept in its file ``name``.
 
-    Raises :class:`ConfigError` where another one is there.
+    Raises :class:`ConfigError` where the folder is marked with other settings.
     """
     path, plan = partial / name, json.loads(json.dumps(plan))
     if not path.exists():
@@ -56,19 +56,20 @@ def claim(partial: Path, name: str, plan: dict[str, Any], what: str) -> None:
 
 
 class FolderLock:
-    """Keeps every other process out of a folder, as a context manager: a file in it, locked, that names host and process.
+    """A lock that keeps every other process out of a folder, as a context manager: a file in it that names host and process.
 
-    The operating system lets go of it when the process ends, however it ends. Where the file system knows no locks, that is said.
+    The operating system lets go of it when the process ends, however it ends. Where the file system knows no locks, a line says so.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
-        self.path, self.key, self.file, self.taken = folder / "lock", key, None, False
+        self.path, self.key, self.taken = folder / "lock", key, False
+        self.file: IO[str] | None = None
 
     def __enter__(self) -> FolderLock:
         return self
 
     def take(self) -> None:
-        """Raises :class:`ConfigError` when another process has it; does nothing when this one has it."""
+        """Lock the folder, if that is not done. Raises :class:`ConfigError` when another process holds it."""
         while not self.taken:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,7 @@ class FolderLock:
                 self.taken = True
                 return
             if not self.path.exists() or not os.path.samestat(os.fstat(file.fileno()), self.path.stat()):
-                file.close()  # the one before has just removed it: what is locked is no longer there
+                file.close()  # its last holder has just removed it: the file that is locked is no longer there
                 continue
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()} since {time.strftime('%Y-%m-%d %H:%M:%S')}\n")

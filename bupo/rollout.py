@@ -1,15 +1,16 @@
-"""Responses sampled from the model's final policy: by transformers' continuous batching, its ``generate``, or vLLM."""
+"""The engines that sample responses from the final policy: transformers' continuous batching, its ``generate``, and vLLM."""
 
 from __future__ import annotations
 
 import gc
 import math
 import os
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,25 +25,27 @@ from bupo.errors import ConfigError
 
 @dataclass(frozen=True)
 class Sample:
+    """A prompt and a response to it."""
+
     prompt_ids: Sequence[int]
-    response_ids: Sequence[int]  # ends with the end-of-sequence token if finished
-    logprobs: Sequence[float] | None  # of the sampler, after temperature, one per response token; None if greedy
-    finished: bool  # False: cut off at max_new_tokens
+    response_ids: Sequence[int]  # with the end-of-sequence token as the last one if finished
+    logprobs: Sequence[float] | None  # the sampler's, after temperature, one per response token; None if greedy
+    finished: bool  # False if it was cut off at max_new_tokens
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The softmax is sampled whole: no top-k, no top-p, no penalty, whatever the checkpoint's own settings say."""
+    """The settings of sampling. The softmax is sampled whole: without top-k, top-p or penalty, whatever the checkpoint says."""
 
     max_new_tokens: int
     temperature: float  # 0 = greedy
-    seed: int  # of the run
-    stream: str = "rollout"  # of data.STREAMS
-    stop: Callable[[], bool] | None = None  # asked between tokens; once it says so, `generate` raises Stopped
+    seed: int  # the run's
+    stream: str = "rollout"  # one of data.STREAMS
+    stop: Callable[[], bool] | None = None  # called between tokens; once it returns True, `generate` raises Stopped
 
 
 class Stopped(Exception):
-    """What was asked for is given up, because this process was told to end."""
+    """The end of a generation that is given up because this process was told to end."""
 
 
 Response = tuple[list[int], list[float] | None]  # tokens, log-probs
@@ -51,45 +54,58 @@ Response = tuple[list[int], list[float] | None]  # tokens, log-probs
 def text_of(
     response_ids: Sequence[int], *, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], skip_special_tokens: bool
 ) -> str:
-    """A response as rewards, episodes and files have it: what was generated, without the tokens that end and pad it."""
+    """Return a response as rewards, episodes and files have it: the generated text, without the tokens that end and pad it."""
     hidden = {*ends, tokenizer.pad_token_id}
     shown = [i for i in response_ids if i not in hidden]
     return tokenizer.decode(shown, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
 
 
+def configured_decode(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, rollout: Rollout) -> Callable[[Sequence[int]], str]:
+    """Return :func:`text_of` as ``config.rollout`` wants it, for the responses of ``rollout``."""
+    skip = config.rollout.skip_special_tokens
+    return partial(text_of, tokenizer=tokenizer, ends=rollout.ends, skip_special_tokens=skip)
+
+
 class Rollout(Protocol):
-    sampling: Sampling
-    ends: Sequence[int]  # the tokens that end a response
+    """An engine that samples responses."""
+
+    @property
+    def sampling(self) -> Sampling: ...
+
+    @property
+    def ends(self) -> Sequence[int]:
+        """The tokens that end a response."""
+        ...
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, step: int) -> list[Sample]:
-        """``n`` responses to each prompt, those of one prompt together, in order.
+        """Return ``n`` responses to each prompt, those of one prompt together, in order.
 
         A collective: every rank calls it, also with no prompts. The samples depend on weights, prompts, ``sampling``, ``step``
         and rank alone, and the global random generators stay as they were. Raises RuntimeError when a response fails, and
-        :class:`Stopped`, on this rank alone, when ``sampling.stop`` says so (vLLM does not ask).
+        :class:`Stopped`, on this rank alone, when ``sampling.stop`` returns True (vLLM does not call it).
         """
         ...
 
     def with_sampling(self, **changes: Any) -> Rollout:
-        """The same engine with another :class:`Sampling`, e.g. ``with_sampling(temperature=0.0, stream="evaluation")``."""
+        """Return the engine with another :class:`Sampling`, e.g. ``with_sampling(temperature=0.0, stream="evaluation")``."""
         ...
 
 
 def configured_rollout(
     config: TrainConfig, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, world: World, temperature: float | None = None
 ) -> Rollout:
-    """The engine that ``config.rollout`` describes, at its temperature or at another. Raises :class:`ConfigError`."""
-    how = config.rollout
+    """Return the engine that ``config.rollout`` describes, at its temperature or at another. Raises :class:`ConfigError`."""
+    section = config.rollout
     rollout = make_rollout(
-        how.engine,
+        section.engine,
         model,
         tokenizer,
-        Sampling(how.max_new_tokens, how.temperature if temperature is None else temperature, config.seed),
+        Sampling(section.max_new_tokens, section.temperature if temperature is None else temperature, config.seed),
         world,
-        sequences=how.sequences,
+        sequences=section.sequences,
         longest=sum(config.lengths),
         precision=config.hardware.precision,
-        vllm_memory=how.vllm_memory,
+        vllm_memory=section.vllm_memory,
     )
     if not rollout.ends:
         reason = f"its end-of-sequence token {tokenizer.eos_token!r} ({tokenizer.eos_token_id}) has no row in its embedding"
@@ -109,13 +125,13 @@ def make_rollout(
     precision: str = "bfloat16",
     vllm_memory: float = 0.5,
 ) -> Rollout:
-    """The engine called ``engine``: "continuous", "generate" or "vllm".
+    """Return the engine called ``engine``: "continuous", "generate" or "vllm".
 
     Args:
-        sequences: generated at a time per device.
-        longest: tokens of prompt and response together; vllm only, None = as many as the model has positions.
-        precision: of the weights; vllm only, the others use the model's.
-        vllm_memory: share of the GPU's memory that vLLM may take.
+        sequences: how many are generated at a time per device.
+        longest: the most tokens of prompt and response together; vllm only, None = as many as the model has positions.
+        precision: the type of the weights; vllm only, the others use the model's.
+        vllm_memory: the share of the GPU's memory that vLLM may take.
 
     Raises:
         ConfigError: vLLM is not installed.
@@ -129,12 +145,15 @@ def make_rollout(
 
 
 @dataclass(frozen=True)
-class _Engine:
+class _Engine(ABC):
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     sampling: Sampling
     world: World
     sequences: int
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Sequence[int]], n: int, step: int) -> list[Sample]: ...
 
     def with_sampling(self, **changes: Any) -> Rollout:
         return replace(self, sampling=replace(self.sampling, **changes))
@@ -144,7 +163,7 @@ class _Engine:
 
     @property
     def ends(self) -> list[int]:
-        """The tokens that end a response: the checkpoint's and the tokenizer's, as far as the model can say them."""
+        """The tokens that end a response: the checkpoint's and the tokenizer's, if the model's embedding has them."""
         own = self.model.generation_config.eos_token_id
         ids = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])}
         return sorted(i for i in ids - {None} if i < self.model.config.get_text_config().vocab_size)
@@ -152,7 +171,9 @@ class _Engine:
 
 @dataclass(frozen=True)
 class _Transformers(_Engine):
-    """Generates with the training model itself, each rank by itself on the whole weights."""
+    """An engine that generates with the training model itself, each rank by itself on the whole weights."""
+
+    _attention: ClassVar[str]  # the attention implementation while it generates
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, step: int) -> list[Sample]:
         ends = self.ends
@@ -161,7 +182,7 @@ class _Transformers(_Engine):
             **(policy if self.sampling.temperature > 0 else {"do_sample": False}),
             max_new_tokens=self.sampling.max_new_tokens,
             eos_token_id=ends or None,
-            pad_token_id=(ends or [0])[0],  # any that is in the embedding: nothing looks at it, and the tokenizer's may not be
+            pad_token_id=(ends or [0])[0],  # any token of the embedding, which may lack the tokenizer's; nothing looks at it
         )
         requests = [list(prompt) for prompt in prompts for _ in range(n)]
         with self._ready():
@@ -177,7 +198,7 @@ class _Transformers(_Engine):
 
     @abstractmethod
     def _responses(self, prompts: list[list[int]], settings: GenerationConfig, step: int) -> list[Response]:
-        """One response to each prompt."""
+        """Return one response to each prompt."""
 
     @contextmanager
     def _ready(self) -> Iterator[None]:
@@ -185,9 +206,9 @@ class _Transformers(_Engine):
         training, attention, own_settings = model.training, model.config._attn_implementation, model.generation_config
         with unsharded(model), torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             try:
-                # Caches of keys and values are off while training, and the attention of packed batches knows none.
+                # While training, caches of keys and values are off, and the attention of packed batches takes none.
                 model.eval().set_attn_implementation(self._attention)
-                # What it is not told, transformers takes from the checkpoint (a repetition penalty, min_p): another policy.
+                # transformers would take missing settings from the checkpoint (a repetition penalty, min_p): another policy.
                 model.generation_config = GenerationConfig()
                 yield
             finally:
@@ -196,12 +217,12 @@ class _Transformers(_Engine):
 
 
 _FIELDS = {field.name for field in fields(ContinuousBatchingConfig)}
-_PAGE = 32  # tokens; the unit of the cache, and of prompts that requests share
-_PREFILL = 1024  # tokens a forward pass may hold; its attention mask is this × the cache
+_PAGE = 32  # tokens in the unit of the cache, and of prompts that requests share
+_PREFILL = 1024  # tokens that a forward pass may hold; its attention mask is this × the cache
 
 
 class ContinuousBatching(_Transformers):
-    """transformers' continuous batching: a finished response makes room for the next prompt.
+    """The engine of transformers' continuous batching: a finished response makes room for the next prompt.
 
     Every call has a manager and a cache of its own, so no keys and values outlive an update of the weights. The cache holds
     ``sequences`` of the longest length that this call can produce; further requests wait. With scaled_dot_product_attention each
@@ -213,7 +234,7 @@ class ContinuousBatching(_Transformers):
 
     def _responses(self, prompts: list[list[int]], settings: GenerationConfig, step: int) -> list[Response]:
         together = min(self.sequences, len(prompts))
-        pages = math.ceil((max(map(len, prompts)) + self.sampling.max_new_tokens) / _PAGE) + 1  # 5.17 takes one ahead
+        pages = math.ceil((max(map(len, prompts)) + self.sampling.max_new_tokens) / _PAGE) + 1  # transformers 5.17 takes one ahead
         config = ContinuousBatchingConfig(
             **{"page_size" if "page_size" in _FIELDS else "block_size": _PAGE},
             **({"auto_switch_to_flash": False} if "auto_switch_to_flash" in _FIELDS else {}),
@@ -222,16 +243,16 @@ class ContinuousBatching(_Transformers):
             max_batch_tokens=max(together, min(_PREFILL, sum(map(len, prompts)))),
             safety_margin=0.0,  # the cache holds the longest sequences as it is
             return_logprobs=settings.do_sample,
-            disable_nccl_graph_mixing=False,  # of tensor parallelism; True sets an environment variable
+            disable_nccl_graph_mixing=False,  # for tensor parallelism; True sets an environment variable
             seed=self._seed(step, self.world.rank),
         )
         manager = self.model.init_continuous_batching(settings, config)
-        # Queued before the thread starts: what it does then depends on nothing but its input, bit by bit.
+        # They are queued before the thread starts, so that its results depend on nothing but them, bit by bit.
         names = manager.add_requests(prompts, max_new_tokens=settings.max_new_tokens)
-        gc.freeze()  # the manager collects garbage twice: 0.2 s each if it had to look at everything alive
-        outputs = {}
+        gc.freeze()  # the manager collects garbage twice, 0.2 s each if it had to look at everything alive
+        outputs: dict[str, Any] = {}
         try:
-            manager.warmup()  # makes the cache in this thread, so that its errors are raised here
+            manager.warmup()  # the cache is made in this thread, so that its errors are raised here
             manager.start()
             while len(outputs) < len(names) and manager.is_running():
                 self._ask()
@@ -240,25 +261,25 @@ class ContinuousBatching(_Transformers):
         except MemoryError as error:
             raise ConfigError(f"rollout.sequences: {self.sequences} given, accepted are fewer: {error}") from error
         finally:
-            if manager.is_running():  # there is nothing left to do, or this was interrupted
+            if manager.is_running():  # it has nothing left to do, or this thread was interrupted
                 manager.stop(hard_stop=True)
             gc.unfreeze()
-        outputs |= {output.request_id: output for output in iter(manager.get_result, None)}  # put there while the thread died
+        outputs |= {output.request_id: output for output in iter(manager.get_result, None)}  # they came while the thread died
         for number, name in enumerate(names, 1):
-            error = outputs[name].error if name in outputs else "no result"
-            if error is not None:
+            failure = outputs[name].error if name in outputs else "no result"
+            if failure is not None:
                 cause = manager.background_thread_status.fatal_error
-                raise RuntimeError(f"rollout: response {number} of {len(names)} failed: {error}") from cause
+                raise RuntimeError(f"rollout: response {number} of {len(names)} failed: {failure}") from cause
         return [(outputs[name].generated_tokens, outputs[name].logprobs if settings.do_sample else None) for name in names]
 
 
 class Generate(_Transformers):
-    """transformers' ``generate`` on left-padded batches of ``sequences``; each runs until its longest response ends."""
+    """The engine of transformers' ``generate``: left-padded batches of ``sequences`` run until their longest response ends."""
 
     _attention = "sdpa"
 
     def _responses(self, prompts: list[list[int]], settings: GenerationConfig, step: int) -> list[Response]:
-        responses = []
+        responses: list[Response] = []
         for start in range(0, len(prompts), self.sequences):
             torch.manual_seed(self._seed(step, self.world.rank, start))
             responses += self._together(prompts[start : start + self.sequences], settings)
@@ -276,7 +297,7 @@ class Generate(_Transformers):
             attention_mask=torch.tensor(mask, device=self.model.device),
             generation_config=settings,
             logits_processor=[processor for processor in (drawn, asking) if processor is not None],
-            synced_gpus=False,  # every rank has whole weights and generates by itself
+            synced_gpus=False,  # every rank has the whole weights and generates by itself
         )
         ends = settings.eos_token_id or []
         logprobs = drawn.until(sequences).tolist() if drawn else [None] * len(prompts)
@@ -286,10 +307,12 @@ class Generate(_Transformers):
 
 
 class _DrawnLogprobs(LogitsProcessor):
-    """Changes nothing; takes down the log-prob of each token that was drawn, [B] a step, without keeping any [B, V]."""
+    """A processor that changes nothing and notes the log-prob of each drawn token, [B] a step, without keeping any [B, V]."""
 
     def __init__(self, temperature: float) -> None:
-        self.temperature, self.columns, self.scores = temperature, [], None
+        self.temperature = temperature
+        self.columns: list[Tensor] = []
+        self.scores: Tensor | None = None  # those of the last step, from which no token was drawn yet
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # [B, S], [B, V]: before temperature
         if self.scores is not None:
@@ -298,16 +321,17 @@ class _DrawnLogprobs(LogitsProcessor):
         return scores
 
     def until(self, sequences: Tensor) -> Tensor:
-        """The log-probs [B, T] of the last T tokens of ``sequences[B, S + T]``, all that were drawn."""
+        """Return the log-probs [B, T] of the last T tokens of ``sequences[B, S + T]``, which are all that were drawn."""
         self._draw(sequences)
         return torch.stack(self.columns, 1)
 
     def _draw(self, input_ids: Tensor) -> None:
+        assert self.scores is not None  # at least one token is generated
         self.columns.append(self.scores.gather(1, input_ids[:, -1:]).squeeze(1) - self.scores.logsumexp(1))
 
 
 class _Asking(LogitsProcessor):
-    """Changes nothing; calls ``ask``, which may raise, before each token."""
+    """A processor that changes nothing and calls ``ask``, which may raise, before each token."""
 
     def __init__(self, ask: Callable[[], None]) -> None:
         self.ask = ask
@@ -322,14 +346,14 @@ _ENGINES = {"continuous": ContinuousBatching, "generate": Generate}
 
 @dataclass(frozen=True)
 class VLLM(_Engine):
-    """vLLM in this process, one engine per rank, on the GPU that also trains: it sleeps, and frees its memory, between calls.
+    """The engine of vLLM, one per rank, in this process and on the GPU that trains: between calls it sleeps and frees its memory.
 
-    Weights are pushed before every call, so the samples are always of the model as it is.
+    Weights are pushed before every call, so the samples are always those of the model as it is.
 
-    Written against the source of vLLM 0.33 and tested against an imitation of it: it has never run on a GPU here.
+    It is written against the source of vLLM 0.33 and tested against an imitation of it; it has never run on a GPU here.
     """
 
-    llm: Any
+    llm: Any  # vllm.LLM
 
     def generate(self, prompts: Sequence[Sequence[int]], n: int, step: int) -> list[Sample]:
         import vllm
@@ -340,14 +364,14 @@ class VLLM(_Engine):
                 n=1 if greedy else n,  # vLLM refuses more
                 temperature=self.sampling.temperature,
                 max_tokens=self.sampling.max_new_tokens,
-                seed=self._seed(step, self.world.rank, number),  # the n responses count on from it
-                logprobs=None if greedy else 0,  # of the drawn token only
+                seed=self._seed(step, self.world.rank, number),  # the seeds of the n responses count on from it
+                logprobs=None if greedy else 0,  # 0 others beside the drawn token's
                 stop_token_ids=ends,
                 detokenize=False,
             )
             for number in range(len(prompts))
         ]
-        torch.cuda.empty_cache()  # what torch has reserved, vLLM cannot wake up in
+        torch.cuda.empty_cache()  # vLLM cannot wake up in memory that torch has reserved
         try:
             self.llm.wake_up(tags=["weights"])
             self.llm.apply_model(self._push)
@@ -366,8 +390,8 @@ class VLLM(_Engine):
             raise RuntimeError(f"rollout: vLLM gave {len(samples)} responses to {len(prompts)} prompts, {n} each were asked for")
         return samples
 
-    def _push(self, engine_model: torch.nn.Module) -> None:
-        """Loads the model's weights, each gathered from its shards in turn (a collective), into vLLM's model."""
+    def _push(self, engine_model: Any) -> None:
+        """Load the model's weights, each gathered from its shards in turn (a collective), into vLLM's model."""
         parameters = self.model.named_parameters()
         loaded = engine_model.load_weights((name, full(parameter.detach())) for name, parameter in parameters)
         if loaded is not None and (missing := {name for name, _ in engine_model.named_parameters()} - loaded):
@@ -376,12 +400,12 @@ class VLLM(_Engine):
 
 def _vllm_sample(prompt: Sequence[int], response: Any, ends: list[int]) -> Sample:
     tokens = list(response.token_ids)
-    logprobs = response.logprobs and [at[token].logprob for token, at in zip(tokens, response.logprobs, strict=True)]
+    logprobs = response.logprobs and [drawn[token].logprob for token, drawn in zip(tokens, response.logprobs, strict=True)]
     return Sample(prompt, tokens, logprobs, tokens[-1] in ends)
 
 
 def _start_vllm(model: PreTrainedModel, world: World, sequences: int, longest: int | None, precision: str, memory: float) -> Any:
-    # In this process, to reach the engine's model; and as torchrun would have set them, where it did not.
+    # The engine runs in this process, so that its model can be reached, and finds the variables of torchrun, whoever set them.
     os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0")
     for name, value in (("RANK", world.rank), ("LOCAL_RANK", 0), ("WORLD_SIZE", world.size)):
         os.environ.setdefault(name, str(value))
@@ -400,7 +424,7 @@ def _start_vllm(model: PreTrainedModel, world: World, sequences: int, longest: i
         max_num_seqs=sequences,
         gpu_memory_utilization=memory,
         logprobs_mode="processed_logprobs",  # after temperature
-        distributed_executor_backend="external_launcher",  # each rank an engine of its own, within the trainer's process group
+        distributed_executor_backend="external_launcher",  # each rank has its own engine, within the trainer's process group
         tensor_parallel_size=1,
         enable_sleep_mode=True,
     )

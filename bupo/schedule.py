@@ -1,4 +1,5 @@
-"""Which policy is optimised at which step (BuPO, arXiv 2512.19673, equation 10), and the guards that end phase 1 early."""
+"""The schedule of a run: which policy is optimised at which step (BuPO, arXiv 2512.19673, equation 10), and the guards that end
+phase 1 early."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from bupo.config import TrainConfig
 
 @dataclass(frozen=True)
 class OptimisedPolicy:
-    """The policy whose log-probs, ratio, loss and entropy a step uses. ``layer=None`` is the model's own."""
+    """The policy whose log-probs, ratio, loss and entropy a step uses; with ``layer=None`` the model's own."""
 
     layer: int | None = None
     module: str = "layer"
@@ -19,11 +20,12 @@ class OptimisedPolicy:
 
     @property
     def phase(self) -> str:
+        """The policy in words, as metrics and the console have it."""
         return "final" if self.layer is None else f"{self.module} {self.layer}"
 
     @property
     def options(self) -> dict[str, Any]:
-        """Arguments for :func:`bupo_kernels.policy_logprobs`."""
+        """The arguments of :func:`bupo_kernels.policy_logprobs` that name the policy."""
         return {"layer": self.layer, "module": self.module, "final_norm": self.final_norm}
 
 
@@ -33,33 +35,38 @@ FINAL = OptimisedPolicy()
 class Schedule:
     """The switch from the internal policy to the model's own: after ``bupo.internal_steps``, or when a guard trips.
 
-    All it is told are sums over ranks, so that every rank decides alike; :meth:`state_dict` is JSON.
+    Every rank gives it the same sums over ranks, so that all decide alike; :meth:`state_dict` is JSON.
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+        self.internal = config.bupo if config.policy == "bupo" else None
+        self.guards = config.guards
         self.ended_after: int | None = None  # the step at which a guard tripped
-        self.rewards: list[float] = []  # of the steps of phase 1
-        self.divergences: list[float] = []
+        self.rewards: list[float] = []  # the mean rewards of the steps of phase 1
+        self.divergences: list[float] = []  # KL(internal ‖ final) in those steps
 
     def policy(self, step: int) -> OptimisedPolicy:
-        """Of a step, counted from 1."""
-        how = self.config.bupo
-        if self.config.policy != "bupo" or step > how.internal_steps or self.ended_after is not None:
+        """Return the policy that ``step``, counted from 1, optimises."""
+        if self.internal is None or step > self.internal.internal_steps or self.ended_after is not None:
             return FINAL
-        return OptimisedPolicy(how.layer, how.module, how.final_norm)
+        return OptimisedPolicy(self.internal.layer, self.internal.module, self.internal.final_norm)
 
     def needs_perplexity(self, step: int) -> bool:
-        return self.policy(step) != FINAL and self.config.bupo.guards.perplexity is not None
+        """Return whether a guard asks for the perplexity after ``step``."""
+        return self.policy(step) != FINAL and self.guards.perplexity is not None
 
     def observe(self, step: int, reward: float, divergence: float, perplexity: float | None) -> str | None:
-        """What a step of phase 1 was like: its mean reward, KL(internal ‖ final), and the final policy's perplexity on held-out
-        responses relative to the first model's. Returns why phase 1 ends here, if it does."""
-        guards = self.config.bupo.guards
-        self.rewards += [] if math.isnan(reward) else [reward]  # of a step in which every reward failed there is none
+        """Take down what a step of phase 1 was like; return why phase 1 ends with it, or None if it goes on.
+
+        Args:
+            reward: the mean reward; NaN where every reward failed.
+            divergence: KL(internal ‖ final), in nats per token.
+            perplexity: that of the final policy on held-out responses, relative to the first model's; None without that guard.
+        """
+        guards, reason = self.guards, None
+        self.rewards += [] if math.isnan(reward) else [reward]
         self.divergences.append(divergence)
-        reason = None
-        if guards.perplexity is not None and perplexity > guards.perplexity:
+        if guards.perplexity is not None and perplexity is not None and perplexity > guards.perplexity:
             reason = f"perplexity {perplexity:.3f} times the first model's, guard {guards.perplexity}"
         if guards.kl is not None and (kl := _last_mean(self.divergences, guards.window)) > guards.kl:
             reason = f"KL {kl:.3f} nats over {guards.window} steps, guard {guards.kl}"
@@ -84,10 +91,10 @@ def _last_mean(values: list[float], window: int) -> float:
 
 
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Of a step, counted from 1: linear warm-up, then constant, or falling to 0 past the last step."""
-    how = config.optimizer
-    if step <= how.warmup_steps:
-        return how.learning_rate * step / how.warmup_steps
-    left = 1 - (step - 1 - how.warmup_steps) / (config.steps - how.warmup_steps)  # of the steps after warm-up, this one included
+    """Return the learning rate of ``step``, counted from 1: linear warm-up, then constant, or falling to 0 past the last step."""
+    peak, warmup = config.optimizer.learning_rate, config.optimizer.warmup_steps
+    if step <= warmup:
+        return peak * step / warmup
+    left = 1 - (step - 1 - warmup) / (config.steps - warmup)  # the share of the steps after warm-up that is left, with this one
     shape = {"constant": 1.0, "linear": left, "cosine": (1 - math.cos(math.pi * left)) / 2}
-    return how.learning_rate * shape[how.schedule]
+    return peak * shape[config.optimizer.schedule]

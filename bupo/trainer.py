@@ -6,9 +6,9 @@ import math
 import random
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ from bupo.checkpoint import Checkpoints, last_step, require_space, space_needed
 from bupo.config import BASE, TrainConfig, load_config
 from bupo.cost import check_fits, load_architecture, parameters, peak_flops, training_flops, work_of
 from bupo.data import Example, PromptOrder, load_examples, question, stream_seed
-from bupo.distributed import Termination, World, full, process_group
+from bupo.distributed import Termination, World, as_forward, full, process_group
 from bupo.errors import ConfigError
 from bupo.evaluation import Accuracy, evaluate
 from bupo.guard import PerplexityGuard
@@ -32,15 +32,15 @@ from bupo.model import export, export_type, keep_base, load_model, load_tokenize
 from bupo.monitor import RunFolder
 from bupo.output import FolderLock
 from bupo.rewards import RewardPool
-from bupo.rollout import Rollout, Sample, Stopped, configured_rollout, text_of
+from bupo.rollout import Rollout, Sample, Stopped, configured_decode, configured_rollout
 from bupo.schedule import FINAL, OptimisedPolicy, Schedule, learning_rate
-from bupo_kernels import PolicyObjective
+from bupo_kernels import PolicyObjective, policy_divergence, policy_lens, policy_logprobs, policy_loss
 
 HOPELESS = 3  # steps without a single reward after which a run that begins with them ends
 
 
 def train(config: TrainConfig) -> list[Accuracy]:
-    """Trains as ``config`` says, from the start or from the newest checkpoint in its run folder; returns the held-out accuracies.
+    """Train as ``config`` says, from the start or from the newest checkpoint in its run folder; return the held-out accuracies.
 
     Raises :class:`ConfigError`, before anything is written, when a value does not fit the model, the data or the machine; and when
     every reward of the first :data:`HOPELESS` steps failed. On SIGTERM the step is finished, or the evaluation given up, and a
@@ -52,121 +52,121 @@ def train(config: TrainConfig) -> list[Accuracy]:
         with world.agree():
             pool = closing.enter_context(RewardPool(**config.reward.model_dump()))
         setup = prepare(config, world, lock, pool)
-        architecture, model, tokenizer, optimizer, schedule, rollout, order, heldout, checkpoints, last, _ = setup
-        dtype, group, accuracies, scored = export_type(architecture, config.checkpoints.export_dtype), config.rollout.samples, [], 0
-        decode = partial(text_of, tokenizer=tokenizer, ends=rollout.ends, skip_special_tokens=config.rollout.skip_special_tokens)
+        with opened(setup, lock) as run:
+            run.say(describe_run(setup))
+            return take_steps(setup, run, termination)
 
-        with opened(config, world, lock, setup) as run:
 
-            def log_accuracy(step: int) -> bool:
-                """Whether it is there now: on SIGTERM it is given up, to be made when the run goes on."""
-                how, sampled = config.evaluation, rollout.with_sampling(temperature=config.evaluation.temperature)
-                if heldout:
-                    numbers = {"samples": how.samples, "ks": how.k, "step": 0, "seed": config.seed}
-                    watched = {"progress": partial(run.show_progress, "evaluation"), "termination": termination}
-                    try:
-                        accuracies.append(evaluate(sampled, decode, heldout, pool, world, **numbers, **watched))
-                    except Stopped:
-                        return False
-                    run.log_accuracy(step, accuracies[-1])
-                return True
+def take_steps(setup: Setup, run: RunFolder, termination: Termination) -> list[Accuracy]:
+    """Take the steps that are left, export the model and return the held-out accuracies; return early on SIGTERM."""
+    config, world, model, optimizer, last = setup.config, setup.world, setup.model, setup.optimizer, setup.last
+    accuracies: list[Accuracy] = []
+    scored = 0  # rewards that did not fail
 
-            def due(step: int, every: int) -> bool:
-                return every > 0 and step % every == 0 and step < config.steps
+    def due(step: int, every: int) -> bool:
+        """Return whether a thing done every so many steps, 0 = never, is due after ``step``; the last step is a case apart."""
+        return every > 0 and step % every == 0 and step < config.steps
 
-            size = f"{architecture.num_hidden_layers} layers, {parameters(architecture).total / 1e6:,.1f} M parameters"
-            devices = f"{config.hardware.precision} on {world.size} x {world.device.type}"
-            run.say(f"{architecture.model_type}, {size}; {devices}; {len(order.examples):,} prompts")
-            guarded = schedule.needs_perplexity(last + 1)
-            guard = PerplexityGuard(model, rollout, heldout, config, world, last) if guarded else None
-            redone = due(last, config.evaluation.every) and not run.has_accuracy(last)  # it was interrupted
-            if (last == 0 or redone) and not log_accuracy(last):
-                run.say(f"SIGTERM: nothing was trained after step {last}; the same command goes on from there")
-                return accuracies
-            for step in range(last + 1, config.steps + 1):
-                clock = Clock()
-                policy = schedule.policy(step)
-                rate = set_learning_rate(optimizer, learning_rate(step, config))
+    def log_accuracy(step: int) -> bool:
+        """Return whether held-out accuracy is there now: on SIGTERM it is given up, and measured when the run goes on."""
+        with suppress(Stopped):
+            if setup.heldout:
+                accuracies.append(evaluate_heldout(setup, partial(run.show_progress, "evaluation"), termination))
+                run.log_accuracy(step, accuracies[-1])
+            return True
+        return False
 
-                # Rollouts come from the final policy in both phases: each rank's prompts, then everyone's samples.
-                asked = order.at(step)
-                mine = world.share(asked)
-                samples = rollout.generate([example.prompt_ids for example in mine], group, step)
-                clock.lap("rollout")
-                responses = [decode(sample.response_ids) for sample in samples]
-                examples = [example for example in mine for _ in range(group)]
-                scores = pool.score([question(e, r, s.response_ids) for e, r, s in zip(examples, responses, samples, strict=True)])
-                failures = world.gather([pool.last_failure] if any(map(math.isnan, scores)) else [])
-                if failures:
-                    run.say(f"step {step}: a reward failed: {failures[0]}")
-                samples, responses = world.gather(samples), world.gather(responses[:group])
-                rewards = torch.tensor(world.gather(scores)).view(len(asked), group)  # NaN where one failed
-                scored += int(rewards.isfinite().sum())
-                advantages = estimate_advantages(rewards, config.objective.advantage, config.objective.advantage_std)
-                clock.lap("reward")
+    guarded = setup.schedule.needs_perplexity(last + 1)
+    guard = PerplexityGuard(model, setup.rollout, setup.heldout, config, world, last) if guarded else None
+    interrupted = due(last, config.evaluation.every) and not run.has_accuracy(last)
+    if (last == 0 or interrupted) and not log_accuracy(last):
+        run.say(f"SIGTERM: nothing was trained after step {last}; the same command goes on from there")
+        return accuracies
 
-                # Everything in the loss is of the policy being optimised; the final policy is only looked at.
-                with training_attention(model, config.hardware.attention):
-                    seen = look(model, samples, policy, step, config, world)
-                    seen["perplexity"] = guard.measure(model) if guard and policy != FINAL else None
-                    clock.lap("look")
-                    if config.telemetry.lens_every and (step == 1 or step % config.telemetry.lens_every == 0):
-                        seen |= look_at_layers(model, samples, step, config, world)
-                        clock.lap("lens")
-                    mini_batches = make_mini_batches(samples, rewards, advantages, config, world)
-                    for batches in mini_batches:
-                        batches[:] = [with_old_logprobs(model, batch, policy, config) for batch in batches]
-                    clock.lap("old")
-                    updates = [update(model, optimizer, batches, policy, config, world) for batches in mini_batches if batches]
-                    clock.lap("update")
+    for step in range(last + 1, config.steps + 1):
+        clock, policy = Clock(), setup.schedule.policy(step)
+        rate = set_learning_rate(optimizer, learning_rate(step, config))
 
-                metrics = {"step": step, "phase": policy.phase, "learning_rate": rate, **seen, **describe_updates(updates)}
-                metrics |= describe_samples(samples, rewards, advantages) | clock.seconds
-                metrics |= describe_speed(samples, advantages, policy, clock.seconds, architecture, config, world)
-                if policy != FINAL:
-                    metrics["switched"] = schedule.observe(step, metrics["reward"], seen["kl"], seen["perplexity"])
-                run.log_step(metrics)
-                if scored == 0 and step == min(last + HOPELESS, config.steps):
-                    all_of_them = f"for every response since step {last + 1}"
-                    with world.agree():
-                        raise ConfigError(f"reward.function: {config.reward.function!r} failed {all_of_them}: {failures[0]}")
-                if step == 1 or step % config.telemetry.episodes_every == 0:
-                    first = (samples[:group], rewards[0].tolist(), advantages[0].tolist())
-                    run.log_episodes(step, policy.phase, asked[0], responses[:group], *first)
-                state, stop = {"schedule": schedule.state_dict()}, termination.requested()
-                if stop or step == config.steps or due(step, config.checkpoints.every):
-                    checkpoints.save(step, model, optimizer, state)
-                if due(step, config.evaluation.every) and not stop:
-                    stop = not log_accuracy(step)
-                if stop and step < config.steps:
-                    checkpoints.save(step, model, optimizer, state)
-                    run.say(f"SIGTERM: a checkpoint of step {step} is written; the same command goes on from there")
-                    return accuracies
-            export(model, tokenizer, config.output_dir / "model", world, dtype)
-            run.say(f"the model is in {config.output_dir / 'model'}, in {str(dtype).removeprefix('torch.')}")
-            if not log_accuracy(config.steps):
-                run.say("SIGTERM: its last evaluation is missing; the same command makes it")
-                return accuracies
-            run.say(f"picture, metrics, episodes, checkpoints and the model are in {config.output_dir}")
+        # Rollouts come from the final policy in both phases.
+        episodes = sample_episodes(setup, step, clock)
+        samples, rewards, advantages = episodes.samples, episodes.rewards, episodes.advantages
+        scored += int(rewards.isfinite().sum())
+        if episodes.failure:
+            run.say(f"step {step}: a reward failed: {episodes.failure}")
+
+        # Everything in the loss is of the policy being optimised; the final policy is only looked at.
+        with training_attention(model, config.hardware.attention):
+            seen: dict[str, Any] = look(model, samples, policy, step, config, world)
+            seen["perplexity"] = guard.measure(model) if guard and policy != FINAL else None
+            clock.lap("look")
+            if config.telemetry.lens_every and (step == 1 or step % config.telemetry.lens_every == 0):
+                seen |= look_at_layers(model, samples, step, config, world)
+                clock.lap("lens")
+            mini_batches = [
+                [with_old_logprobs(model, batch, policy, config) for batch in batches]
+                for batches in make_mini_batches(samples, rewards, advantages, config, world)
+            ]
+            clock.lap("old")
+            updates = [update(model, optimizer, batches, policy, config, world) for batches in mini_batches if batches]
+            clock.lap("update")
+
+        metrics: dict[str, Any] = {"step": step, "phase": policy.phase, "learning_rate": rate, **seen, **describe_updates(updates)}
+        metrics |= describe_samples(samples, rewards, advantages) | clock.seconds
+        metrics |= describe_speed(samples, advantages, policy, clock.seconds, setup.architecture, config, world)
+        if policy != FINAL:
+            metrics["switched"] = setup.schedule.observe(step, metrics["reward"], seen["kl"], seen["perplexity"])
+        run.log_step(metrics)
+        if scored == 0 and step == min(last + HOPELESS, config.steps):
+            everything = f"for every response since step {last + 1}"
+            with world.agree():
+                raise ConfigError(f"reward.function: {config.reward.function!r} failed {everything}: {episodes.failure}")
+        if step == 1 or step % config.telemetry.episodes_every == 0:
+            first = samples[: config.rollout.samples], rewards[0].tolist(), advantages[0].tolist()
+            run.log_episodes(step, policy.phase, episodes.examples[0], episodes.responses, *first)
+
+        state, stop = {"schedule": setup.schedule.state_dict()}, termination.requested()
+        if stop or step == config.steps or due(step, config.checkpoints.every):
+            setup.checkpoints.save(step, model, optimizer, state)
+        if due(step, config.evaluation.every) and not stop:
+            stop = not log_accuracy(step)
+        if stop and step < config.steps:
+            setup.checkpoints.save(step, model, optimizer, state)
+            run.say(f"SIGTERM: a checkpoint of step {step} is written; the same command goes on from there")
+            return accuracies
+
+    dtype = export_type(setup.architecture, config.checkpoints.export_dtype)
+    export(model, setup.tokenizer, config.output_dir / "model", world, dtype)
+    run.say(f"the model is in {config.output_dir / 'model'}, in {str(dtype).removeprefix('torch.')}")
+    if not log_accuracy(config.steps):
+        run.say("SIGTERM: its last evaluation is missing; the same command makes it")
+        return accuracies
+    run.say(f"picture, metrics, episodes, checkpoints and the model are in {config.output_dir}")
     return accuracies
 
 
-class Setup(NamedTuple):
+@dataclass(frozen=True)
+class Setup:
+    """Everything a run needs, as the newest checkpoint left it."""
+
+    config: TrainConfig
+    world: World
+    pool: RewardPool
     architecture: PretrainedConfig
-    model: PreTrainedModel
+    source: str  # the folder or hub name that architecture and tokenizer come from
     tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
     optimizer: torch.optim.Optimizer
     schedule: Schedule
+    checkpoints: Checkpoints
+    last: int  # the step of the checkpoint the run goes on from, or 0
     rollout: Rollout
+    decode: Callable[[Sequence[int]], str]  # turns the tokens of a response into text
     order: PromptOrder
     heldout: list[Example]
-    checkpoints: Checkpoints
-    last: int  # step of the checkpoint that it comes from, or 0
-    source: str  # folder or hub name that config and tokenizer come from
 
 
 def prepare(config: TrainConfig, world: World, lock: FolderLock, pool: RewardPool) -> Setup:
-    """All that a run needs, as the newest checkpoint left it. Nothing is written but the ``lock`` of a folder that was begun.
+    """Make or load everything a run needs. Nothing is written but the ``lock`` of a folder that was begun.
 
     Raises :class:`ConfigError`.
     """
@@ -182,9 +182,9 @@ def prepare(config: TrainConfig, world: World, lock: FolderLock, pool: RewardPoo
         check_fits(architecture, config)
         require_space(config.output_dir, space_needed(parameters(architecture).total, config.checkpoints.keep))
         tokenizer = load_tokenizer(source)
-        asked = {"columns": pool.columns, "vocab": architecture.vocab_size}
-        examples = load_examples(config.data.train, config.data, tokenizer, "data.train", **asked)
-        heldout = load_examples(config.heldout, config.data, tokenizer, "data.heldout", **asked)
+        load = partial(load_examples, data=config.data, tokenizer=tokenizer, columns=pool.columns, vocab=architecture.vocab_size)
+        examples = load(config.data.train, key="data.train")
+        heldout = load(config.heldout, key="data.heldout")
     model = load_model(source, config.hardware, world, weights=not last)
     optimizer, schedule = make_optimizer(model, config.optimizer), Schedule(config)
     if last:
@@ -193,41 +193,104 @@ def prepare(config: TrainConfig, world: World, lock: FolderLock, pool: RewardPoo
         schedule.load_state_dict(state["schedule"])
     with world.agree():
         rollout = configured_rollout(config, model, tokenizer, world)
-    order = PromptOrder(examples, config.rollout.prompts, config.seed)
-    return Setup(architecture, model, tokenizer, optimizer, schedule, rollout, order, heldout, checkpoints, last, source)
+    return Setup(
+        config=config,
+        world=world,
+        pool=pool,
+        architecture=architecture,
+        source=source,
+        tokenizer=tokenizer,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        checkpoints=checkpoints,
+        last=last,
+        rollout=rollout,
+        decode=configured_decode(config, tokenizer, rollout),
+        order=PromptOrder(examples, config.rollout.prompts, config.seed),
+        heldout=heldout,
+    )
 
 
 def model_source(config: TrainConfig) -> str:
-    """Where config and tokenizer come from when a run goes on: the model's folder, or where that is gone, or on the hub, the run's
-    own, unless another model is named than before."""
-    own = config.output_dir / BASE
-    with suppress(ConfigError):  # what was named before may be unreadable
-        if (
-            not Path(config.model).exists()
-            and own.is_dir()
-            and load_config(config.output_dir / "config.yaml").model == config.model
-        ):
-            return str(own)
+    """Return where config and tokenizer come from when a run goes on.
+
+    That is the model's folder; where it is gone, or the model is a name on the hub, the run's own copy, unless ``config`` names
+    another model than before.
+    """
+    copy = config.output_dir / BASE
+    with suppress(ConfigError):  # the configuration of before may be unreadable
+        before = config.output_dir / "config.yaml"
+        if not Path(config.model).exists() and copy.is_dir() and load_config(before).model == config.model:
+            return str(copy)
     return config.model
 
 
 @contextmanager
-def opened(config: TrainConfig, world: World, lock: FolderLock, setup: Setup) -> Iterator[RunFolder]:
-    """The run folder, from here on written by this job alone. Raises :class:`ConfigError`."""
+def opened(setup: Setup, lock: FolderLock) -> Iterator[RunFolder]:
+    """Open the run folder, which from here on this job alone writes. Raises :class:`ConfigError`."""
+    config, world, copy = setup.config, setup.world, setup.config.output_dir / BASE
     with ExitStack() as closing:
         with world.agree():
-            run, base = RunFolder(config, world, setup.last), config.output_dir / BASE
+            run = RunFolder(config, world, setup.last)
             if world.main and not lock.taken:
                 lock.take()
                 if (config.output_dir / "config.yaml").exists():
                     raise ConfigError(f"output_dir: {config.output_dir} was begun by another process, accepted is a new folder")
             closing.enter_context(run)
-            if world.main and setup.source != str(base):
-                keep_base(setup.source, setup.tokenizer, base)
+            if world.main and setup.source != str(copy):
+                keep_base(setup.source, setup.tokenizer, copy)
         yield run
 
 
+class Episodes(NamedTuple):
+    """The responses of a step to P prompts, G to each, on all ranks, and what they are worth."""
+
+    examples: list[Example]  # P
+    samples: list[Sample]  # P · G, those of one prompt together
+    responses: list[str]  # the texts of the first prompt's samples
+    rewards: Tensor  # [P, G], NaN where a reward failed
+    advantages: Tensor  # [P, G]
+    failure: str | None  # how one of the rewards failed
+
+
+def sample_episodes(setup: Setup, step: int, clock: Clock) -> Episodes:
+    """Sample and score responses to this rank's share of the step's prompts; return those of all ranks. A collective."""
+    config, world, group = setup.config, setup.world, setup.config.rollout.samples
+    examples = setup.order.at(step)
+    share = world.share(examples)
+    samples = setup.rollout.generate([example.prompt_ids for example in share], group, step)
+    clock.lap("rollout")
+    responses = [setup.decode(sample.response_ids) for sample in samples]
+    asked = [example for example in share for _ in range(group)]
+    scores = setup.pool.score([question(e, r, s.response_ids) for e, r, s in zip(asked, responses, samples, strict=True)])
+    failures = world.gather([setup.pool.last_failure] if any(map(math.isnan, scores)) else [])
+    samples, responses = world.gather(samples), world.gather(responses[:group])
+    rewards = torch.tensor(world.gather(scores)).view(len(examples), group)
+    advantages = estimate_advantages(rewards, config.objective.advantage, config.objective.advantage_std)
+    clock.lap("reward")
+    return Episodes(examples, samples, responses[:group], rewards, advantages, failures[0] if failures else None)
+
+
+def evaluate_heldout(setup: Setup, progress: Callable[[int, int], None], termination: Termination) -> Accuracy:
+    """Return the held-out accuracy of the final policy. Raises :class:`Stopped` on SIGTERM. A collective."""
+    evaluation = setup.config.evaluation
+    return evaluate(
+        setup.rollout.with_sampling(temperature=evaluation.temperature),
+        setup.decode,
+        setup.heldout,
+        setup.pool,
+        setup.world,
+        samples=evaluation.samples,
+        ks=evaluation.k,
+        seed=setup.config.seed,
+        progress=progress,
+        termination=termination,
+    )
+
+
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
+    """Give each group of parameters its share of ``rate``; return ``rate``."""
     for group in optimizer.param_groups:
         group["lr"] = group["scale"] * rate
     return rate
@@ -236,51 +299,51 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
 def make_mini_batches(
     samples: list[Sample], rewards: Tensor, advantages: Tensor, config: TrainConfig, world: World
 ) -> list[list[MicroBatch]]:
-    """This rank's micro-batches of each optimizer step; as many on every rank, none where no sample has a gradient.
+    """Return this rank's micro-batches of each optimizer step: as many on every rank, none where no sample has a gradient.
 
     Samples whose reward failed are left out. Those of zero advantage (their whole group was right, or wrong) add exactly nothing to
     loss and gradient: they count in the denominators, and cost nothing.
     """
     size = config.optimizer.mini_batch * config.rollout.samples
-    valid, advantages = rewards.flatten().isfinite().tolist(), advantages.flatten().tolist()
+    scored, values = rewards.flatten().isfinite().tolist(), advantages.flatten().tolist()
     mini_batches = []
     for first in range(0, len(samples), size):
-        counted = [i for i in range(first, first + size) if valid[i]]
+        counted = [i for i in range(first, first + size) if scored[i]]
         weights = token_weights([len(samples[i].response_ids) for i in counted], config.objective.aggregation)
-        active = [(samples[i], advantages[i] * weight) for i, weight in zip(counted, weights, strict=True) if advantages[i] != 0]
-        parts, coefficients = [part for part, _ in active], [coefficient for _, coefficient in active]
-        mini_batches.append(pack_all(parts, coefficients, config.hardware.max_tokens_per_device, world))
+        coefficients = {i: values[i] * weight for i, weight in zip(counted, weights, strict=True) if values[i] != 0}
+        chosen = [samples[i] for i in coefficients]
+        mini_batches.append(pack_all(chosen, [*coefficients.values()], config.hardware.max_tokens_per_device, world))
     return mini_batches
 
 
 def batch_options(batch: MicroBatch, config: TrainConfig) -> dict[str, Any]:
-    """What any policy is asked with."""
+    """Return the arguments that a call on ``batch`` needs, whatever its policy."""
     return packed_options(batch, config.hardware.attention) | {"temperature": config.rollout.temperature}
 
 
 def call_options(batch: MicroBatch, policy: OptimisedPolicy, config: TrainConfig) -> dict[str, Any]:
-    """What a policy's log-probs, loss and divergence are all asked with."""
+    """Return the arguments that the log-probs, loss and divergence of ``policy`` on ``batch`` have in common."""
     return batch_options(batch, config) | policy.options
 
 
 @torch.no_grad()
 def with_old_logprobs(model: PreTrainedModel, batch: MicroBatch, policy: OptimisedPolicy, config: TrainConfig) -> MicroBatch:
-    """The batch with the log-probs of its response tokens under ``policy`` as the weights stand."""
+    """Return ``batch`` with the log-probs of its response tokens under ``policy`` as the weights stand."""
     options = call_options(batch, policy, config)
-    found = model.policy_logprobs(batch.input_ids, batch.targets, return_entropy=False, **options)
-    return replace(batch, old_logprobs=found.logprobs)
+    old = as_forward(policy_logprobs, model, batch.input_ids, batch.targets, return_entropy=False, **options)
+    return replace(batch, old_logprobs=old.logprobs)
 
 
 class Update(NamedTuple):
-    """Of one optimizer step, over all ranks."""
+    """The outcome of one optimizer step, over all ranks."""
 
     loss: float
     clipped: float  # tokens on which a clip decided
     kl_old: float  # summed over tokens
-    tokens: float  # of the samples with a gradient
+    tokens: float  # response tokens of the samples with a gradient
     ratio_max: float
     grad_norm: float  # before clipping
-    micro_batches: int  # on each rank
+    micro_batches: int  # as many on each rank
 
 
 def update(
@@ -291,15 +354,17 @@ def update(
     config: TrainConfig,
     world: World,
 ) -> Update:
-    """One optimizer step on a mini-batch, its gradient summed over micro-batches and ranks.
+    """Take one optimizer step on a mini-batch, its gradient summed over micro-batches and ranks.
 
     The weights of the aggregation are in the coefficients: a positive factor of an advantage is one of its term, clipped or not.
     """
-    how = config.objective
-    objective = PolicyObjective(clip_low=how.clip_low, clip_high=how.clip_high, dual_clip=how.dual_clip)
+    clips = config.objective
+    objective = PolicyObjective(clip_low=clips.clip_low, clip_high=clips.clip_high, dual_clip=clips.dual_clip)
     sums, ratio_max = torch.zeros(4, device=world.device), torch.ones((), device=world.device)
     for batch in micro_batches:
-        loss, metrics = model.policy_loss(
+        loss, metrics = as_forward(
+            policy_loss,
+            model,
             batch.input_ids,
             batch.targets,
             batch.coefficients,
@@ -309,29 +374,32 @@ def update(
             **call_options(batch, policy, config),
         )
         (loss * world.size).backward()  # FSDP averages over the ranks
-        rows, clipped = metrics.active_rows, metrics.clipped_low + metrics.clipped_high
-        sums += torch.stack([loss.detach(), clipped * rows, metrics.kl_old * rows, rows])
+        active, clipped = metrics.active_rows, metrics.clipped_low + metrics.clipped_high
+        sums += torch.stack([loss.detach(), clipped * active, metrics.kl_old * active, active])
         ratio_max = torch.maximum(ratio_max, metrics.ratio_max)
     grad_norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)).item()
     if not math.isfinite(grad_norm):
         raise FloatingPointError(f"gradient norm {grad_norm}: the weights are as before this update, the last checkpoint is good")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return Update(*world.sum(sums).tolist(), world.max(ratio_max).item(), grad_norm, len(micro_batches))
+    total_loss, clipped_rows, kl_old, rows = world.sum(sums).tolist()
+    return Update(total_loss, clipped_rows, kl_old, rows, world.max(ratio_max).item(), grad_norm, len(micro_batches))
 
 
 @torch.no_grad()
 def look(
     model: PreTrainedModel, samples: list[Sample], policy: OptimisedPolicy, step: int, config: TrainConfig, world: World
 ) -> dict[str, float | None]:
-    """Both policies on some randomly chosen samples (``config.look_tokens`` on each rank), before the updates."""
+    """Return statistics of both policies on randomly chosen samples (``config.look_tokens`` on each rank), before the updates."""
     batch = some_of(samples, stream_seed(config.seed, "look", step), config.look_tokens, world)
-    final = model.policy_logprobs(batch.input_ids, batch.targets, **call_options(batch, FINAL, config))
+    final = as_forward(policy_logprobs, model, batch.input_ids, batch.targets, **call_options(batch, FINAL, config))
     entropy, divergence = final.entropy, torch.zeros(())
     if policy != FINAL:
         options = call_options(batch, policy, config)
-        entropy = model.policy_logprobs(batch.input_ids, batch.targets, **options).entropy
-        divergence = model.policy_divergence(batch.input_ids, batch.mask, **options)
+        entropy = as_forward(policy_logprobs, model, batch.input_ids, batch.targets, **options).entropy
+        divergence = as_forward(policy_divergence, model, batch.input_ids, batch.mask, **options)
+    assert entropy is not None  # it is returned by default
+    assert final.entropy is not None
     gap = torch.where(batch.mask, (final.logprobs - batch.sampler_logprobs).abs(), 0)
     sums = [x.sum(dtype=torch.float64) for x in (entropy, final.entropy, divergence.to(entropy), gap, batch.mask)]
     *sums, count = world.sum(torch.stack(sums)).tolist()
@@ -345,8 +413,10 @@ def look(
 def look_at_layers(
     model: PreTrainedModel, samples: list[Sample], step: int, config: TrainConfig, world: World
 ) -> dict[str, list[float] | float]:
-    """Entropy of the policies of H^0 to H^L and their KL to the final one, and that one's perplexity, over some randomly chosen
-    response tokens (``telemetry.lens_tokens`` on each rank), before the updates."""
+    """Return the entropy of the policies of H^0 to H^L, their KL to the final one and the perplexity of that.
+
+    They are means over randomly chosen response tokens (``telemetry.lens_tokens`` on each rank), before the updates.
+    """
     seed, limit = stream_seed(config.seed, "lens", step), config.telemetry.lens_tokens
     batch = some_of(samples, seed, max(limit, *map(tokens, samples)), world)
     responses = batch.mask.flatten().nonzero().squeeze(1).tolist()
@@ -355,9 +425,10 @@ def look_at_layers(
     targets[0, chosen] = batch.targets[0, chosen]
 
     outputs = ("entropy", "kl_to_final", "logprobs")
-    seen = model.policy_lens(batch.input_ids, targets, outputs=outputs, **batch_options(batch, config))
+    lens = as_forward(policy_lens, model, batch.input_ids, targets, outputs=outputs, **batch_options(batch, config))
     count = torch.full((1,), len(chosen), dtype=torch.float64, device=world.device)
-    sums = [x.sum((1, 2), dtype=torch.float64) for x in (seen.entropy[:-1], seen.kl_to_final[:-1], seen.logprobs[-1:])]
+    entropy, divergence, logprobs = (getattr(lens, name) for name in outputs)
+    sums = [x.sum((1, 2), dtype=torch.float64) for x in (entropy[:-1], divergence[:-1], logprobs[-1:])]
     means = world.sum(torch.cat([*sums, count])).tolist()
     *means, logprob = (value / means[-1] for value in means[:-1])
     half = len(means) // 2
@@ -365,14 +436,23 @@ def look_at_layers(
 
 
 def some_of(samples: list[Sample], seed: int, limit: int, world: World) -> MicroBatch:
-    """Randomly chosen samples, up to ``limit`` tokens on each rank."""
+    """Return this rank's part of randomly chosen samples, up to ``limit`` tokens on each rank."""
     chosen = random.Random(seed).sample(range(len(samples)), len(samples))
     parts, _ = fill([tokens(sample) for sample in samples], chosen, world.size, limit)
     mine = sorted((samples[i] for i in parts[world.rank]), key=tokens)
     return pack(mine, [0.0] * len(mine), world.device)
 
 
+def describe_run(setup: Setup) -> str:
+    """Return a line about the model, the devices and the data."""
+    architecture, config, world = setup.architecture, setup.config, setup.world
+    size = f"{architecture.num_hidden_layers} layers, {parameters(architecture).total / 1e6:,.1f} M parameters"
+    devices = f"{config.hardware.precision} on {world.size} x {world.device.type}"
+    return f"{architecture.model_type}, {size}; {devices}; {len(setup.order.examples):,} prompts"
+
+
 def describe_samples(samples: list[Sample], rewards: Tensor, advantages: Tensor) -> dict[str, float]:
+    """Return what a step's samples are like on average."""
     return {
         "reward": rewards.nanmean().item(),
         "reward_failures": int(rewards.isnan().sum()),
@@ -383,6 +463,7 @@ def describe_samples(samples: list[Sample], rewards: Tensor, advantages: Tensor)
 
 
 def describe_updates(updates: list[Update]) -> dict[str, float]:
+    """Return means over a step's updates, or over their tokens."""
     count, tokens_ = len(updates) or 1, sum(u.tokens for u in updates) or 1
     return {
         "loss": sum(u.loss for u in updates) / count,
@@ -404,7 +485,7 @@ def describe_speed(
     config: TrainConfig,
     world: World,
 ) -> dict[str, float | None]:
-    """Tokens per second of the whole step; model FLOP/s and MFU of one device in old log-probs and updates; peak memory."""
+    """Return tokens per second of the whole step, model FLOP/s and MFU of one device in old log-probs and updates, peak memory."""
     read = [(len(sample.prompt_ids), len(sample.response_ids)) for sample in samples]
     trained = work_of(lengths for lengths, advantage in zip(read, advantages.flatten().tolist(), strict=True) if advantage)
     rate = training_flops(architecture, config, trained, policy.layer, policy.module).model / world.size
@@ -414,7 +495,7 @@ def describe_speed(
         memory = torch.cuda.max_memory_allocated(world.device)
         torch.cuda.reset_peak_memory_stats(world.device)
     else:
-        peak, memory = None, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # of the process, since its start
+        peak, memory = None, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # the most since the process' start
     if config.telemetry.peak_tflops is not None:
         peak = 1e12 * config.telemetry.peak_tflops
     return {
@@ -427,12 +508,13 @@ def describe_speed(
 
 
 class Clock:
-    """Seconds of the parts of a step, and of all of them."""
+    """The seconds of the parts of a step, and of all of them."""
 
     def __init__(self) -> None:
         self.last, self.seconds = time.perf_counter(), {"seconds": 0.0}
 
     def lap(self, name: str) -> None:
+        """Note the seconds since the last lap as those of the part ``name``."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         now = time.perf_counter()

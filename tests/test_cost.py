@@ -2,7 +2,6 @@
 
 import subprocess
 from pathlib import Path
-from types import MethodType
 
 import pytest
 import torch
@@ -27,7 +26,7 @@ from bupo.cost import (
     training_flops,
     work_of,
 )
-from bupo.distributed import process_group, shard
+from bupo.distributed import as_forward, process_group, shard
 from bupo.errors import ConfigError
 from bupo.measurement import peak_bytes
 from bupo_kernels import policy_logprobs, policy_loss
@@ -322,13 +321,12 @@ def test_a_sharded_training_pass_takes_what_is_stated(vocab, tokens):
     changes = {"hardware.max_tokens_per_device": tokens, "hardware.checkpoint_activations": True, "hardware.device": "cpu", **BF16}
     config = run_config(**changes)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.policy_loss = MethodType(policy_loss, model)
     ids, targets = torch.randint(vocab, (1, tokens)), torch.randint(vocab, (1, tokens))
     with process_group(config.hardware) as world:
-        shard(model, world, config.hardware, ["policy_loss"])
+        shard(model, world, config.hardware)
 
         def step():
-            model.policy_loss(ids, targets, torch.ones(1, 1))[0].backward()
+            as_forward(policy_loss, model, ids, targets, torch.ones(1, 1))[0].backward()
 
         step()  # from here on gradients are there, and the root is gathered
         measured = peak_bytes(step)

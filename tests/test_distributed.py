@@ -22,6 +22,7 @@ from bupo.errors import ConfigError
 from bupo.model import load_model, make_optimizer
 from bupo.schedule import FINAL, OptimisedPolicy
 from bupo.trainer import look, look_at_layers, make_mini_batches, update, with_old_logprobs
+from bupo_kernels import policy_logprobs
 
 CONFIG = tiny_model().config
 CASES = [
@@ -240,7 +241,7 @@ def test_optimizer_state_is_there_for_every_parameter_from_the_start_and_changes
                 optimizer.state.clear()
             for layer in (2, 4):
                 ids = torch.arange(2, 12).view(1, 10)
-                model.policy_logprobs(ids[:, :-1], ids[:, 1:], layer=layer).logprobs.sum().backward()
+                policy_logprobs(model, ids[:, :-1], ids[:, 1:], layer=layer).logprobs.sum().backward()
                 optimizer.step()
                 optimizer.zero_grad()
             trajectories.append([p.detach().clone() for p in model.parameters()])

@@ -114,7 +114,7 @@ def problems(number):
 
 
 def run(examples, world=ALONE, policy=None, **settings):
-    settings = {"samples": 4, "ks": [1, 4], "step": 0, "seed": 5, **settings}
+    settings = {"samples": 4, "ks": [1, 4], "seed": 5, **settings}
     return evaluate(policy or rollout(), decode, examples, FakePool(), world, **settings)
 
 
@@ -182,14 +182,14 @@ def test_evaluation_counts_what_the_reward_says():
 
 def test_greedy_and_sampled_responses_come_from_the_evaluation_stream():
     policy = rollout()
-    run(problems(3), policy=policy, step=7)
+    run(problems(3), policy=policy)
     (one, four) = policy.calls
-    assert one[:5] == (3, 1, 7, 0.0, "evaluation")
-    assert four[:5] == (3, 4, 7, 0.7, "evaluation")
+    assert one[:5] == (3, 1, 0, 0.0, "evaluation")
+    assert four[:5] == (3, 4, 0, 0.7, "evaluation")
     seeds = [call[5] for call in policy.calls]
     again, other = rollout(), rollout()
-    run(problems(3), policy=again, step=7)
-    run(problems(3), policy=other, step=7, seed=6)
+    run(problems(3), policy=again)
+    run(problems(3), policy=other, seed=6)
     assert [call[5] for call in again.calls] == seeds
     assert other.calls[1][5] != seeds[1]
 

@@ -327,7 +327,7 @@ def generate_on_a_rank() -> None:
         for precision, tied in (("float32", False), ("bfloat16", True)):
             whole = tiny_model(tied=tied).to(getattr(torch, precision))
             whole.model.rotary_emb = plain.model.rotary_emb  # buffers stay in float32
-            sharded = shard(tiny_model(tied=tied), world, Hardware(precision=precision), [])
+            sharded = shard(tiny_model(tied=tied), world, Hardware(precision=precision))
             sharded.train()
             for name in ENGINES:
                 for part, n in ((mine, 2), ([[], mine][world.rank], 1)):
