@@ -26,10 +26,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
 
+from bupo.architecture import load_architecture
 from bupo.attention import training_attention
 from bupo.batching import MicroBatch, pack
 from bupo.config import TrainConfig, parse_config
-from bupo.cost import load_architecture, parameters
+from bupo.cost import parameters
 from bupo.distributed import World, full, process_group, shard
 from bupo.errors import ConfigError
 from bupo.measurement import machine, peak_bytes, rates, results_path, timed, write_section

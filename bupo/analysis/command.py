@@ -24,8 +24,8 @@ from bupo.analysis.figures import draw_statistics
 from bupo.analysis.heatmap import heat_maps
 from bupo.analysis.report import write_report
 from bupo.analysis.statistics import Statistics, layer_table, require_pyarrow, write_statistics
+from bupo.architecture import load_architecture
 from bupo.config import TrainConfig, check_new_folder
-from bupo.cost import load_architecture
 from bupo.data import encode, jsonl_rows, load_examples, require_known
 from bupo.distributed import World, process_group
 from bupo.errors import ConfigError
