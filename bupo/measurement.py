@@ -63,22 +63,22 @@ def peak_bytes(call: Callable[[], object], device: torch.device = torch.device("
 
 
 def machine(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """What numbers are worth nothing without: device, driver, versions, commit and date.
+    """Return what measured numbers are worth nothing without: device, driver, versions, commit and date.
 
     Args:
         commit: of the code, where there is no git to ask.
     """
     on_cpu = device.type == "cpu"
     facts = cpu() if on_cpu else {"name": torch.cuda.get_device_name(device), "threads": None, "instruction_sets": []}
-    drivers = None if on_cpu else _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")  # one a GPU
-    if commit is None and (ROOT / ".git").exists():  # else it is installed, maybe inside somebody's repository
+    drivers = None if on_cpu else _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    if commit is None and (ROOT / ".git").exists():  # What is installed may lie inside somebody else's repository.
         commit = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
     return {
         "device": facts["name"],
         "kind": device.type,
         "threads": facts["threads"],
         "instruction_sets": facts["instruction_sets"],
-        "driver": drivers and drivers.splitlines()[0],
+        "driver": drivers and drivers.splitlines()[0],  # There is a line for each GPU.
         "cuda": torch.version.cuda,
         "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
         "commit": commit,
