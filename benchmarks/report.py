@@ -49,8 +49,8 @@ from benchmarks.rows import (
     whole,
     worst_error,
 )
-from bupo.analysis.figures import write_figure
 from bupo.output import replace_file
+from bupo.plots import write_figure
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,9 +1,9 @@
-"""A training step against the naive logit lens: ``bupo bench``.
+"""A training step measured against the naive logit lens: ``bupo bench``.
 
-Measured are old log-probs and update, on random tokens and weights. Up to four sides take turns, round by round, on one model and
+A step is old log-probs and update, on random tokens and weights. Up to four sides take turns, round by round, on one model and
 one optimizer with a learning rate of 0: AdamW reads and writes all it would, and every side finds the same weights. They and its
 moments take 12 bytes a parameter, float32 as in the trainer, and gradients 4 more: of Qwen3-4B 48 and 16 GB, which leaves a GPU of
-141 GB some 75 for a step. The gradients that others are compared with wait in the CPU's memory.
+141 GB some 75 for a step. The gradients of the first side, with which those of the others are compared, wait in the CPU's memory.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, Qwen3Config
 
+from bupo.architecture import check_type, load_architecture
 from bupo.attention import training_attention
 from bupo.batching import MicroBatch, pack
 from bupo.config import TrainConfig, parse_config
-from bupo.cost import load_architecture, parameters
+from bupo.cost import parameters
 from bupo.distributed import World, as_forward, full, process_group, shard
 from bupo.errors import ConfigError
 from bupo.measurement import machine, peak_bytes, rates, results_path, timed, write_section
@@ -37,14 +37,15 @@ from bupo.model import checkpoint_activations, make_optimizer
 from bupo.output import progress_bar
 from bupo.rollout import Sample
 from bupo.schedule import FINAL, OptimisedPolicy
+from bupo.tables import columns
 from bupo.trainer import batch_options, set_learning_rate, update, with_old_logprobs
 from bupo_kernels import FusedLMHead, PolicyObjective, internal_policy
-from bupo_kernels.internal_policy import MODEL_TYPES
 
 NAIVE = "naive logit lens"
 LATE = "not within --minutes"
+T = TypeVar("T")
 
-# Where no --model-config is given: model, tokens of a step and of each sequence.
+# The name and config of the model where no --model-config is given, and the tokens of a step and of each sequence.
 DEFAULTS = {
     "cpu": (
         "Qwen3, 24 x 512",
@@ -79,6 +80,8 @@ DEFAULTS = {
 
 
 class Case(NamedTuple):
+    """What a step is taken of: a phase with its policy, and equally long sequences."""
+
     phase: int
     layer: int  # of the internal policy; phase 2 trains the model's own, and only the naive lens still asks this one
     sequences: int
@@ -89,21 +92,22 @@ class Case(NamedTuple):
         return OptimisedPolicy(self.layer) if self.phase == 1 else FINAL
 
     def __str__(self) -> str:
-        of = f"layer {self.layer}" if self.phase == 1 else "the model's own policy"
-        return f"phase {self.phase}: {of}, {self.sequences} x {self.length} tokens"
+        policy = f"layer {self.layer}" if self.phase == 1 else "the model's own policy"
+        return f"phase {self.phase}: {policy}, {self.sequences} x {self.length} tokens"
 
 
 class Trainee:
-    """What the sides share: a model with random weights, made ready as :func:`bupo.model.load_model` does it, and its optimizer."""
+    """A model with random weights, made ready as by :func:`bupo.model.load_model`, and its optimizer, which the sides share."""
 
     def __init__(self, architecture: PretrainedConfig, config: TrainConfig, world: World) -> None:
         self.architecture, self.config, self.world = architecture, config, world
         self.build()
 
     def build(self) -> None:
+        """Make the model and the optimizer; the weights are the same each time."""
         free(self.world.device)
         torch.manual_seed(0)
-        self.architecture.attention_dropout = 0.0  # all sides must compute the same
+        self.architecture.attention_dropout = 0.0  # All sides must compute the same.
         with torch.device(self.world.device):
             model = AutoModelForCausalLM.from_config(self.architecture, dtype=torch.float32, attn_implementation="sdpa")
         FusedLMHead.adopt(model.get_output_embeddings())
@@ -115,13 +119,13 @@ class Trainee:
         set_learning_rate(self.optimizer, 0.0)
 
     def rebuild(self) -> None:
-        """The same weights again: after an exception within a forward or a backward FSDP is not to be trusted."""
-        self.model = self.optimizer = None
+        """Build again: after an exception within a forward or a backward FSDP is not to be trusted."""
+        del self.model, self.optimizer
         gc.collect()
         self.build()
 
     def update(self, loss: Tensor) -> float:
-        """What :func:`bupo.trainer.update` does with a loss."""
+        """Step the optimizer as :func:`bupo.trainer.update` does and return the number in ``loss``."""
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.max_grad_norm)
         self.optimizer.step()
@@ -129,14 +133,14 @@ class Trainee:
         return loss.item()
 
 
-# ---- the sides: each takes a step, and returns its loss
+# ---- the sides, each of which takes a step and returns its loss
 
 
 Step = Callable[[Trainee, Case, MicroBatch], float]
 
 
 def bupo_step(trainee: Trainee, case: Case, batch: MicroBatch) -> float:
-    """The trainer's own functions."""
+    """Take the step with the trainer's own functions."""
     model, config = trainee.model, trainee.config
     with training_attention(model, config.hardware.attention):
         batch = with_old_logprobs(model, batch, case.policy, config)
@@ -144,43 +148,47 @@ def bupo_step(trainee: Trainee, case: Case, batch: MicroBatch) -> float:
 
 
 def untruncated_step(trainee: Trainee, case: Case, batch: MicroBatch) -> float:
-    """The same head on the same rows, but all layers run."""
-    model, how, options = trainee.model, trainee.config.objective, batch_options(batch, trainee.config)
-    objective = PolicyObjective(clip_low=how.clip_low, clip_high=how.clip_high, dual_clip=how.dual_clip)
+    """Take the step with the same head on the same rows, but run all layers."""
+    model, clips, options = trainee.model, trainee.config.objective, batch_options(batch, trainee.config)
+    objective = PolicyObjective(clip_low=clips.clip_low, clip_high=clips.clip_high, dual_clip=clips.dual_clip)
     with training_attention(model, trainee.config.hardware.attention):
-        ask = partial(as_forward, untruncated, model, case.layer, batch.input_ids, batch.targets, **options)
+        statistics_of = partial(untruncated, layer=case.layer, input_ids=batch.input_ids, targets=batch.targets, **options)
         with torch.no_grad():
-            old = ask(return_entropy=False).logprobs
-        loss, _ = ask(batch.coefficients, old_logprobs=old, objective=objective, denominator=1)
+            old_logprobs = as_forward(statistics_of, model, return_entropy=False).logprobs
+        ratio = {"old_logprobs": old_logprobs, "objective": objective, "denominator": 1}
+        loss, _ = as_forward(statistics_of, model, advantages=batch.coefficients, **ratio)
         return trainee.update(loss)
 
 
 def naive_step(trainee: Trainee, case: Case, batch: MicroBatch, both_heads: bool) -> float:
-    """In plain torch, sequences as the rows of a batch (they are of one length: no padding)."""
-    shape, how = (case.sequences, case.length), trainee.config.objective
+    """Take the step in plain torch, with sequences as the rows of a batch (they are of one length: no padding)."""
+    shape, clips = (case.sequences, case.length), trainee.config.objective
     input_ids, targets, coefficients, mask = (
         x.view(shape) for x in (batch.input_ids, batch.targets, batch.coefficients, batch.mask)
     )
-    ask = partial(as_forward, naive_logprobs, trainee.model, case, input_ids, targets.clamp(min=0), both_heads)
+    arguments = case, input_ids, targets.clamp(min=0), both_heads
     with torch.no_grad():
-        old = ask(entropy=True)
-    ratio = (ask() - old).exp()
-    terms = torch.maximum(-coefficients * ratio, -coefficients * ratio.clamp(1 - how.clip_low, 1 + how.clip_high))
-    terms = torch.where(coefficients < 0, terms.minimum(-coefficients * how.dual_clip), terms)
+        old_logprobs = as_forward(naive_logprobs, trainee.model, *arguments, entropy=True)
+    ratio = (as_forward(naive_logprobs, trainee.model, *arguments) - old_logprobs).exp()
+    terms = torch.maximum(-coefficients * ratio, -coefficients * ratio.clamp(1 - clips.clip_low, 1 + clips.clip_high))
+    if clips.dual_clip is not None:
+        terms = torch.where(coefficients < 0, terms.minimum(-coefficients * clips.dual_clip), terms)
     return trainee.update((terms * mask).sum())
 
 
 def naive_logprobs(
-    model: nn.Module,
+    model: PreTrainedModel,
     case: Case,
     input_ids: Tensor,  # [B, S]
     targets: Tensor,  # [B, S]
     both_heads: bool,
     entropy: bool = False,
 ) -> Tensor:  # [B, S] fp32
-    """From logits of every token, prompts too. ``both_heads`` is the reference: all layers run and their outputs are kept, an
-    internal and the final policy give logits in both phases, and the entropy that it logs is the final one's. Else only the layers
-    and the head that are optimised run."""
+    """Return the log-probs of ``targets`` from the logits of every token, prompts too.
+
+    ``both_heads`` is the reference: all layers run and their outputs are kept, an internal and the final policy give logits in both
+    phases, and the entropy that it logs is the final one's. Else only the layers and the head that are optimised run.
+    """
     backbone, head = model.base_model, model.get_output_embeddings()
     if both_heads:
         out = backbone(input_ids, output_hidden_states=True, use_cache=False)
@@ -196,13 +204,13 @@ def naive_logprobs(
 
 
 def entropy_from_logits(logits: Tensor) -> Tensor:
-    """As verl has it, in float32."""
+    """Return the entropy as verl computes it, in float32."""
     logits = logits.float()
     return logits.logsumexp(-1) - (logits.softmax(-1) * logits).sum(-1)
 
 
 def untruncated(
-    model: nn.Module,
+    model: PreTrainedModel,
     layer: int,
     input_ids: Tensor,  # [1, T]
     targets: Tensor,  # [1, T]
@@ -211,25 +219,26 @@ def untruncated(
     model_options: dict,
     **options,
 ):
-    """What the fused head says to ``arguments`` and ``options`` about the output of ``layer``, once all layers have run."""
-    backbone, seen = model.base_model, []
+    """Run all layers and return what the fused head makes of the output of ``layer``, given ``arguments`` and ``options``."""
+    backbone, states = model.base_model, []
 
-    def see(_, arguments: tuple, named: dict) -> None:
-        seen.append(arguments[0] if arguments else named["hidden_states"])
+    def receive(_, arguments: tuple, named: dict) -> None:
+        states.append(arguments[0] if arguments else named["hidden_states"])
 
-    last = layer == len(backbone.layers)  # that is the model's own policy, normed
-    handle = backbone.norm.register_forward_hook(lambda _, __, output: seen.append(output)) if last else None
-    handle = handle or backbone.layers[layer].register_forward_pre_hook(see, with_kwargs=True)
+    if layer == len(backbone.layers):  # The last layer's policy is the model's own, which is normed.
+        handle = backbone.norm.register_forward_hook(lambda _, __, output: states.append(output))
+    else:
+        handle = backbone.layers[layer].register_forward_pre_hook(receive, with_kwargs=True)
     try:
         backbone(input_ids, position_ids=position_ids, use_cache=False, **model_options)
     finally:
         handle.remove()
-    return model.get_output_embeddings()(seen.pop(), targets, *arguments, **options)
+    return model.get_output_embeddings()(states.pop(), targets, *arguments, **options)
 
 
 BOTH_HEADS, ONE_HEAD = partial(naive_step, both_heads=True), partial(naive_step, both_heads=False)
 
-# Of each phase: the word for --sides -> the name in a table, and the step. Phase 2 has no layers to leave out.
+# The sides of each phase by their words for --sides: name in a table, and step. Phase 2 has no layers to leave out.
 SIDES: dict[int, dict[str, tuple[str, Step]]] = {
     1: {
         "naive": (NAIVE, BOTH_HEADS),
@@ -245,41 +254,69 @@ SIDES: dict[int, dict[str, tuple[str, Step]]] = {
 
 
 class Compared(NamedTuple):
-    """A step against that of the first side."""
+    """A step compared with that of the first side."""
 
     loss: float
-    difference: float  # of a parameter's gradients: max|Δ| / max|the first side's|, the largest of all parameters
-    parameter: str  # where that is
+    difference: float  # largest over the parameters of max|Δ gradient| / max|the first side's gradient|
+    parameter: str  # the one with that difference
+
+
+@dataclass
+class Side:
+    """What is measured of a side."""
+
+    name: str
+    step: Step
+    reason: str | None = None  # why it has no numbers
+    compared: Compared | None = None
+    peak: int | None = None  # bytes
+    seconds: list[float] = field(default_factory=list)  # of every round
+    last: float = 0.0  # seconds of the last attempt at a step
+
+    def row(self, tokens: int) -> dict[str, Any]:
+        """Return what the results keep of a side whose steps have that many tokens."""
+        row: dict[str, Any] = {"name": self.name, "reason": self.reason}
+        if self.reason is not None or self.compared is None:
+            return row
+        median = statistics.median(self.seconds)
+        row |= {"seconds": median, "seconds_of_rounds": self.seconds, "tokens_per_second": tokens / median}
+        return row | {"peak_bytes": self.peak, "loss": self.compared.loss, "gradient_difference": self.compared.difference}
 
 
 def tolerance(precision: str) -> float:
-    """Of a loss and of gradients, relative: half of the digits. Sides that compute the same differ by how they round logits and
-    what follows from them, a few to some thirty times one rounding; a wrong one by about 1."""
+    """Return the relative difference of losses and gradients that is accepted: half of the digits.
+
+    Sides that compute the same differ by how they round logits and what follows from them, a few to some thirty times one
+    rounding; a wrong one by about 1.
+    """
     return torch.finfo(getattr(torch, precision)).eps ** 0.5
 
 
 def compare(trainee: Trainee, step: Callable[[], float], first: dict[str, Tensor]) -> Compared:
-    """Takes a step. ``first`` holds the gradients of the first side that ran, on the CPU, or nothing: then those of this one."""
-    found, worst = {}, (0.0, "")
+    """Take a step and compare it with that of the first side.
 
-    def see(*_) -> None:
+    ``first`` holds the gradients of the first side that ran, on the CPU; where it is empty, those of this one are put into it.
+    """
+    gradients, worst = {}, (0.0, "")
+
+    def receive(*_) -> None:
         nonlocal worst
         for name, parameter in trainee.model.named_parameters():
             gradient = None if parameter.grad is None else full(parameter.grad)
             if not first:
-                found[name] = gradient if gradient is None else gradient.cpu()
+                gradients[name] = gradient if gradient is None else gradient.cpu()
                 continue
             mine, theirs = (torch.zeros(1) if g is None else g for g in (gradient, first[name]))
             difference, largest = (mine - theirs.to(mine.device)).abs().max().item(), theirs.abs().max().item()
             share = difference / largest if largest else math.inf if difference else 0.0
-            worst = max(worst, (math.inf if math.isnan(share) else share, name))  # max passes over what is no number
+            worst = max(worst, (math.inf if math.isnan(share) else share, name))  # max would pass over a NaN.
 
-    handle = trainee.optimizer.register_step_pre_hook(see)
+    handle = trainee.optimizer.register_step_pre_hook(receive)
     try:
         loss = step()
     finally:
         handle.remove()
-    first.update(found)
+    first.update(gradients)
     return Compared(loss, *worst)
 
 
@@ -291,79 +328,66 @@ def measure(
     deadline: float = math.inf,
     advance: Callable[[], object] = lambda: None,
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row for each of ``sides`` that the phase of ``case`` has, and a line for each that does not agree with the first that ran.
+    """Return a row for each of ``sides`` that the phase has, and a line for each that does not agree with the first that ran.
 
-    Each takes a step that is compared and warms it up, one whose memory is looked at, and then they take turns on tokens that are
+    Each takes a step that is compared and warms it up, one whose memory is measured, and then they take turns on tokens that are
     new in every round. A side that raises, or does not agree, is a row with the reason.
 
     Args:
-        deadline: of ``time.monotonic``; no side is begun after it, and no round that would take longer than is left.
+        deadline: a time of ``time.monotonic``; no side is begun after it, and no round that would take longer than is left.
         advance: called after every step.
     """
-    device, steps = trainee.world.device, dict(SIDES[case.phase][side] for side in sides if side in SIDES[case.phase])
-    reasons, compared, peaks, seconds, last = {}, {}, {}, {name: [] for name in steps}, {}
+    device, accepted = trainee.world.device, tolerance(trainee.config.hardware.precision)
+    measured = [Side(*SIDES[case.phase][side]) for side in dict.fromkeys(sides) if side in SIDES[case.phase]]
     gradients: dict[str, Tensor] = {}
-    wrong, most = [], tolerance(trainee.config.hardware.precision)
+    first, wrong = None, []
 
-    def attempt(name: str, call: Callable[[Callable[[], float]], Any], batch: MicroBatch) -> Any:
-        if name in reasons:
+    def attempt(side: Side, batch: MicroBatch, call: Callable[[Callable[[], float]], T]) -> T | None:
+        if side.reason is not None:
             advance()
             return None
         started = time.monotonic()
         try:
-            return call(lambda: steps[name](trainee, case, batch))
-        except Exception as error:  # whatever it is belongs in the table
-            reasons[name] = f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
+            return call(lambda: side.step(trainee, case, batch))
+        except Exception as error:  # Whatever it is belongs in the table.
+            side.reason = f"{type(error).__name__}: {error}".strip().splitlines()[0][:160]
         finally:
-            last[name] = time.monotonic() - started
+            side.last = time.monotonic() - started
             advance()
         trainee.rebuild()
+        return None
 
     batch = random_batch(case, trainee.architecture.vocab_size, device)
-    for name in steps:
+    for side in measured:
         if time.monotonic() > deadline:
-            reasons[name] = LATE
-        found = compared[name] = attempt(name, lambda step: compare(trainee, step, gradients), batch)
+            side.reason = LATE
+        found = side.compared = attempt(side, batch, lambda step: compare(trainee, step, gradients))
         free(device)
         if found is not None:
-            first = next(other for other in compared.values() if other is not None)
-            if not (abs(found.loss - first.loss) <= most * abs(first.loss) and found.difference <= most):
-                reasons[name] = (
+            first = first or found
+            if not (abs(found.loss - first.loss) <= accepted * abs(first.loss) and found.difference <= accepted):
+                side.reason = (
                     f"disagrees with the first side: loss {found.loss:.6g} against {first.loss:.6g}, gradients differ by "
-                    f"{found.difference:.1e} of the largest ({found.parameter}), accepted is {most:.1e} of each"
+                    f"{found.difference:.1e} of the largest ({found.parameter}), accepted is {accepted:.1e} of each"
                 )
-                wrong.append(f"{case}: {name} {reasons[name]}")
-        peaks[name] = attempt(name, lambda step: peak_bytes(step, device), batch)
+                wrong.append(f"{case}: {side.name} {side.reason}")
+        side.peak = attempt(side, batch, lambda step: peak_bytes(step, device))
         free(device)
     gradients.clear()
     for turn in range(rounds):
-        alive = [name for name in steps if name not in reasons]
-        if time.monotonic() + sum(last[name] for name in alive) > deadline:
-            if turn == 0:
-                reasons |= dict.fromkeys(alive, LATE)
+        running = [side for side in measured if side.reason is None]
+        if time.monotonic() + sum(side.last for side in running) > deadline:
+            for side in running if turn == 0 else ():
+                side.reason = LATE
             break
         batch = random_batch(case, trainee.architecture.vocab_size, device)
-        for name in steps:
-            seconds[name].append(attempt(name, lambda step: timed(step, device)[0], batch))
-
-    rows = []
-    for name in steps:
-        row = {**_of_case(case, trainee), "name": name, "reason": reasons.get(name)}
-        if name not in reasons:
-            median = statistics.median(seconds[name])
-            row |= {
-                "seconds": median,
-                "seconds_of_rounds": seconds[name],
-                "tokens_per_second": case.sequences * case.length / median,
-                "peak_bytes": peaks[name],
-                "loss": compared[name].loss,
-                "gradient_difference": compared[name].difference,
-            }
-        rows.append(row)
-    return rows, wrong
+        for side in measured:
+            elapsed = attempt(side, batch, lambda step: timed(step, device)[0])
+            side.seconds += [] if elapsed is None else [elapsed]
+    return [_about(case, trainee) | side.row(case.sequences * case.length) for side in measured], wrong
 
 
-def _of_case(case: Case, trainee: Trainee) -> dict[str, Any]:
+def _about(case: Case, trainee: Trainee) -> dict[str, Any]:
     return {
         "model": trainee.config.model,
         "phase": case.phase,
@@ -377,7 +401,7 @@ def _of_case(case: Case, trainee: Trainee) -> dict[str, Any]:
 
 
 def random_batch(case: Case, vocab: int, device: torch.device) -> MicroBatch:
-    """``length`` tokens of each sequence go through the layers, and half of them have a target."""
+    """Return a batch whose sequences have ``length`` tokens for the layers, half of them with a target."""
     ids = torch.randint(vocab, (case.sequences, case.length + 1)).tolist()
     prompt = case.length // 2 + 1
     samples = [Sample(prompt_ids=row[:prompt], response_ids=row[prompt:], logprobs=None, finished=True) for row in ids]
@@ -386,7 +410,7 @@ def random_batch(case: Case, vocab: int, device: torch.device) -> MicroBatch:
 
 
 def free(device: torch.device) -> None:
-    """Gives a GPU's memory back that only waits to be used again, so that one side's blocks are not in the way of the next."""
+    """Give back a GPU's memory that only waits to be used again, so that one side's blocks are not in the way of the next."""
     if device.type == "cuda":
         gc.collect()
         torch.cuda.empty_cache()
@@ -411,8 +435,10 @@ def bench_command(
     out: Path | None,
     commit: str | None,
 ) -> int:
-    """Prints a table for every phase, layer and size, and puts the rows into ``out``; returns the exit code, 1 where a side does
-    not agree with the first. Raises :class:`ConfigError` before anything is built."""
+    """Print a table for every phase, layer and size, and put the rows into ``out``.
+
+    Returns the exit code, 1 where a side does not agree with the first. Raises :class:`ConfigError` before anything is built.
+    """
     started = time.monotonic()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError(f"torchrun: {os.environ['WORLD_SIZE']} processes given, accepted is one")
@@ -473,7 +499,7 @@ def bench_command(
 
 
 def bench_config(model: str, hardware: dict[str, Any]) -> TrainConfig:
-    """The trainer's defaults with this ``hardware`` section."""
+    """Return the trainer's defaults with this ``hardware`` section."""
     return parse_config(
         {"model": model, "output_dir": "unused", "data": {"train": "unused"}, "policy": "grpo", "hardware": hardware}
     )
@@ -487,9 +513,8 @@ def plan(
     contexts: Sequence[int],
     phases: Sequence[int],
 ) -> list[Case]:
-    """Phases, contexts, tokens and, in phase 1, layers in all combinations. Raises :class:`ConfigError`."""
-    if architecture.model_type not in MODEL_TYPES:
-        raise ConfigError(f"--model-config: {model} is of type {architecture.model_type!r}, accepted are {', '.join(MODEL_TYPES)}")
+    """Return the cases of phases, contexts, tokens and, in phase 1, layers in all combinations. Raises :class:`ConfigError`."""
+    check_type(architecture, model, "--model-config")
     depth, longest = architecture.num_hidden_layers, architecture.max_position_embeddings
     layers = layers or [max(1, round(depth / 6))]
     for layer in layers:
@@ -509,45 +534,34 @@ def _require(holds: bool, option: str, given: object, accepted: str) -> None:
 
 
 def describe(about: dict[str, Any], best: dict[str, Any], config: TrainConfig, architecture: PretrainedConfig) -> str:
-    """What stands above the tables: the machine, its own rates, the model."""
+    """Return what stands above the tables: the machine, its own rates, the model."""
     threads = f", {about['threads']} threads" if about["threads"] else ""
     products = ", ".join(f"{rate:,.3g} TFLOP/s in {dtype}" for dtype, rate in best["gemm_tflops"].items())
-    count, how = parameters(architecture), config.hardware
+    counts, hardware = parameters(architecture), config.hardware
     return "\n".join(
         [
             f"{about['device']}{threads}: products {products}; copies {best['copy_gb_per_s']:,.0f} GB/s",
-            f"{config.model}: {architecture.model_type}, {count.layers} layers, {count.total / 1e6:,.1f} M parameters, "
-            f"random weights; {how.precision}, activations {'recomputed' if how.checkpoint_activations else 'kept'}",
+            f"{config.model}: {architecture.model_type}, {counts.layers} layers, {counts.total / 1e6:,.1f} M parameters, "
+            f"random weights; {hardware.precision}, activations {'recomputed' if hardware.checkpoint_activations else 'kept'}",
             "old log-probs and update, medians of rounds in which the sides take turns; memory beyond weights and optimizer state",
         ]
     )
 
 
 def print_table(case: Case, rows: Sequence[dict[str, Any]]) -> None:
-    """Speed and memory of every side, against the naive one's where that ran."""
-    # The width of a file is not known to rich, which would fold the table into 80 columns.
-    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    """Print speed and memory of every side, against the naive one's where that ran."""
     ran = [row for row in rows if not row["reason"]]
     naive = next((row for row in ran if row["name"] == NAIVE), None)
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for title in (str(case), "tokens/s", "× naive", "peak GiB", "of naive", "gradients differ"):
-        table.add_column(title, justify="right" if table.columns else "left", no_wrap=True)
+    table = [[str(case), "tokens/s", "× naive", "peak GiB", "of naive", "gradients differ"]]
     for row in ran:
         faster = share = ""
         if naive:
             pairs = zip(naive["seconds_of_rounds"], row["seconds_of_rounds"], strict=True)
             faster = f"{statistics.median(theirs / ours for theirs, ours in pairs):.2f}"
             share = f"{row['peak_bytes'] / naive['peak_bytes']:.0%}"
-        table.add_row(
-            row["name"],
-            f"{row['tokens_per_second']:,.0f}",
-            faster,
-            f"{row['peak_bytes'] / 2**30:.2f}",
-            share,
-            f"{row['gradient_difference']:.1e}",
-        )
-    print()
-    console.print(table)
+        speed, peak = f"{row['tokens_per_second']:,.0f}", f"{row['peak_bytes'] / 2**30:.2f}"
+        table.append([row["name"], speed, faster, peak, share, f"{row['gradient_difference']:.1e}"])
+    print("", *columns(table, numbers=True), sep="\n")
     for row in rows:
         if row["reason"]:
             print(f"{row['name']}: {row['reason']}")

@@ -245,7 +245,8 @@ def _version() -> str:
 def _train(options: argparse.Namespace) -> int:
     config = load_config(options.config, options.overrides)
     if options.dry_run:
-        from bupo.cost import check_fits, describe, load_architecture
+        from bupo.architecture import check_fits, load_architecture
+        from bupo.dry_run import describe
 
         if options.devices < 1:
             raise ConfigError(f"--devices: {options.devices} given, accepted are 1 and more")

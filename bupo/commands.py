@@ -8,9 +8,9 @@ from pathlib import Path
 from transformers import AutoConfig
 
 from bupo.analysis.collect import model_fingerprint
+from bupo.architecture import check_fits, load_architecture
 from bupo.checkpoint import Checkpoints
 from bupo.config import BASE, Hardware, TrainConfig, check_new_folder, load_config
-from bupo.cost import check_fits, load_architecture
 from bupo.data import load_examples
 from bupo.distributed import process_group
 from bupo.errors import ConfigError

@@ -5,111 +5,26 @@ A FLOP is a multiplication or an addition; a product of ``[m, k]`` and ``[k, n]`
 
 from __future__ import annotations
 
-import io
 import math
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from rich.console import Console
-from rich.table import Table
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from bupo.config import TrainConfig
-from bupo.errors import ConfigError
-from bupo.model import pretrained, unusable
+from bupo.schedule import FINAL, OptimisedPolicy
 from bupo_kernels.dispatch import default_memory_budget
-from bupo_kernels.internal_policy import MODEL_TYPES
-
-# Dense TFLOP/s of one device: bfloat16 with fp32 sums on its matrix units, and float32 outside them (what torch does unless it is
-# allowed TF32, which matrix units take at half the rate of bfloat16). The first name found in the device's, as words, is its own.
-PEAK_TFLOPS = {
-    "GB200": (2500.0, 80.0),
-    "B200": (2250.0, 75.0),
-    "GH200": (989.4, 66.9),
-    "H200 NVL": (835.5, 60.0),
-    "H200": (989.4, 66.9),
-    "H100 PCIe": (756.0, 51.2),
-    "H100 NVL": (835.5, 60.0),
-    "H100": (989.4, 66.9),
-    "H800": (989.4, 66.9),
-    "H20": (148.0, 44.0),
-    "A100": (312.0, 19.5),
-    "A800": (312.0, 19.5),
-    "A40": (149.7, 37.4),
-    "A30": (165.0, 10.3),
-    "A10": (125.0, 31.2),
-    "RTX A6000": (154.8, 38.7),
-    "L40S": (362.0, 91.6),
-    "L40": (181.0, 90.5),
-    "L4": (121.0, 30.3),
-    "RTX 6000 Ada": (364.2, 91.1),
-    "RTX 4090": (165.2, 82.6),
-    "RTX 3090": (71.0, 35.6),
-    "MI300X": (1307.4, 163.4),
-    "MI325X": (1307.4, 163.4),
-}
-
-
-def peak_flops(device_name: str, precision: str, *, tf32: bool = False) -> float | None:
-    """FLOP/s of one device of that name (as ``torch.cuda.get_device_name`` has it) at best; None where it is not known.
-
-    Args:
-        precision: ``"bfloat16"`` or ``"float32"``.
-        tf32: whether float32 products may be taken in TF32.
-    """
-    bfloat16, float32 = next((peaks for name, peaks in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name)), (None, None))
-    if bfloat16 is None:
-        return None
-    return 1e12 * (bfloat16 if precision == "bfloat16" else bfloat16 / 2 if tf32 else float32)
-
-
-def load_architecture(config: TrainConfig) -> PretrainedConfig:
-    """The model's own config: of the local folder or file ``config.model``, else ``config.architecture``, else of the hub (or its
-    cache).
-
-    Raises :class:`ConfigError`.
-    """
-    source, key = config.model, "model"
-    if config.architecture is not None and not Path(config.model).exists():
-        source, key = config.architecture, "architecture"
-        if not source.is_file():
-            raise ConfigError(f"architecture: {source} is not a file, accepted is a model's config.json")
-    try:
-        return AutoConfig.from_pretrained(**pretrained(str(source)))
-    except Exception as error:  # of as many kinds as there are ways to damage a file
-        raise unusable(source, error, key) from error
-
-
-def check_fits(architecture: PretrainedConfig, config: TrainConfig) -> None:
-    """Raises :class:`ConfigError` when the run asks for what this model is not: its type, its layers, its length."""
-    if architecture.model_type not in MODEL_TYPES:
-        raise ConfigError(f"model: {config.model} is of type {architecture.model_type!r}, accepted are {', '.join(MODEL_TYPES)}")
-    depth = architecture.num_hidden_layers
-    asked = {"optimizer.upper_from": config.optimizer.upper_from}
-    if config.policy == "bupo":
-        asked["bupo.layer"] = config.bupo.layer
-    for key, layer in asked.items():
-        if layer is not None and layer > depth:
-            raise ConfigError(f"{key}: {layer} given, accepted are 1 to {depth} (the layers of {config.model})")
-    (prompt, response), longest = config.lengths, architecture.max_position_embeddings
-    if prompt + response > longest:
-        raise ConfigError(
-            f"rollout.max_new_tokens: {response} given with data.max_prompt_tokens: {prompt}, accepted are together at most "
-            f"{longest} (the positions of {config.model})"
-        )
 
 
 @dataclass(frozen=True)
 class Parameters:
-    """Of each part of a model."""
+    """The numbers of parameters of the parts of a model."""
 
     embedding: int
-    layer: int  # of one
-    layers: int  # how many there are
+    layer: int  # of one layer
+    layers: int  # how many layers there are
     final_norm: int
     head: int  # 0 if tied to the embedding
 
@@ -119,23 +34,24 @@ class Parameters:
 
 
 class _Shape(NamedTuple):
-    """Sizes of a decoder of one of :data:`MODEL_TYPES`."""
+    """The sizes of a decoder of one of :data:`bupo_kernels.internal_policy.MODEL_TYPES`."""
 
     layers: int
     width: int
     heads: int
-    queries: int  # width of all heads' queries together
-    keys: int  # the same of keys, and of values
+    queries: int  # the width of all heads' queries together
+    keys: int  # the width of all keys together, and of all values
     ffn: int
     vocab: int
 
     @property
     def attention(self) -> int:
-        """Elements of the matrices of one layer's attention."""
+        """The elements of the matrices of one layer's attention."""
         return 2 * self.width * (self.queries + self.keys)
 
     @property
     def feed_forward(self) -> int:
+        """The elements of the matrices of one layer's FFN."""
         return 3 * self.width * self.ffn
 
 
@@ -154,7 +70,7 @@ def _shape(architecture: PretrainedConfig) -> _Shape:
 
 
 def parameters(architecture: PretrainedConfig) -> Parameters:
-    """Counts for a model of one of the types of :data:`bupo_kernels.internal_policy.MODEL_TYPES`."""
+    """Count the parameters of a model of one of the types of :data:`bupo_kernels.internal_policy.MODEL_TYPES`."""
     s, kind = _shape(architecture), architecture.model_type
     biases = 0
     if kind == "qwen2":
@@ -173,6 +89,20 @@ def parameters(architecture: PretrainedConfig) -> Parameters:
     )
 
 
+def optimised_policy(config: TrainConfig, internal: bool) -> OptimisedPolicy:
+    """Return the policy that phase 1 optimises if ``internal``, else the model's own."""
+    return OptimisedPolicy(config.bupo.layer, config.bupo.module) if internal and config.bupo else FINAL
+
+
+def _trained_layers(config: TrainConfig, depth: int) -> int:
+    """Return how many of ``depth`` layers, from the bottom, have weights that are trained."""
+    frozen_above = config.optimizer.upper_from if config.optimizer.upper_layers == 0 else None
+    return depth if frozen_above is None else frozen_above
+
+
+# ---- FLOPs
+
+
 class Work(NamedTuple):
     """What goes through a model in one pass. Sums over batches and devices, element by element, are work again."""
 
@@ -182,10 +112,10 @@ class Work(NamedTuple):
 
 
 def work_of(lengths: Iterable[tuple[float, float]]) -> Work:
-    """Of sequences with so many prompt and response tokens. Attention is causal and each sequence by itself; the last token is only
-    a target (or, in a rollout, sampled and not read).
+    """Return the work of sequences with so many prompt and response tokens.
 
-    With mean lengths in place of each sequence's own the pairs come out too low, by the variance of the lengths.
+    Attention is causal and each sequence by itself; the last token is only a target (or, in a rollout, sampled and not read). With
+    mean lengths in place of each sequence's own the pairs come out too low, by the variance of the lengths.
     """
     sequences = [(prompt + response - 1, response) for prompt, response in lengths]
     return Work(
@@ -197,7 +127,7 @@ def work_of(lengths: Iterable[tuple[float, float]]) -> Work:
 
 @dataclass(frozen=True)
 class Flops:
-    """``model`` is what the mathematics needs and MFU counts; ``hardware`` adds what the backward computes a second time."""
+    """FLOPs: ``model`` is what the mathematics needs and MFU counts; ``hardware`` adds what the backward computes a second time."""
 
     layers: float = 0.0  # products with the weights of the layers
     attention: float = 0.0  # products of queries and keys, and with values
@@ -229,7 +159,7 @@ def pass_flops(
     checkpointing: bool = False,
     trained_layers: int | None = None,
 ) -> Flops:
-    """A forward, and with ``backward`` a training pass, of the policy of ``layer`` (None: the model's own).
+    """Return the FLOPs of a forward, or with ``backward`` of a training pass, of the policy of ``layer`` (None: the model's own).
 
     Only layers 1..``layer`` run, the attention policy without the FFN of its layer. The backward takes twice the products of the
     forward: one for the input, one for the weight; the head's are taken in one pass with its forward, three products in all.
@@ -249,39 +179,50 @@ def pass_flops(
     head = 2 * work.head_rows * s.vocab * s.width
     if not backward:
         return Flops(forward, attention, head)
-    of_weights = 2 * work.tokens * sum(elements[:trained_layers])
+    weight_gradients = 2 * work.tokens * sum(elements[:trained_layers])
     recomputed = attention / 2
     if checkpointing:
         feed_forwards = depth - (layer is not None and module == "attention")
         recomputed += forward + attention - 2 * work.tokens * feed_forwards * s.width * s.ffn
-    return Flops(2 * forward + of_weights, 3 * attention, 3 * head, recomputed)
+    return Flops(2 * forward + weight_gradients, 3 * attention, 3 * head, recomputed)
+
+
+def _update_flops(architecture: PretrainedConfig, config: TrainConfig, work: Work, layer: int | None, module: str) -> Flops:
+    """Return the FLOPs of a training pass as the run makes it."""
+    return pass_flops(
+        architecture,
+        work,
+        layer=layer,
+        module=module,
+        backward=True,
+        checkpointing=config.hardware.checkpoint_activations,
+        trained_layers=_trained_layers(config, architecture.num_hidden_layers),
+    )
 
 
 def training_flops(
     architecture: PretrainedConfig, config: TrainConfig, work: Work, layer: int | None = None, module: str = "layer"
 ) -> Flops:
-    """Of old log-probs and update together, for what really went through the model: the sequences that have a gradient."""
-    forward = pass_flops(architecture, work, layer=layer, module=module)
-    return forward + pass_flops(architecture, work, layer=layer, module=module, **_backward(config))
+    """Return the FLOPs of old log-probs and update together, for what really went through the model: sequences with a gradient."""
+    old_logprobs = pass_flops(architecture, work, layer=layer, module=module)
+    return old_logprobs + _update_flops(architecture, config, work, layer, module)
 
 
 def reference_flops(
     architecture: PretrainedConfig, work: Work, *, layer: int | None = None, backward: bool = False, checkpointing: bool = False
 ) -> Flops:
-    """The same pass as the paper's released code makes it: always all layers, and two heads, each over every token."""
-    once = pass_flops(architecture, work._replace(head_rows=work.tokens), layer=layer)
-    everything = pass_flops(architecture, work._replace(head_rows=2 * work.tokens))
+    """Return the FLOPs of the same pass in the paper's released code: it always runs all layers, and two heads over every token."""
+    one_head, two_heads = (work._replace(head_rows=heads * work.tokens) for heads in (1, 2))
+    forward = pass_flops(architecture, two_heads)
     if not backward:
-        return everything
-    trained = pass_flops(
-        architecture, work._replace(head_rows=work.tokens), layer=layer, backward=True, checkpointing=checkpointing
-    )
-    return everything + trained + once * -1
+        return forward
+    trained = pass_flops(architecture, one_head, layer=layer, backward=True, checkpointing=checkpointing)
+    return forward + trained + pass_flops(architecture, one_head, layer=layer) * -1
 
 
 @dataclass(frozen=True)
 class Step:
-    """FLOPs of a step, all devices together."""
+    """The FLOPs of a step, all devices together."""
 
     prefill: Flops
     decode: Flops
@@ -299,7 +240,7 @@ class Step:
 
 
 def mean_lengths(config: TrainConfig) -> tuple[float, float]:
-    """What an estimate assumes of prompts and responses where nothing is known: half of what the configuration allows."""
+    """Return the lengths of prompts and responses that are assumed where none are known: half of what the configuration allows."""
     prompt, response = config.lengths
     return prompt / 2, response / 2
 
@@ -312,48 +253,37 @@ def step_flops(
     internal: bool,
     lengths: tuple[float, float] | None = None,
 ) -> Step:
-    """An estimate in which every sequence is of the mean length, and has a gradient.
+    """Estimate the FLOPs of a step in which every sequence is of the mean length, and has a gradient.
 
     Args:
-        internal: of phase 1 (``policy: bupo``), else of phase 2.
+        internal: whether it is a step of phase 1 (``policy: bupo``), else of phase 2.
         lengths: mean numbers of prompt and response tokens; None: :func:`mean_lengths`.
     """
     prompt, response = lengths or mean_lengths(config)
     sequences = config.rollout.prompts * config.rollout.samples
     prefill, each = work_of([(prompt, 1)]), work_of([(prompt, response)])
     decode = Work(*(whole - before for whole, before in zip(each, prefill, strict=True)))
-    policy = _policy(config) if internal else {}
-    forward, own = pass_flops(architecture, each, **policy), pass_flops(architecture, each)
-    update = pass_flops(architecture, each, **policy, **_backward(config))
-    # Internal: both once for the entropies, and once more for their divergence.
+    policy = optimised_policy(config, internal)
+    forward, own = pass_flops(architecture, each, layer=policy.layer, module=policy.module), pass_flops(architecture, each)
+    # An internal policy and the model's own both run once for the entropies, and once more for their divergence.
     looked_at = min(sequences, world_size * config.look_tokens / each.tokens)
     look = (own + forward) * 2 if internal else own
     return Step(
-        pass_flops(architecture, prefill) * sequences,
-        pass_flops(architecture, decode) * sequences,
-        look * looked_at,
-        forward * sequences,
-        update * sequences,
+        prefill=pass_flops(architecture, prefill) * sequences,
+        decode=pass_flops(architecture, decode) * sequences,
+        look=look * looked_at,
+        old_logprobs=forward * sequences,
+        update=_update_flops(architecture, config, each, policy.layer, policy.module) * sequences,
     )
 
 
-def _policy(config: TrainConfig) -> dict[str, Any]:
-    return {"layer": config.bupo.layer, "module": config.bupo.module}
-
-
-def _backward(config: TrainConfig) -> dict[str, Any]:
-    frozen = config.optimizer.upper_layers == 0
-    return {
-        "backward": True,
-        "checkpointing": config.hardware.checkpoint_activations,
-        "trained_layers": config.optimizer.upper_from if frozen else None,
-    }
+# ---- memory
 
 
 def activation_bytes(
     architecture: PretrainedConfig, tokens: int, *, itemsize: int, checkpointing: bool = False, layers: int | None = None
 ) -> int:
-    """What autograd keeps of ``layers`` (None: all) decoder layers for the backward of a packed micro-batch, in bytes.
+    """Return the bytes that autograd keeps of ``layers`` (None: all) decoder layers for the backward of a packed micro-batch.
 
     For a token and layer, ``b`` bytes a number, ``D, Q, K, I`` the widths of residual stream, queries, keys and FFN:
     two norms ``2 D (4 + 2b)``: input in fp32, normed, scaled; queries, keys, values and attention's output, twice, ``b (3Q + 2K)``,
@@ -373,8 +303,8 @@ class Memory:
     """Bytes on one device. Temporaries that are small against these, and what the caching allocator wastes, are left out."""
 
     weights: int  # fp32 masters, this device's shard
-    optimizer: int  # AdamW's two moments of them
-    gradients: int  # of them, fp32
+    optimizer: int  # AdamW's two moments, this device's shard
+    gradients: int  # in fp32, this device's shard
     gathered: int  # embedding, final norm and head whole, and two layers, in the compute dtype
     activations: int
     head: int  # working memory of the loss, gradients of the head's input and weight
@@ -395,151 +325,48 @@ class Memory:
 
 
 def memory(architecture: PretrainedConfig, config: TrainConfig, world_size: int, *, internal: bool = False) -> Memory:
-    """An estimate, for phase 2, or for phase 1 if ``internal``; of the ``vllm`` engine only what it leaves to the trainer."""
+    """Estimate the memory of phase 2, or of phase 1 if ``internal``; of the ``vllm`` engine only what it leaves to the trainer."""
     s, p, hardware, rollout = _shape(architecture), parameters(architecture), config.hardware, config.rollout
-    b, sharded = 2 if hardware.precision == "bfloat16" else 4, not is_plain(config, world_size)
-    layers = config.bupo.layer if internal else s.layers
-    root, one_head = p.embedding + p.head + p.final_norm, s.vocab * s.width
-    frozen_above = config.optimizer.upper_from if config.optimizer.upper_layers == 0 else s.layers
-    trained = p.embedding + p.head + p.layer * frozen_above + p.final_norm * (frozen_above == s.layers)
-    with_gradient = p.embedding + p.head + p.layer * min(layers, frozen_above) if internal else trained
-    shards = {
-        "weights": 4 * math.ceil(p.total / world_size),
-        "optimizer": 8 * math.ceil(trained / world_size),
-        "gradients": 4 * math.ceil(with_gradient / world_size),
-    }
-    host = sum(shards.values()) if hardware.offload else 0
+    b = 2 if hardware.precision == "bfloat16" else 4
+    sharded = not is_plain(config, world_size)
+    depth, trained = optimised_policy(config, internal).layer or s.layers, _trained_layers(config, s.layers)
+
+    ends, root, one_head = p.embedding + p.head, p.embedding + p.head + p.final_norm, s.vocab * s.width
+    optimised = ends + p.layer * trained + p.final_norm * (trained == s.layers)
+    with_gradient = ends + p.layer * min(depth, trained) if internal else optimised
+    weights, optimizer, gradients = (
+        number_bytes * math.ceil(count / world_size) for number_bytes, count in ((4, p.total), (8, optimised), (4, with_gradient))
+    )
+    host = weights + optimizer + gradients if hardware.offload else 0
     if hardware.offload:
-        shards = dict.fromkeys(shards, 0)
+        weights = optimizer = gradients = 0
 
     tokens = hardware.max_tokens_per_device
     budget = default_memory_budget(torch.device("cpu" if hardware.device == "cpu" else "cuda"))
     logits = tokens * s.vocab * (4 + b)  # and their gradients, of every row at once: more is never needed
     in_fp32 = one_head * 4 if b < 4 else 0  # dW is summed in fp32
+
     sequences = min(rollout.sequences, math.ceil(rollout.prompts * rollout.samples / world_size))
-    kept, decoded, per_head = sequences * sum(config.lengths), sequences, 0
+    cached_tokens, decoded_tokens, mask_and_heads = sequences * sum(config.lengths), sequences, 0
     if rollout.engine == "continuous":
-        decoded = max(sequences, 1024)
-        per_head = kept * b * (decoded + 2 * s.queries)
+        decoded_tokens = max(sequences, 1024)
+        mask_and_heads = cached_tokens * b * (decoded_tokens + 2 * s.queries)
     vllm = rollout.engine == "vllm"
     return Memory(
-        **shards,
+        weights=weights,
+        optimizer=optimizer,
+        gradients=gradients,
         gathered=b * (root + 2 * p.layer) * sharded,
-        activations=activation_bytes(
-            architecture, tokens, itemsize=b, checkpointing=hardware.checkpoint_activations, layers=layers
-        ),
+        activations=activation_bytes(architecture, tokens, itemsize=b, checkpointing=hardware.checkpoint_activations, layers=depth),
         head=min(budget, logits) + one_head * b + in_fp32 + tokens * s.width * (4 + 3 * b),
         reduction=root * (4 + max(b, math.ceil(4 / world_size))) if sharded else one_head * 4,  # in fp32, from b bytes, to shards
         model=b * p.total * (sharded and not vllm),
-        cache=0 if vllm else kept * 2 * s.keys * s.layers * b,
-        decoding=0 if vllm else decoded * s.vocab * (b + 4) + per_head,
+        cache=0 if vllm else cached_tokens * 2 * s.keys * s.layers * b,
+        decoding=0 if vllm else decoded_tokens * s.vocab * (b + 4) + mask_and_heads,
         host=host,
     )
 
 
 def is_plain(config: TrainConfig, world_size: int) -> bool:
-    """Whether the model is not sharded: see :func:`bupo.distributed.shard`."""
+    """Return whether the model is not sharded: see :func:`bupo.distributed.shard`."""
     return world_size == 1 and config.hardware.precision == "float32" and not config.hardware.offload
-
-
-def describe(
-    architecture: PretrainedConfig, config: TrainConfig, world_size: int, lengths: tuple[float, float] | None = None
-) -> str:
-    """What ``bupo train --dry-run`` prints; ``lengths`` as in :func:`step_flops`."""
-    p, hardware = parameters(architecture), config.hardware
-    prompt, response = lengths or mean_lengths(config)
-    sequences = config.rollout.prompts * config.rollout.samples
-    head = "head tied to it" if p.head == 0 else f"head {_billions(p.head)}"
-    recomputed = "activations recomputed" if hardware.checkpoint_activations else "activations kept"
-    assumed = "" if lengths else " (assumed: half of the longest)"
-    lines = [
-        f"model    {config.model}: {architecture.model_type}, {p.layers} layers, {_billions(p.total)} parameters "
-        f"({_billions(p.layer)} a layer, embedding {_billions(p.embedding)}, {head})",
-        f"devices  {world_size}, {hardware.precision}, {recomputed}, "
-        f"micro-batches of up to {hardware.max_tokens_per_device:,} tokens",
-        f"step     {sequences:,} sequences of {prompt:,.0f} prompt and {response:,.0f} response tokens{assumed}: "
-        f"{sequences * (prompt + response):,.0f} tokens",
-    ]
-    phases = {f"phase 1: {config.bupo.module} {config.bupo.layer}": True} if config.policy == "bupo" else {}
-    phases |= {"phase 2: the model": False} if phases else {"the model": False}
-    of_memory = [memory(architecture, config, world_size, internal=internal) for internal in phases.values()]
-    of_step = [step_flops(architecture, config, world_size, internal=internal, lengths=lengths) for internal in phases.values()]
-    work = work_of([(prompt, response)])
-    backward = {"backward": True, "checkpointing": hardware.checkpoint_activations}
-    reference = []
-    for internal in phases.values():
-        layer = {"layer": config.bupo.layer} if internal else {}
-        passes = (reference_flops(architecture, work, **layer, **how) for how in ({}, backward))
-        reference.append(sum(flops.hardware for flops in passes) * sequences)
-    return "\n".join([*lines, "", _memory_table(phases, of_memory, config), "", _flops_table(phases, of_step, reference, config)])
-
-
-_PARTS = {
-    "weights, fp32 shard": "weights",
-    "AdamW moments": "optimizer",
-    "gradients": "gradients",
-    "gathered weights": "gathered",
-    "activations": "activations",
-    "head: loss and gradients": "head",
-    "reduction (later)": "reduction",
-    "whole model": "model",
-    "keys and values": "cache",
-    "logits, mask, one layer's heads": "decoding",
-}
-_ONLY_ROLLOUT, _NOT_ROLLOUT = ("model", "cache", "decoding"), ("gradients", "gathered", "activations", "head", "reduction")
-
-
-def _memory_table(phases: Iterable[str], of_memory: list[Memory], config: TrainConfig) -> str:
-    gib = lambda size: f"{size / 2**30:.2f}"  # noqa: E731
-    rows = []
-    for title, name in _PARTS.items():
-        sizes = [getattr(memory, name) for memory in of_memory]
-        training = ["" if name in _ONLY_ROLLOUT else gib(size) for size in sizes]
-        rows.append([title, *training, "" if name in _NOT_ROLLOUT else gib(sizes[-1])])
-    rows.append(["peak", *(gib(memory.training) for memory in of_memory), gib(of_memory[-1].rollout)])
-    table = _table(["memory per device, GiB", *phases, "rollouts"], rows)
-    if host := of_memory[-1].host:
-        table += f"\nand {gib(host)} GiB of CPU memory for each device"
-    if config.rollout.engine == "vllm":
-        table += f"\nvLLM takes {config.rollout.vllm_memory:.0%} of the device's memory for itself"
-    return table
-
-
-def _flops_table(phases: Iterable[str], of_step: list[Step], reference: list[float], config: TrainConfig) -> str:
-    titles = {
-        "rollouts: prompts": "prefill",
-        "rollouts: responses": "decode",
-        "metrics of both policies": "look",
-        "old log-probs": "old_logprobs",
-        "update": "update",
-    }
-    ratio = len(of_step) > 1
-    rows = []
-
-    def add(title: str, values: list[float]) -> None:
-        rows.append([title, *(f"{value / 1e12:,.1f}" for value in values), *([f"{values[0] / values[1]:.2f}"] if ratio else [])])
-
-    for title, name in titles.items():
-        add(title, [getattr(step, name).hardware for step in of_step])
-    add("all", [step.total.hardware for step in of_step])
-    training = [step.training.hardware for step in of_step]
-    add("old log-probs and update", training)
-    add("  the reference's, two heads", reference)
-    saved = [f"{theirs / ours:.2f}x" for theirs, ours in zip(reference, training, strict=True)]
-    rows.append(["  against ours", *saved, *([""] if ratio else [])])
-    return _table(["TFLOP per step, all devices", *phases, *(["ratio"] if ratio else [])], rows)
-
-
-def _billions(count: int) -> str:
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-    for i, title in enumerate(header):
-        table.add_column(title, justify="right" if i else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    console = Console(file=io.StringIO(), width=200, no_color=True)
-    console.print(table)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())

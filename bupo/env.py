@@ -13,20 +13,24 @@ from typing import Any
 
 import torch
 
+from bupo.tables import columns
 from bupo_kernels.backends.base import Problem
 from bupo_kernels.dispatch import default_memory_budget, make_plan
 
 PACKAGES = ("bupo-kernels", "torch", "triton", "transformers", "liger-kernel")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ROWS, VOCAB, WIDTH = 512, 32000, 1024
-# Kind of call -> whether operands need gradients, whether they are taken in the forward.
+# For each kind of call, whether operands need gradients and whether these are taken in the forward.
 CALLS = {"no gradients": (False, False), "with gradients": (True, False), "policy loss": (True, True)}
 
 BUILD_AGAIN = "then install bupo-kernels again (pip install -v says what is left out, and why)"
 
 
 def environment() -> dict[str, Any]:
-    """All of it, as JSON would have it; :func:`describe` puts it into words. No CUDA context is made where there is no GPU."""
+    """Return versions, devices, what was built and the backends of calls, as JSON would have it.
+
+    No CUDA context is made where there is no GPU.
+    """
     devices = {"cpu": cpu()} | {f"cuda:{i}": _gpu(i) for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0)}
     return {
         "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
@@ -42,29 +46,31 @@ def environment() -> dict[str, Any]:
 
 
 def describe(found: dict[str, Any]) -> str:
+    """Put into words what :func:`environment` returned."""
     built, calls = found["built"], found["calls"]
-    lines = [*_columns([[name, number or "not installed"] for name, number in found["versions"].items()]), ""]
-    lines += _columns([[name, _describe_device(facts)] for name, facts in found["devices"].items()])
+    lines = [*columns([[name, number or "not installed"] for name, number in found["versions"].items()]), ""]
+    lines += columns([[name, _describe_device(facts)] for name, facts in found["devices"].items()])
     lines += ["no GPU"] if len(found["devices"]) == 1 else []
-    lines += ["", *_columns([["C++ kernels", _describe_cpu_build(built)], ["CUDA kernels", _describe_cuda_build(built)]])]
+    lines += ["", *columns([["C++ kernels", _describe_cpu_build(built)], ["CUDA kernels", _describe_cuda_build(built)]])]
 
     lines += ["", f'backend="auto" with {ROWS} tokens, {VOCAB} columns and a width of {WIDTH}', ""]
     table = [["device", "dtype", *CALLS]]
     for (device, dtype), cells in groupby(calls, key=lambda call: (call["device"], call["dtype"])):
         table.append([device, dtype, *(f"{call['backend']}: {call['strategy']}" for call in cells)])
-    lines += [*_columns(table), ""]
+    lines += [*columns(table), ""]
     reasons: dict[tuple[str, str, str], list[str]] = {}
     for call in calls:
         for backend, reason in call["why_not"].items():
             reasons.setdefault((backend, call["device"], reason), []).append(call["dtype"])
     for (backend, device, reason), dtypes in reasons.items():
-        of = dict.fromkeys(dtypes)
-        lines.append(f"not {backend} on {device}{'' if len(of) == len(DTYPES) else ' in ' + ', '.join(of)}: {reason}")
+        concerned = dict.fromkeys(dtypes)
+        where = device if len(concerned) == len(DTYPES) else f"{device} in {', '.join(concerned)}"
+        lines.append(f"not {backend} on {where}: {reason}")
     return "\n".join(lines)
 
 
 def installed(package: str) -> str | None:
-    """Its version, or None."""
+    """Return the version of ``package``, or None where it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:
@@ -72,7 +78,7 @@ def installed(package: str) -> str | None:
 
 
 def cpu() -> dict[str, Any]:
-    """Its ``name``, ``threads`` (of torch), and those ``instruction_sets`` that matter here."""
+    """Return the ``name`` of the CPU, the ``threads`` of torch, and those ``instruction_sets`` that matter here."""
     name, flags = platform.processor() or platform.machine(), []
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
@@ -97,7 +103,7 @@ def _gpu(index: int) -> dict[str, Any]:
 
 
 def _built() -> dict[str, Any] | None:
-    """What `setup.py` wrote into the native module, and the instruction sets of it that this CPU can run; None without a module."""
+    """Return what ``setup.py`` wrote into the native module and which of its instruction sets this CPU runs; None without one."""
     try:
         module = importlib.import_module("bupo_kernels._C")
     except ModuleNotFoundError:
@@ -151,15 +157,10 @@ def _call(device: torch.device, dtype: torch.dtype, kind: str) -> dict[str, Any]
     )
     log = logging.getLogger("bupo_kernels")
     level = log.level
-    log.setLevel(logging.ERROR)  # a backend passed over is logged once; here it is printed
+    log.setLevel(logging.ERROR)  # A backend passed over is logged once, and here it is printed.
     try:
         plan = make_plan(problem, one_pass=one_pass)
     finally:
         log.setLevel(level)
     names = {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "call": kind}
     return names | {"backend": plan.backend, "strategy": plan.tile_plan.strategy, "why_not": dict(plan.why_not)}
-
-
-def _columns(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

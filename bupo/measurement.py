@@ -12,6 +12,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,11 @@ ROOT = Path(__file__).parent.parent
 
 
 def timed(call: Callable[[], object], device: torch.device) -> tuple[float, Any]:
-    """Seconds of ``call``, by the device's own events where it has them, and what it returned."""
+    """Return the seconds that ``call`` took, by the device's own events where it has them, and what it returned."""
     if device.type == "cpu":
-        start = time.perf_counter()
+        started = time.perf_counter()
         result = call()
-        return time.perf_counter() - start, result
+        return time.perf_counter() - started, result
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     result = call()
@@ -40,44 +41,44 @@ def timed(call: Callable[[], object], device: torch.device) -> tuple[float, Any]
 
 
 def peak_bytes(call: Callable[[], object], device: torch.device = torch.device("cpu")) -> int:  # noqa: B008
-    """The most that torch's allocator of ``device`` held during ``call`` beyond what it held before, results included."""
+    """Return the most bytes that torch held on ``device`` during ``call`` beyond those before it, results included."""
     if device.type != "cpu":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        kept = call()
+        result = call()
         torch.cuda.synchronize(device)
-        del kept
+        del result
         return torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch 2.13 would write two lines about every profile
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
-        kept = call()
+        result = call()
     held = peak = 0
     for event in sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
         if event.name() == "[memory]":
             held += event.nbytes()
             peak = max(peak, held)
-    del kept
+    del result
     return peak
 
 
 def machine(device: torch.device, commit: str | None = None) -> dict[str, Any]:
-    """What numbers are worth nothing without: device, driver, versions, commit and date.
+    """Return what measured numbers are worth nothing without: device, driver, versions, commit and date.
 
     Args:
         commit: of the code, where there is no git to ask.
     """
     on_cpu = device.type == "cpu"
     facts = cpu() if on_cpu else {"name": torch.cuda.get_device_name(device), "threads": None, "instruction_sets": []}
-    drivers = None if on_cpu else _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")  # one a GPU
-    if commit is None and (ROOT / ".git").exists():  # else it is installed, maybe inside somebody's repository
+    drivers = None if on_cpu else _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    if commit is None and (ROOT / ".git").exists():  # What is installed may lie inside somebody else's repository.
         commit = _output("git", "-C", str(ROOT), "describe", "--always", "--dirty")
     return {
         "device": facts["name"],
         "kind": device.type,
         "threads": facts["threads"],
         "instruction_sets": facts["instruction_sets"],
-        "driver": drivers and drivers.splitlines()[0],
+        "driver": drivers and drivers.splitlines()[0],  # There is a line for each GPU.
         "cuda": torch.version.cuda,
         "versions": {"python": platform.python_version()} | {name: installed(name) for name in PACKAGES},
         "commit": commit,
@@ -86,7 +87,7 @@ def machine(device: torch.device, commit: str | None = None) -> dict[str, Any]:
 
 
 def rates(device: torch.device) -> dict[str, Any]:
-    """The machine's own: TFLOP/s of the library's product of square matrices by dtype, and GB/s of a copy, read plus written."""
+    """Measure the machine: TFLOP/s of the library's product of square matrices by dtype, GB/s of a copy, read plus written."""
     size, count = (2048, 2**25) if device.type == "cpu" else (8192, 2**28)
 
     def median(call: Callable[[], object]) -> float:
@@ -97,7 +98,7 @@ def rates(device: torch.device) -> dict[str, Any]:
     for dtype in (torch.bfloat16, torch.float32):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
-        seconds = median(lambda a=a, b=b, out=out: torch.mm(a, b.T, out=out))
+        seconds = median(partial(torch.mm, a, b.T, out=out))
         products[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds / 1e12
     source = torch.randn(count, device=device)
     target = torch.empty_like(source)
@@ -105,29 +106,29 @@ def rates(device: torch.device) -> dict[str, Any]:
 
 
 def results_path(folder: Path, about: dict[str, Any]) -> Path:
-    """``<folder>/<device>.json``, the device and its threads as a file's name."""
+    """Return ``<folder>/<device>.json``, the device and its threads as a file's name."""
     name = about["device"] + (f" {about['threads']} threads" if about["threads"] else "")
     return folder / (re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-") + ".json")
 
 
 def write_section(path: Path, name: str, section: dict[str, Any]) -> None:
-    """Puts one section into a file of results; its other sections stay, and so does the whole file if this is interrupted.
+    """Put one section into a file of results; its other sections stay, and so does the whole file if this is interrupted.
 
     Raises ``ValueError`` where ``path`` is there and is no such file, or ``section`` holds a number that is not finite.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        if not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}")
     except ValueError as error:
         raise ValueError(f"{path}: is no file of results ({error}), accepted are JSON objects of sections, or a new file") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: is no file of results, accepted are JSON objects of sections, or a new file")
     text = json.dumps(found | {name: section}, indent=1, allow_nan=False) + "\n"
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, text)
 
 
 def finite(number: float) -> float | None:
-    """For JSON, which knows no other numbers."""
+    """Return ``number``, or None where it is not finite, which JSON has no word for."""
     return number if math.isfinite(number) else None
 
 

@@ -1,11 +1,13 @@
-"""Pictures of a run."""
+"""The picture of a run, and how figures become files."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
@@ -13,12 +15,12 @@ from matplotlib.ticker import LogFormatter, MaxNLocator
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 BLUE, SKY, GREEN, VERMILION, PURPLE, YELLOW = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#F0E442"
 
-LEAST = 1e-4  # nats; entropies may have a logarithmic axis, on which 0 has no place
+LEAST = 1e-4  # In nats; entropies may have a logarithmic axis, on which 0 has no place.
 GUARDS = (("kl", "KL(internal ‖ final), nats", BLUE), ("perplexity", "perplexity of the final policy", PURPLE))
 
 
 def draw_run(metrics: list[dict], accuracies: list[dict], path: Path) -> None:
-    """Reward with held-out accuracy, both entropies and, where they were measured, KL and perplexity, over the steps.
+    """Draw reward with held-out accuracy, both entropies and, where they were measured, KL and perplexity, over the steps.
 
     Phase 1 is shaded. Values that are absent or None are passed over. The file appears whole or not at all.
     """
@@ -54,7 +56,7 @@ def draw_run(metrics: list[dict], accuracies: list[dict], path: Path) -> None:
     draw(entropy, final, "entropy_final", "final policy", "black", LEAST)
     entropy.set_ylabel("entropy (nats per token)")
     low, high = entropy.dataLim.intervaly
-    if high > 5 * low:  # an inner layer's may be many times the final policy's
+    if high > 5 * low:  # An inner layer's entropy may be many times the final policy's.
         entropy.set_yscale("log")
         entropy.yaxis.set_major_formatter("{x:g}")
         entropy.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 0.5)))
@@ -69,7 +71,18 @@ def draw_run(metrics: list[dict], accuracies: list[dict], path: Path) -> None:
     last = max(row["step"] for row in [*metrics, *accuracies])
     panels[-1].set(xlabel="step", xlim=(-0.02 * last, 1.02 * last + 0.1))
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    save_figure(figure, path, "png")
 
+
+def write_figure(figure: Figure, file: Path | BinaryIO, kind: str) -> None:
+    """Write ``figure`` as the ``kind`` "png" or "svg"; the same figure gives the same bytes."""
+    with rc_context({"svg.hashsalt": "bupo"}):
+        figure.savefig(file, dpi=150, format=kind, metadata={"Date": None} if kind == "svg" else None)
+
+
+def save_figure(figure: Figure, path: Path, kind: str) -> Path:
+    """Write ``figure`` to ``path``, whole or not at all, as the ``kind`` "png" or "svg"; return ``path``."""
     partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=150, format="png")
+    write_figure(figure, partial, kind)
     os.replace(partial, path)
+    return path

@@ -18,11 +18,12 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from bupo.advantages import estimate_advantages
+from bupo.architecture import check_fits, load_architecture
 from bupo.attention import packed_options, training_attention
 from bupo.batching import IGNORE, MicroBatch, fill, pack, pack_all, token_weights, tokens
 from bupo.checkpoint import Checkpoints, last_step, require_space, space_needed
 from bupo.config import BASE, TrainConfig, load_config
-from bupo.cost import check_fits, load_architecture, parameters, peak_flops, training_flops, work_of
+from bupo.cost import parameters, training_flops, work_of
 from bupo.data import Example, PromptOrder, load_examples, question, stream_seed
 from bupo.distributed import Termination, World, as_forward, full, process_group
 from bupo.errors import ConfigError
@@ -31,6 +32,7 @@ from bupo.guard import PerplexityGuard
 from bupo.model import export, export_type, keep_base, load_model, load_tokenizer, make_optimizer
 from bupo.monitor import RunFolder
 from bupo.output import FolderLock
+from bupo.peaks import peak_flops
 from bupo.rewards import RewardPool
 from bupo.rollout import Rollout, Sample, Stopped, configured_decode, configured_rollout
 from bupo.schedule import FINAL, OptimisedPolicy, Schedule, learning_rate

@@ -9,26 +9,25 @@ from models import FAMILIES, tiny_model, token_batch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from bupo.architecture import check_fits, load_architecture
 from bupo.attention import training_attention
 from bupo.config import TrainConfig, load_config, parse_config
 from bupo.cost import (
     Work,
     activation_bytes,
-    check_fits,
-    describe,
-    load_architecture,
     memory,
     parameters,
     pass_flops,
-    peak_flops,
     reference_flops,
     step_flops,
     training_flops,
     work_of,
 )
 from bupo.distributed import as_forward, process_group, shard
+from bupo.dry_run import describe
 from bupo.errors import ConfigError
 from bupo.measurement import peak_bytes
+from bupo.peaks import peak_flops
 from bupo_kernels import policy_logprobs, policy_loss
 
 ROOT = Path(__file__).parent.parent

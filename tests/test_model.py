@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from bupo.analysis.command import _load_for_reading
+from bupo.architecture import load_architecture
 from bupo.cli import main
 from bupo.config import Hardware, parse_config
-from bupo.cost import load_architecture
 from bupo.demo import character_tokenizer
 from bupo.distributed import World
 from bupo.errors import ConfigError

@@ -1,4 +1,4 @@
-"""See inside a policy: entropy flow, ΔH and the boundary layer of a causal language model, from its own responses."""
+"""Entropy flow, ΔH and the boundary layer of a causal language model, from its own responses."""
 
 from bupo.analysis.blocks import BlockStates, residual_points
 from bupo.analysis.boundary import find_boundary, suggest

@@ -1,7 +1,7 @@
-"""The seven points of a decoder's block, seen by hooks: no modelling code is copied or edited.
+"""The seven points of a decoder's block, read by hooks: no modelling code is copied or edited.
 
 A block reads the residual stream ``H^{l-1}`` and adds to it twice: ``H^l = H^{l-1} + A^l + F^l`` (BuPO, arXiv 2512.19673,
-equation 4). ``A^l`` and ``F^l`` are here what is *added*: the output of attention or FFN, or that of the norm behind it (Gemma 2
+equation 4). ``A^l`` and ``F^l`` are here the *added* terms: the output of attention or FFN, or that of the norm behind it (Gemma 2
 and 3, OLMo 2, GLM 4), times Granite's residual multiplier.
 """
 
@@ -13,18 +13,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from bupo_kernels import FusedLMHead
+from bupo_kernels.integrations.readout import Unmeasured, measure_readout
 
-FEED_FORWARD = ("mlp", "feed_forward")  # what the families call it; attention is self_attn in all
+FEED_FORWARD = ("mlp", "feed_forward")  # The families call it one or the other; attention is self_attn in all.
 
 
 class UnsupportedModel(ValueError):
-    """Names the model's type, what it has, and what is accepted."""
+    """A model that cannot be looked into; the message names its type, what it has, and what is accepted."""
 
 
 class BlockStates(NamedTuple):
-    """What one block reads and writes, ``[B, S, D]`` each in the model's dtype."""
+    """The states that one block reads and writes, ``[B, S, D]`` each in the model's dtype."""
 
     number: int  # l, from 1
     previous: Tensor  # H^{l-1}
@@ -37,11 +39,11 @@ class BlockStates(NamedTuple):
 
 
 @contextmanager
-def residual_points(model: nn.Module, receive: Callable[[BlockStates], None]) -> Iterator[None]:
-    """Within the context every forward of ``model`` hands the states of block after block to ``receive``; nothing is kept.
+def residual_points(model: PreTrainedModel, receive: Callable[[BlockStates], None]) -> Iterator[None]:
+    """Hand the states of block after block to ``receive`` in every forward of ``model`` within the context, and keep nothing.
 
-    The last block's ``layer`` is the raw ``H^L``; what the head reads is that behind the final norm. The hooks are gone when the
-    context ends, however it ends.
+    The last block's ``layer`` is the raw ``H^L``, which the head reads behind the final norm. However the context ends, the hooks
+    are gone.
 
     Args:
         model: a causal language model of transformers ≥ 5 whose blocks have a ``self_attn`` and an ``mlp`` (or ``feed_forward``).
@@ -58,8 +60,8 @@ def residual_points(model: nn.Module, receive: Callable[[BlockStates], None]) ->
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` without dropout within the context."""
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Switch the dropout of ``model`` off within the context."""
     training = model.training
     model.eval()
     try:
@@ -68,8 +70,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def decoder_of(model: nn.Module) -> nn.Module:
-    """The part of ``model`` that has ``layers`` and the final ``norm``. Raises :class:`UnsupportedModel` where there is none."""
+def decoder_of(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the part of ``model`` with ``layers`` and final ``norm``. Raises :class:`UnsupportedModel` where there is none."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     blocks = getattr(decoder, "layers", None)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks) or not isinstance(getattr(decoder, "norm", None), nn.Module):
@@ -85,18 +87,23 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return decoder
 
 
-def readout_options(model: nn.Module) -> dict[str, float]:
-    """How ``model`` turns the head's product into logits, as options of :func:`bupo_kernels.logit_lens`."""
-    config = model.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0  # Cohere
-    scale /= getattr(config, "logits_scaling", None) or 1.0  # Granite divides
-    softcap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
-    return {"logit_scale": float(scale)} | ({} if softcap is None else {"softcap": float(softcap)})
+def readout_options(model: PreTrainedModel) -> dict[str, float]:
+    """Measure the readout of ``model``, by options of :func:`bupo_kernels.logit_lens`: ``logit_scale`` and ``softcap``.
+
+    Raises :class:`UnsupportedModel` where it is something else. A model that cannot be measured is taken to have neither.
+    """
+    head = model.get_output_embeddings()
+    try:
+        return measure_readout(model, head, head).options
+    except Unmeasured:
+        return {}
+    except ValueError as error:
+        raise UnsupportedModel(str(error)) from None
 
 
 @torch.no_grad()
-def check_readout(model: nn.Module, input_ids: Tensor) -> None:  # [1, S] int64
-    """Raises :class:`UnsupportedModel` unless the logits of ``model`` at the last position are those of its head and its readout.
+def check_readout(model: PreTrainedModel, input_ids: Tensor) -> None:  # [1, S] int64
+    """Raise :class:`UnsupportedModel` unless the logits of ``model`` at the last position are those of its head and its readout.
 
     Its head becomes a :class:`FusedLMHead` in place (TypeError where it is no plain ``nn.Linear``).
     """
@@ -112,38 +119,41 @@ def check_readout(model: nn.Module, input_ids: Tensor) -> None:  # [1, S] int64
             raise UnsupportedModel(
                 f"model: of type {_type(model)!r}, whose logits are not those of its head: logsumexp or log-prob "
                 f"{own.item():.6g}, read off {mine.item():.6g}; accepted are models whose logits are "
-                "softcap(logit_scale · h Wᵀ) with the factors in the config"
+                "softcap(logit_scale · h Wᵀ)"
             )
 
 
 def _watch(block: nn.Module, number: int, model_type: str, receive: Callable[[BlockStates], None], undo: ExitStack) -> None:
-    modules = {"attention": block.self_attn, "ffn": next(getattr(block, name) for name in FEED_FORWARD if hasattr(block, name))}
-    seen: dict[str, Tensor] = {}
+    """Put hooks on ``block`` that hand its states to ``receive``, and their removal into ``undo``."""
+    feed_forward = next(getattr(block, name) for name in FEED_FORWARD if hasattr(block, name))
+    modules: dict[str, nn.Module] = {"attention": block.get_submodule("self_attn"), "ffn": feed_forward}
+    states: dict[str, Tensor] = {}
 
     def enter(_, arguments: tuple, options: dict) -> None:
-        seen.clear()
-        seen["previous"] = _read(arguments, options)
+        states.clear()
+        states["previous"] = _input(arguments, options)
 
-    def stand_behind(_, arguments: tuple, output: Tensor | tuple) -> None:
+    def replace_by_norm(_, arguments: tuple, output: Tensor | tuple) -> None:
         for name in modules:
-            if arguments and arguments[0] is seen.get(name):
-                seen[name] = _tensor(output)
+            if arguments and arguments[0] is states.get(name):
+                states[name] = _output(output)
 
     def leave(_, __, output: Tensor | tuple) -> None:
         multiplier = getattr(block, "residual_multiplier", 1.0)
         for name in modules:
-            seen[name] = seen[name] if multiplier == 1 else seen[name] * multiplier
-        states = BlockStates(number, **seen, attention_residual=seen["previous"] + seen["attention"], layer=_tensor(output))
-        seen.clear()
-        _check_sum(states, model_type)
-        receive(states)
+            states[name] = states[name] if multiplier == 1 else states[name] * multiplier
+        middle = states["previous"] + states["attention"]
+        whole = BlockStates(number, **states, attention_residual=middle, layer=_output(output))
+        states.clear()
+        _check_sum(whole, model_type)
+        receive(whole)
 
     def watch_module(name: str, module: nn.Module) -> None:
         def before(_, arguments: tuple, options: dict) -> None:
-            seen[f"{name}_input"] = _read(arguments, options)
+            states[f"{name}_input"] = _input(arguments, options)
 
         def after(_, __, output: Tensor | tuple) -> None:
-            seen[name] = _tensor(output)
+            states[name] = _output(output)
 
         undo.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
         undo.callback(module.register_forward_hook(after).remove)
@@ -154,11 +164,11 @@ def _watch(block: nn.Module, number: int, model_type: str, receive: Callable[[Bl
         watch_module(name, module)
     for child in block.children():
         if not any(child is module for module in modules.values()):
-            undo.callback(child.register_forward_hook(stand_behind).remove)
+            undo.callback(child.register_forward_hook(replace_by_norm).remove)
 
 
 def _check_sum(states: BlockStates, model_type: str) -> None:
-    """Twice what two roundings may do to the sum."""
+    """Raise :class:`UnsupportedModel` where the terms miss their sum by more than twice what two roundings may do to it."""
     parts = [x.float() if x.dtype.itemsize < 4 else x for x in (states.previous, states.attention, states.ffn, states.layer)]
     previous, attention, ffn, layer = parts
     allowed = (previous.abs() + attention.abs()).add_(ffn.abs()).mul_(2 * torch.finfo(states.layer.dtype).eps)
@@ -170,13 +180,13 @@ def _check_sum(states: BlockStates, model_type: str) -> None:
         )
 
 
-def _read(arguments: tuple, options: dict) -> Tensor:
+def _input(arguments: tuple, options: dict) -> Tensor:
     return arguments[0] if arguments else options["hidden_states"]
 
 
-def _tensor(output: Tensor | tuple) -> Tensor:
+def _output(output: Tensor | tuple) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _type(model: nn.Module) -> str:
+def _type(model: PreTrainedModel) -> str:
     return getattr(getattr(model, "config", None), "model_type", type(model).__name__)

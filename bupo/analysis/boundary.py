@@ -1,6 +1,6 @@
-"""The boundary layer: where the FFNs stop widening the policy (BuPO, arXiv 2512.19673, §5.3), and how sure that is.
+"""The boundary layer, where the FFNs stop widening the policy (BuPO, arXiv 2512.19673, §5.3), and how sure that is.
 
-Reading of the paper: ΔH_FFN > 0 is exploration, ≈ 0 integration, < 0 convergence, in this order from the bottom up.
+The paper reads ΔH_FFN > 0 as exploration, ≈ 0 as integration, < 0 as convergence, in this order from the bottom up.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 SEGMENTS = ("exploration", "integration", "convergence")
+DELTA_ENTROPY = ("delta_entropy", "delta_entropy_low", "delta_entropy_high")
 
 # Nats. e^H is how many tokens a policy is spread over, as if evenly; 0.01 changes that by 1 %, which nobody would call widening or
 # narrowing. It is also more than the arithmetic can be off: 4e-6 · (1 + max|z|), with logits of up to some 2,000.
@@ -23,7 +24,7 @@ def find_boundary(
     resampled: np.ndarray,  # [resamples, L] means of ΔH_FFN
     tolerance: float = TOLERANCE,
 ) -> dict[str, Any]:
-    """The last layer whose ΔH_FFN is positive beyond its interval (``low > 0``), and the segments, as plain numbers for JSON.
+    """Find the last layer whose ΔH_FFN is positive beyond its interval (``low > 0``), and the segments, as plain numbers for JSON.
 
     =====================  ========================================================================================================
     ``layer``              from 1; None where no layer is positive, or where one response gives no interval
@@ -42,14 +43,13 @@ def find_boundary(
     ``note``               why there is no layer, else ""
     =====================  ========================================================================================================
     """
-    answer = {"layer": None, "confidence": 0.0, "low": None, "high": None, "shares": {}, "delta_entropy": None}
-    answer |= {"delta_entropy_low": None, "delta_entropy_high": None, "signs": [], "segments": [], "exceptions": []}
-    answer |= {"tolerance": tolerance, "note": ""}
+    answer: dict[str, Any] = dict.fromkeys(("layer", "confidence", "low", "high", "shares", *DELTA_ENTROPY))
+    answer |= {"confidence": 0.0, "shares": {}, "signs": [], "segments": [], "exceptions": [], "tolerance": tolerance, "note": ""}
     if np.isnan(low).any():
         return answer | {"note": "one response gives no confidence interval, at least two are needed"}
 
     found = _last_positive(low[None])[0]
-    others = _last_positive(resampled - (mean - low))  # 0: none
+    others = _last_positive(resampled - (mean - low))
     layers, counts = np.unique(others, return_counts=True)
     shares = {str(layer) if layer else "none": float(n / len(others)) for layer, n in zip(layers.tolist(), counts, strict=True)}
     answer |= {"confidence": shares.get(str(found) if found else "none", 0.0), "shares": shares}
@@ -57,8 +57,7 @@ def find_boundary(
         ends = np.percentile(others[others > 0], [2.5, 97.5], method="inverted_cdf")
         answer |= dict(zip(("low", "high"), map(int, ends), strict=True))
     if found:
-        numbers = (float(x[found - 1]) for x in (mean, low, high))
-        answer |= dict(zip(("delta_entropy", "delta_entropy_low", "delta_entropy_high"), numbers, strict=True))
+        answer |= {name: float(values[found - 1]) for name, values in zip(DELTA_ENTROPY, (mean, low, high), strict=True)}
         answer["layer"] = int(found)
     else:
         answer["note"] = "no layer has a ΔH of its FFN that is positive beyond its confidence interval"
@@ -75,7 +74,7 @@ def find_boundary(
 
 
 def describe(boundary: dict[str, Any]) -> str:
-    """One line on what :func:`find_boundary` found."""
+    """Return one line on what :func:`find_boundary` found."""
     segments = ", ".join(f"{part['name']} {part['first']} to {part['last']}" for part in boundary["segments"])
     if boundary["layer"] is None:
         return f"boundary layer: none, {boundary['note']}" + (f" ({segments})" if segments else "")
@@ -83,7 +82,7 @@ def describe(boundary: dict[str, Any]) -> str:
 
 
 def suggest(summary: dict[str, Any]) -> str:
-    """YAML for ``bupo train``: the layer to train and, as comments, how sure that is. Comments alone where there is none."""
+    """Return YAML for ``bupo train``: the layer to train and, as comments, how sure that is; comments alone where there is none."""
     boundary, depth = summary["boundary"], summary["layers"]
     layer, share = boundary["layer"], f"{boundary['confidence']:.0%} of the bootstrap resamples"
     if layer is None:
@@ -112,7 +111,7 @@ def _last_positive(values: np.ndarray) -> np.ndarray:  # [resamples, L] -> [resa
 
 
 def _borders(signs: np.ndarray) -> tuple[int, int]:  # [L] -> how many layers lie below the first border, and below the second
-    """The borders with the least squared difference of the signs from 1, 0, -1; of equally good ones the shortest integration."""
+    """Return the borders with the least squared difference of the signs from 1, 0, -1; of equals the shortest integration."""
     best = min(
         (
             ((signs[:first] - 1) ** 2).sum() + (signs[first:second] ** 2).sum() + ((signs[second:] + 1) ** 2).sum(),

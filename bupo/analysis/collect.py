@@ -1,7 +1,7 @@
-"""One pass of a model over responses: what the policies of every block are on every generated token, summed as it goes.
+"""One pass of a model over responses, which sums what the policies of every block are on every generated token.
 
 Nothing of size ``[points, layers, tokens, D]`` and nothing of size ``[layers, tokens, vocab]`` is ever there: the head reads the
-modules of a block while the block runs, and only H^0..H^L of one batch are kept, for what compares layers.
+modules of a block while the block runs, and only H^0..H^L of one batch stay, for the comparison of layers.
 """
 
 from __future__ import annotations
@@ -36,17 +36,18 @@ from bupo.output import claim, progress_bar
 from bupo.rollout import Sample
 from bupo_kernels import FusedLMHead
 
-PAIR_ELEMENTS = 2**24  # of the KL between all pairs of layers at a time
-COSINE_ROWS = 64  # of the cosines between all pairs of layers at a time
+# The KL between all pairs of layers is taken of so many elements at a time, the cosines of so many rows.
+PAIR_ELEMENTS = 2**24
+COSINE_ROWS = 64
 
 
 class Batch(NamedTuple):
     """Right-padded sequences; nothing real looks at the padding, so causal attention needs no mask for it."""
 
     input_ids: Tensor  # [B, S] int64; the last token of a sequence is only a target
-    row: Tensor  # [n] of the positions that are followed by a generated token, those of one response together
-    column: Tensor  # [n]
-    targets: Tensor  # [n] those tokens
+    row: Tensor  # [n] the rows of the positions that are followed by a generated token, those of one response together
+    column: Tensor  # [n] their columns
+    targets: Tensor  # [n] the tokens that follow
 
 
 def analyze(
@@ -59,30 +60,29 @@ def analyze(
     partial: Path | None = None,
     seed: int = 0,
 ) -> Statistics:
-    """:class:`Statistics` of ``model`` on prompts with responses, over the response tokens: what each is predicted from.
+    """Return :class:`Statistics` of ``model`` on prompts with responses, over the positions that predict a response token.
 
     Args:
         model: any causal language model that :func:`residual_points` takes, on one device, float32 or bfloat16; its head becomes a
             :class:`FusedLMHead` in place.
         samples: at least one, each with a prompt and a response that are not empty.
         final_norm: put every internal policy through the model's final norm first. The paper does not.
-        temperature: of all policies.
-        max_tokens: in a batch, padding included; a longer sequence is a batch of its own. It bounds memory, not the result.
+        temperature: that of all policies.
+        max_tokens: those of a batch, padding included; a longer sequence is a batch of its own. They bound memory, not the result.
         partial: folder for the sums of each batch. A call that finds those of another there, begun and not ended, goes on after
             them and returns exactly what the other would have. Whoever calls removes it.
-        seed: of the bootstrap.
+        seed: that of the bootstrap.
 
     Raises:
-        ConfigError: ``partial`` is of another model, of other responses, or of other options.
-        UnsupportedModel, ValueError, TypeError: naming what the model or a sample is and what is accepted.
+        ConfigError: ``partial`` holds sums of another model, of other responses, or with other options.
+        UnsupportedModel, ValueError, TypeError: the message names what the model or a sample is and what is accepted.
     """
     if not samples or not all(len(sample.prompt_ids) and len(sample.response_ids) for sample in samples):
         raise ValueError(f"samples: {len(samples)} given, accepted is at least one, each with prompt and response tokens")
     head, decoder = FusedLMHead.adopt(model.get_output_embeddings()), decoder_of(model)
-    options = {"final_norm": final_norm, "temperature": temperature, "max_tokens": max_tokens}
     with evaluating(model):
         check_readout(model, torch.tensor([sample_ids(samples[0])[:32]], device=model.device))
-        sums = collect(model, samples, **options, partial=partial)
+        sums = collect(model, samples, final_norm=final_norm, temperature=temperature, max_tokens=max_tokens, partial=partial)
     summary = {
         "model": model.config.name_or_path,
         "model_type": model.config.model_type,
@@ -99,6 +99,7 @@ def analyze(
 
 
 def sample_ids(sample: Sample) -> list[int]:
+    """Return the tokens of prompt and response."""
     return [*sample.prompt_ids, *sample.response_ids]
 
 
@@ -111,13 +112,13 @@ def collect(
     max_tokens: int,
     partial: Path | None,
 ) -> Sums:
-    """The sums of all responses, in their order. Arguments and errors as in :func:`analyze`."""
+    """Return the sums of all responses, in their order. Arguments and errors are those of :func:`analyze`."""
     lengths = [len(sample_ids(sample)) - 1 for sample in samples]
     batches = batches_of(lengths, max_tokens)
     if partial is not None:
         options = {"final_norm": final_norm, "temperature": temperature, "max_tokens": max_tokens}
-        claim(partial, "plan.json", _plan(model, samples, options), "analysis")
-    parts = []
+        claim(partial, "plan.json", _settings(model, samples, options), "analysis")
+    parts: list[dict[str, np.ndarray]] = []
     with progress_bar() as bar:
         task = bar.add_task("analysis, tokens", total=sum(lengths))
         for number, indices in enumerate(batches):
@@ -132,7 +133,7 @@ def collect(
                 if path is not None:
                     unfinished = path.with_suffix(".partial")
                     with unfinished.open("wb") as file:
-                        np.savez(file, **part)
+                        np.savez(file, **dict[str, Any](part))  # mypy takes arrays for its options
                     os.replace(unfinished, path)
             parts.append(part)
             bar.advance(task, sum(lengths[i] for i in indices))
@@ -141,14 +142,14 @@ def collect(
     for name in parts[0]:
         point, statistic = name.split(".")
         if point == "pair":
-            matrices[statistic] = sum(part[name] for part in parts)
+            matrices[statistic] = np.sum([part[name] for part in parts], 0)
         else:
             totals[point, statistic] = np.concatenate([part[name] for part in parts], 1)[:, order]
     return Sums(np.array([len(sample.response_ids) for sample in samples]), totals, matrices)
 
 
 def batches_of(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Indices of sequences for each batch, the longest first: at most ``max_tokens`` with the padding, or one sequence."""
+    """Return indices of sequences for each batch, the longest first: up to ``max_tokens`` with the padding, or one sequence."""
     batches: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         if batches and lengths[batches[-1][0]] * (len(batches[-1]) + 1) <= max_tokens:
@@ -159,9 +160,12 @@ def batches_of(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def make_batch(samples: Sequence[Sample], device: torch.device) -> Batch:
+    """Pad prompts and responses into a :class:`Batch` on ``device``."""
     width = max(len(sample_ids(sample)) for sample in samples) - 1
     ids = torch.zeros(len(samples), width, dtype=torch.int64)
-    row, column, targets = [], [], []
+    row: list[int] = []
+    column: list[int] = []
+    targets: list[int] = []
     for i, sample in enumerate(samples):
         sequence, before = sample_ids(sample)[:-1], len(sample.prompt_ids) - 1
         ids[i, : len(sequence)] = torch.tensor(sequence)
@@ -173,21 +177,24 @@ def make_batch(samples: Sequence[Sample], device: torch.device) -> Batch:
 
 @torch.inference_mode()
 def measure(model: PreTrainedModel, batch: Batch, *, final_norm: bool, temperature: float) -> dict[str, np.ndarray]:
-    """Values of ``"point.statistic"``, ``[layers, n]``, on the n positions of ``batch``; of ``"pair.…"`` their sum over these.
+    """Return ``"point.statistic"``, ``[layers, n]``, on the n positions of ``batch``; of ``"pair.…"`` the sum over these.
 
     Raises :class:`UnsupportedModel` where a value is not finite.
     """
     decoder, head = decoder_of(model), model.get_output_embeddings()
     readout = readout_options(model) | {"temperature": temperature}
     depth, n, width = len(decoder.layers), len(batch.targets), head.in_features
-    here = {"dtype": model.dtype, "device": model.device}
-    # What is kept has its place from the start. Small tensors that stay, put among large ones that go, leave a heap full of holes:
+    precision = torch.promote_types(model.dtype, torch.float32)
+
+    def numbers(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=precision, device=model.device)
+
+    # What stays has its place from the start. Small tensors that stay, put among large ones that go, leave a heap full of holes:
     # measured, 1 GB instead of 0.4 for 24 layers, 2,048 tokens and D = 1,024.
-    residual = torch.empty(depth + 1, n, width, **here)  # H^0..H^L
-    here["dtype"] = torch.promote_types(model.dtype, torch.float32)
-    values = {f"{point}.entropy": torch.empty(depth, n, **here) for point in ("attention_input", "attention", "ffn_input", "ffn")}
-    values |= {f"{point}.cosine": torch.empty(depth, n, **here) for point in ("attention", "ffn", "layer")}
-    values |= {f"{point}.rms": torch.empty(depth, n, **here) for point in ("attention", "ffn")}
+    residual = torch.empty(depth + 1, n, width, dtype=model.dtype, device=model.device)  # H^0..H^L
+    values = {f"{point}.entropy": numbers(depth, n) for point in ("attention_input", "attention", "ffn_input", "ffn")}
+    values |= {f"{point}.cosine": numbers(depth, n) for point in ("attention", "ffn", "layer")}
+    values |= {f"{point}.rms": numbers(depth, n) for point in ("attention", "ffn")}
 
     def normed(states: Tensor) -> Tensor:
         return decoder.norm(states) if final_norm else states
@@ -217,19 +224,19 @@ def measure(model: PreTrainedModel, batch: Batch, *, final_norm: bool, temperatu
     if final_norm:
         for states in residual:
             states.copy_(normed(states))
-    policies, outputs = [*residual, final], ("entropy", "logprobs", "max_probability", "pairwise_kl")
+    streams, outputs = [*residual, final], ("entropy", "logprobs", "max_probability", "pairwise_kl")
     names = ("entropy", "logprob", "max_probability", "kl_to_final", "kl_from_final")
-    of_policies = {name: torch.empty(len(policies), n, **here) for name in names}
-    values["pair.kl"] = torch.zeros(len(policies), len(policies), dtype=torch.float64, device=model.device)
-    for rows in torch.arange(n).split(max(PAIR_ELEMENTS // len(policies) ** 2, 1)):
+    by_layer = {name: numbers(len(streams), n) for name in names}  # the last is the final policy
+    values["pair.kl"] = torch.zeros(len(streams), len(streams), dtype=torch.float64, device=model.device)
+    for rows in torch.arange(n).split(max(PAIR_ELEMENTS // len(streams) ** 2, 1)):
         part = slice(int(rows[0]), int(rows[-1]) + 1)
-        seen = head([states[part] for states in policies], batch.targets[part], outputs=outputs, **readout)
-        kl = seen.pairwise_kl  # [L+2, L+2, rows]
+        found = head([states[part] for states in streams], batch.targets[part], outputs=outputs, **readout)
+        kl = found.pairwise_kl  # [L+2, L+2, rows]
         values["pair.kl"] += kl.sum(-1, dtype=torch.float64)
-        for name, of_all in zip(names, (seen.entropy, seen.logprobs, seen.max_probability, kl[:, -1], kl[-1]), strict=True):
-            of_policies[name][:, part] = of_all
-    for name, of_all in of_policies.items():  # [L+2, n]
-        values[f"layer.{name}"], values[f"final.{name}"] = of_all[:-1], of_all[-1:]
+        for name, value in zip(names, (found.entropy, found.logprobs, found.max_probability, kl[:, -1], kl[-1]), strict=True):
+            by_layer[name][:, part] = value
+    for name, value in by_layer.items():
+        values[f"layer.{name}"], values[f"final.{name}"] = value[:-1], value[-1:]
     values["layer.delta_entropy"] = values["layer.entropy"].diff(dim=0)
     for name, value in values.items():
         if not value.isfinite().all():
@@ -239,14 +246,14 @@ def measure(model: PreTrainedModel, batch: Batch, *, final_norm: bool, temperatu
 
 
 def _sums(values: dict[str, np.ndarray], lengths: Sequence[int]) -> dict[str, np.ndarray]:
-    """Over the tokens of each response, ``[2, R, layers]``: of the values and of their squares."""
+    """Return the sums of values and of their squares over the tokens of each response, ``[2, R, layers]``."""
     starts = np.cumsum([0, *lengths[:-1]])
 
-    def both(value: np.ndarray) -> np.ndarray:
+    def summed(value: np.ndarray) -> np.ndarray:
         value = value.astype(np.float64)
         return np.stack([np.add.reduceat(x, starts, axis=1).T for x in (value, value**2)])
 
-    return {name: value if name.startswith("pair.") else both(value) for name, value in values.items()}
+    return {name: value if name.startswith("pair.") else summed(value) for name, value in values.items()}
 
 
 def _rms(states: Tensor) -> Tensor:  # [n, D] -> [n]
@@ -258,16 +265,19 @@ def _cosine(a: Tensor, b: Tensor) -> Tensor:  # [n, D] -> [n]
 
 
 def _pair_cosine(states: Tensor) -> Tensor:  # [P, n, D] -> [P, P], summed over n
-    units = (F.normalize(rows.double(), dim=-1).flatten(1) for rows in states.split(COSINE_ROWS, dim=1))
-    return sum(unit @ unit.T for unit in units)
+    total = torch.zeros(len(states), len(states), dtype=torch.float64, device=states.device)
+    for rows in states.split(COSINE_ROWS, dim=1):
+        units = F.normalize(rows.double(), dim=-1).flatten(1)
+        total += units @ units.T
+    return total
 
 
 def _wide(states: Tensor) -> Tensor:
     return states.to(torch.promote_types(states.dtype, torch.float32))
 
 
-def _plan(model: PreTrainedModel, samples: Sequence[Sample], options: dict[str, Any]) -> dict[str, Any]:
-    """What a batch's sums depend on."""
+def _settings(model: PreTrainedModel, samples: Sequence[Sample], options: dict[str, Any]) -> dict[str, Any]:
+    """Return all that the sums of a batch depend on."""
     return {
         "model": model_fingerprint(model),
         "responses": ids_fingerprint([(*sample.prompt_ids, -1, *sample.response_ids) for sample in samples]),
@@ -278,16 +288,20 @@ def _plan(model: PreTrainedModel, samples: Sequence[Sample], options: dict[str, 
 
 
 def ids_fingerprint(sequences: Sequence[Sequence[int]]) -> str:
+    """Return the fingerprint of sequences of token ids."""
     return hashlib.sha256(json.dumps([list(map(int, ids)) for ids in sequences]).encode()).hexdigest()
 
 
 def model_fingerprint(model: PreTrainedModel) -> str:
-    """Of the config, and of some 64 numbers of each parameter: another training step changes nearly all of them. A collective."""
+    """Return the fingerprint of the config and of some 64 numbers of each parameter; it is a collective.
+
+    Another training step changes nearly all of these numbers.
+    """
     config = {
         name: value for name, value in model.config.to_dict().items() if name not in ("_name_or_path", "transformers_version")
     }
     digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, parameter in model.named_parameters():
-        some = full(parameter.detach()).flatten()[:: max(parameter.numel() // 64, 1)].float().cpu()
-        digest.update(f"{name} {tuple(parameter.shape)}".encode() + some.numpy().tobytes())
+        numbers = full(parameter.detach()).flatten()[:: max(parameter.numel() // 64, 1)].float().cpu()
+        digest.update(f"{name} {tuple(parameter.shape)}".encode() + numbers.numpy().tobytes())
     return digest.hexdigest()

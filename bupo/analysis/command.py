@@ -1,4 +1,4 @@
-"""What ``bupo analyze`` does: responses, the pass over them, and what is written of it."""
+"""The command ``bupo analyze``: responses, the pass over them, and the files written of it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from bupo.analysis.figures import draw_statistics
 from bupo.analysis.heatmap import heat_maps
 from bupo.analysis.report import write_report
 from bupo.analysis.statistics import Statistics, layer_table, require_pyarrow, write_statistics
+from bupo.architecture import load_architecture
 from bupo.config import TrainConfig, check_new_folder
-from bupo.cost import load_architecture
 from bupo.data import encode, jsonl_rows, load_examples, require_known
 from bupo.distributed import World, process_group
 from bupo.errors import ConfigError
@@ -46,10 +46,10 @@ def analyze_command(
     examples: int = 4,
     max_tokens: int = 2048,
 ) -> Statistics:
-    """Entropy flow, ΔH and the boundary layer of ``config.model`` on its own responses, printed and written into ``out``.
+    """Print and write into ``out`` entropy flow, ΔH and the boundary layer of ``config.model`` on its own responses.
 
     The responses are those in the files ``responses``, or else ``rollout.samples`` to each of ``prompts`` problems of
-    ``data.heldout``, chosen by the seed; ``rollout.temperature`` is that of the samples and of all policies. What was begun in
+    ``data.heldout``, chosen by the seed; ``rollout.temperature`` is that of the samples and of all policies. An analysis begun in
     ``out`` and not ended goes on. Raises :class:`ConfigError`.
     """
     for key, number, least in (("--prompts", prompts, 1), ("--examples", examples, 0), ("--max-tokens", max_tokens, 1)):
@@ -67,14 +67,13 @@ def analyze_command(
         _check_blocks(config.model, architecture)
         tokenizer, greedy, vocab = load_tokenizer(config.model), 0, architecture.get_text_config().vocab_size
         if responses:
-            loaded = [load_responses(where, tokenizer, "--responses", vocab) for where in responses]
-            samples, greedy = [sample for some, _ in loaded for sample in some], sum(left_out for _, left_out in loaded)
+            files = [load_responses(where, tokenizer, "--responses", vocab) for where in responses]
+            samples, greedy = [sample for sampled, _ in files for sample in sampled], sum(left_out for _, left_out in files)
             lengths = [len(sample.prompt_ids) + len(sample.response_ids) for sample in samples]
         else:
-            loaded = load_examples(config.heldout, config.data, tokenizer, "--data", vocab=vocab, answers=False)
-            found = [example.prompt_ids for example in loaded]
-            chosen = np.sort(np.random.default_rng(config.seed).permutation(len(found))[:prompts])
-            asked = [found[i] for i in chosen]
+            problems = load_examples(config.heldout, config.data, tokenizer, "--data", vocab=vocab, answers=False)
+            chosen = np.sort(np.random.default_rng(config.seed).permutation(len(problems))[:prompts])
+            asked = [problems[i].prompt_ids for i in chosen]
             lengths = [len(prompt) + config.rollout.max_new_tokens for prompt in asked]
         if max(lengths) > (positions := getattr(architecture.get_text_config(), "max_position_embeddings", max(lengths))):
             raise ConfigError(
@@ -85,20 +84,29 @@ def analyze_command(
         lock.take()
         if not responses:
             samples = _respond(model, tokenizer, asked, config, world, partial)
+        temperature, seed = config.rollout.temperature, config.seed
         try:
-            how = {"final_norm": final_norm, "temperature": config.rollout.temperature}
-            statistics = analyze(model, samples, **how, max_tokens=max_tokens, partial=partial, seed=config.seed)
+            statistics = analyze(
+                model,
+                samples,
+                final_norm=final_norm,
+                temperature=temperature,
+                max_tokens=max_tokens,
+                partial=partial,
+                seed=seed,
+            )
         except UnsupportedModel as error:
             raise ConfigError(str(error)) from None
         write_statistics(statistics, out)
         if not responses:
             _write_responses(samples, tokenizer, out / "responses.jsonl")
         draw_statistics(statistics, out)
-        of_prompts = list({tuple(sample.prompt_ids): sample for sample in reversed(samples)}.values())[::-1]
-        write_report(statistics, heat_maps(model, tokenizer, of_prompts[:examples], **how), out / "report.html")
+        firsts = list({tuple(sample.prompt_ids): sample for sample in reversed(samples)}.values())[::-1]  # one of each prompt
+        maps = heat_maps(model, tokenizer, firsts[:examples], final_norm=final_norm, temperature=temperature)
+        write_report(statistics, maps, out / "report.html")
     shutil.rmtree(partial)
 
-    # The width of a file is not known to rich, which would fold the table into 80 columns.
+    # Into a file, which has no width, rich would fold the table to 80 columns.
     Console(width=None if sys.stdout.isatty() else 200).print(layer_table(statistics))
     print(describe(statistics.summary["boundary"]))
     if greedy:
@@ -110,7 +118,7 @@ def analyze_command(
 
 
 def load_responses(where: str, tokenizer: PreTrainedTokenizerBase, key: str, vocab: int | None = None) -> tuple[list[Sample], int]:
-    """The prompts and responses of a JSONL file as ``bupo evaluate --out`` writes it, and how many greedy ones were left out.
+    """Return the samples in a JSONL file as ``bupo evaluate --out`` writes it, and how many greedy responses were left out.
 
     A row needs ``prompt``, the text the model saw, and ``response``. With ``greedy: true`` it is left out: it is no sample of the
     policy. Tokens are ``prompt_ids`` and ``response_ids`` where those are there and this tokenizer's. Else the texts become tokens
@@ -125,7 +133,7 @@ def load_responses(where: str, tokenizer: PreTrainedTokenizerBase, key: str, voc
         raise ConfigError(f"{key}: {where} has {len(rows)} lines, {len(rows)} of them greedy; accepted is at least one sample")
     prompts = [row.get(("prompt",), lambda x: x if isinstance(x, str) and x else None, "text that is not empty") for row in sampled]
     responses = [row.get(("response",), lambda x: x if isinstance(x, str) else None, "text") for row in sampled]
-    # What ids and text must agree in: special tokens may have been left out of the text.
+    # Ids and text must agree but for special tokens, which may have been left out of the text.
     plain = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     prompt_ids = encode(prompts, [False] * len(prompts), tokenizer)
     response_ids = tokenizer(responses, add_special_tokens=False, verbose=False).input_ids
@@ -135,7 +143,7 @@ def load_responses(where: str, tokenizer: PreTrainedTokenizerBase, key: str, voc
         ids = [*response, tokenizer.eos_token_id] if finished else response
         if "prompt_ids" in row.values and "response_ids" in row.values:
             stored = [row.get((name,), _ids, "a list of token ids") for name in ("prompt_ids", "response_ids")]
-            if [plain(some) for some in stored] == [plain(prompt), plain(response)]:
+            if [*map(plain, stored)] == [plain(prompt), plain(response)]:
                 prompt, ids = stored
             else:
                 foreign += 1
@@ -151,11 +159,12 @@ def load_responses(where: str, tokenizer: PreTrainedTokenizerBase, key: str, voc
 
 
 def _ids(value: Any) -> list[int] | None:
+    """Return ``value`` if it is a list of token ids, else None."""
     return value if isinstance(value, list) and value and all(type(i) is int and 0 <= i < 2**32 for i in value) else None
 
 
 def _check_blocks(name: str, architecture: PretrainedConfig) -> None:
-    """Raises :class:`ConfigError` where the model, of which no weight has been read yet, is not one to look into."""
+    """Raise :class:`ConfigError` where the model, of which no weight has been read yet, is not one to look into."""
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(architecture)
@@ -180,19 +189,19 @@ def _respond(
     world: World,
     partial: Path,
 ) -> list[Sample]:
-    """Responses to the prompts, ``rollout.samples`` each: those that an unfinished analysis in ``partial`` has, or new ones."""
-    how = config.rollout
-    plan = {"model": model_fingerprint(model), "prompts": ids_fingerprint(prompts), "seed": config.seed}
-    plan |= how.model_dump(include={"engine", "samples", "sequences", "max_new_tokens", "temperature"})
-    claim(partial, "sampling.json", plan | {"precision": config.hardware.precision}, "analysis")
-    width = max(how.sequences // how.samples, 1)
+    """Return responses to the prompts, ``rollout.samples`` each: those of an unfinished analysis in ``partial``, or new ones."""
+    sampling = config.rollout
+    settings = {"model": model_fingerprint(model), "prompts": ids_fingerprint(prompts), "seed": config.seed}
+    settings |= sampling.model_dump(include={"engine", "samples", "sequences", "max_new_tokens", "temperature"})
+    claim(partial, "sampling.json", settings | {"precision": config.hardware.precision}, "analysis")
+    width = max(sampling.sequences // sampling.samples, 1)
     paths = [partial / f"samples-{step:06}.json" for step in range(math.ceil(len(prompts) / width))]
     rollout = None if all(path.exists() for path in paths) else configured_rollout(config, model, tokenizer, world)
     samples = []
     with progress_bar() as bar:
         for step, path in enumerate(bar.track(paths, description="responses, parts")):
-            if not path.exists():
-                new = rollout.generate(prompts[step * width : (step + 1) * width], how.samples, step)
+            if rollout is not None and not path.exists():
+                new = rollout.generate(prompts[step * width : (step + 1) * width], sampling.samples, step)
                 ids = [([int(x) for x in s.prompt_ids], [int(x) for x in s.response_ids], s.finished) for s in new]
                 replace_file(path, json.dumps(ids))
             parts = json.loads(path.read_text(encoding="utf-8"))
@@ -201,7 +210,7 @@ def _respond(
 
 
 def _write_responses(samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """As ``--responses`` reads them."""
+    """Write ``samples`` as ``--responses`` reads them."""
     rows = []
     for sample in samples:
         prompt, response = (list(map(int, ids)) for ids in (sample.prompt_ids, sample.response_ids))

@@ -1,13 +1,12 @@
-"""Figures of an analysis, and of the layers over a training run."""
+"""The figures of an analysis, and of the layers over a training run."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.cm import ScalarMappable
@@ -19,21 +18,21 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from bupo.analysis.statistics import Curve, Statistics
-from bupo.plots import BLUE, GREEN, LEAST, PURPLE, SKY, VERMILION, YELLOW
+from bupo.plots import BLUE, GREEN, LEAST, PURPLE, SKY, VERMILION, YELLOW, save_figure
 
 MODULES = {"attention": ("attention", BLUE, "s"), "ffn": ("FFN", VERMILION, "^"), "layer": ("layer", "black", "o")}
 SEGMENTS = {"exploration": YELLOW, "integration": "#999999", "convergence": SKY}
-SQUARE = {"width": 6.6, "height": 5.8}  # inches
-OUTLINE = [withStroke(linewidth=3.5, foreground="black")]  # a white line shows on every colour of a map
+SQUARE = (6.6, 5.8)  # inches
+OUTLINE = [withStroke(linewidth=3.5, foreground="black")]  # With it a white line shows on every colour of a map.
 
 
 def draw_statistics(statistics: Statistics, folder: Path) -> list[Path]:
-    """Writes :func:`statistics_figures` into ``folder`` as PNG and SVG; returns the files, each whole or not there."""
+    """Write :func:`statistics_figures` into ``folder`` as PNG and SVG; return the files, each whole or not there."""
     return [path for name, figure in statistics_figures(statistics).items() for path in _save(figure, folder / name)]
 
 
 def statistics_figures(statistics: Statistics) -> dict[str, Figure]:
-    """The figures by name; one whose statistic or matrix is absent is left out.
+    """Return the figures by name; one whose statistic or matrix is absent is left out.
 
     ====================  =========================================================================================
     entropy_flow          entropy after attention, FFN and layer, layer after layer, with the standard deviation over tokens
@@ -62,7 +61,7 @@ def statistics_figures(statistics: Statistics) -> dict[str, Figure]:
 
 
 def draw_training(metrics: list[dict], path: Path) -> list[Path]:
-    """Writes :func:`training_figure` at ``path`` with the endings .png and .svg; returns the files, each whole or not there.
+    """Write :func:`training_figure` at ``path`` with the endings .png and .svg; return the files, each whole or not there.
 
     None are written where nothing was measured.
     """
@@ -71,7 +70,7 @@ def draw_training(metrics: list[dict], path: Path) -> list[Path]:
 
 
 def training_figure(metrics: list[dict]) -> Figure | None:
-    """Entropy of every layer and its KL to the final policy over the steps of a run; None where no row has either.
+    """Draw entropy of every layer and its KL to the final policy over the steps of a run; return None where no row has either.
 
     Rows without ``lens_entropy`` or ``lens_kl`` (numbers of H^0..H^L, None where not finite) are passed over. The layer that
     phase 1 optimises and the end of phase 1 are marked.
@@ -107,14 +106,14 @@ def training_figure(metrics: list[dict]) -> Figure | None:
 
 
 def segment_label(segment: dict) -> str:
-    """A segment of ``summary["boundary"]``, such as "exploration 1–6"."""
+    """Return the words for a segment of ``summary["boundary"]``, such as "exploration 1–6"."""
     first, last = segment["first"], segment["last"]
     return f"{segment['name']} {first}–{last}" if last > first else f"{segment['name']} {first}"
 
 
 def _mark_phases(axes: Axes, metrics: list[dict], first: float, last: float) -> None:
     internal = [row for row in metrics if row["phase"] != "final"]
-    style = {"color": "white", "linewidth": 1.5, "path_effects": OUTLINE}
+    style: dict[str, Any] = {"color": "white", "linewidth": 1.5, "path_effects": OUTLINE}
     for phase in dict.fromkeys(row["phase"] for row in internal):
         steps, layer = [row["step"] for row in internal if row["phase"] == phase], phase.rpartition(" ")[2]
         if layer.isdigit():
@@ -127,7 +126,7 @@ def _mark_phases(axes: Axes, metrics: list[dict], first: float, last: float) -> 
 def _entropy_flow(statistics: Statistics) -> Figure:
     figure, axes = _figure(statistics, "entropy flow", f"{_policies(statistics)}\nbands: ± 1 standard deviation over tokens")
     ceiling = np.log(statistics.summary["vocab"])
-    # Where in the step from layer l − 1 to l the stream passes a point, layer l being at l.
+    # The places of the points on the way from layer l − 1 to l, layer l being at l.
     places = {"attention": -2 / 3, "ffn": -1 / 3, "layer": 0, "final": 2 / 3}
     flow = {point: statistics.curves[point, "entropy"] for point in places if (point, "entropy") in statistics.curves}
     layers = np.concatenate([curve.layers + places[point] for point, curve in flow.items()])
@@ -162,7 +161,9 @@ def _delta_entropy(statistics: Statistics) -> Figure:
             _draw(axes, statistics.curves[module, "delta_entropy"], None, color, marker)
         axes.set_ylabel(f"ΔH {name} (nats)")
     axes.set_xlabel("layer")
-    handles = [Patch(color=SEGMENTS[segment["name"]], alpha=0.25, label=segment_label(segment)) for segment in boundary["segments"]]
+    handles: list[Artist] = [
+        Patch(color=SEGMENTS[segment["name"]], alpha=0.25, label=segment_label(segment)) for segment in boundary["segments"]
+    ]
     if boundary["layer"] is not None:
         label = f"boundary layer {boundary['layer']} (in {boundary['confidence']:.0%} of resamples)"
         handles.append(Line2D([], [], color=GREEN, linestyle="--", linewidth=1.2, label=label))
@@ -211,7 +212,7 @@ def _divergence_to_final(statistics: Statistics) -> Figure:
 def _layer_divergence(statistics: Statistics) -> Figure:
     values = statistics.matrices["kl"]
     names = [*map(str, range(len(values) - 1)), "π"]
-    figure, axes = _figure(statistics, "divergence between layers", _policies(statistics), **SQUARE)
+    figure, axes = _figure(statistics, "divergence between layers", _policies(statistics), *SQUARE)
     _draw_matrix(figure, axes, values, names, "cividis", _log_norm(values), "KL(row ‖ column), nats")
     axes.set(xlabel="layer (0: embedding, π: final policy)", ylabel="layer")
     return figure
@@ -219,7 +220,7 @@ def _layer_divergence(statistics: Statistics) -> Figure:
 
 def _layer_cosine(statistics: Statistics) -> Figure:
     values = statistics.matrices["cosine"]
-    figure, axes = _figure(statistics, "cosine between layers", "raw residual streams", **SQUARE)
+    figure, axes = _figure(statistics, "cosine between layers", "raw residual streams", *SQUARE)
     norm = Normalize(min(0, np.nanmin(values)), 1)
     _draw_matrix(figure, axes, values, list(map(str, range(len(values)))), "viridis", norm, "cosine")
     axes.set(xlabel="layer (0: embedding)", ylabel="layer")
@@ -235,7 +236,7 @@ def _draw_matrix(
     norm: Normalize,
     unit: str,
 ) -> None:
-    # An image also in the SVG: as many rectangles would be a megabyte.
+    # It is an image in the SVG too, where as many rectangles would be a megabyte.
     image = axes.imshow(values, origin="lower", interpolation="nearest", cmap=colors, norm=norm)
     _color_bar(figure, image, axes, unit)
     axes.grid(False)
@@ -248,7 +249,7 @@ def _draw_matrix(
 
 
 def _figure(statistics: Statistics, what: str, how: str, width: float = 8, height: float = 4.4, panels: int = 1) -> tuple:
-    """A figure with its title, and its axes, an array of them where there are several."""
+    """Return a figure with its title, and its axes, an array of them where there are several."""
     figure = Figure(figsize=(width, height), layout="constrained")
     summary = statistics.summary
     model = summary["model"] if len(summary["model"]) <= 48 else "…" + summary["model"][-47:]
@@ -294,7 +295,7 @@ def _layer_ticks(axis: Axis) -> None:
 
 
 def _log_ticks(axes: Axes) -> None:
-    """Plain numbers on a logarithmic y axis, 2 and 5 between the powers of ten where there is room for them."""
+    """Put plain numbers on a logarithmic y axis, 2 and 5 between the powers of ten where there is room for them."""
     low, high = axes.get_ylim()
     axes.yaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
@@ -307,7 +308,7 @@ def _legend(figure: Figure, axes: Axes) -> None:
 
 
 def _log_norm(values: np.ndarray) -> LogNorm:
-    """From the least value above :data:`LEAST` to the greatest; what is below, such as the diagonal's 0, has the lowest colour."""
+    """Return colours from the least value above :data:`LEAST` to the greatest; all below, as on the diagonal, has the lowest."""
     shown = values[np.isfinite(values) & (values > LEAST)]
     return LogNorm(shown.min(), shown.max(), clip=True) if shown.size else LogNorm(LEAST, 1, clip=True)
 
@@ -318,19 +319,6 @@ def _color_bar(figure: Figure, image: ScalarMappable, axes: Axes, unit: str) -> 
         _log_ticks(bar.ax)
 
 
-def write_figure(figure: Figure, file: Path | BinaryIO, kind: str) -> None:
-    """``kind`` is "png" or "svg"; the same figure gives the same bytes."""
-    with rc_context({"svg.hashsalt": "bupo"}):
-        figure.savefig(file, dpi=150, format=kind, metadata={"Date": None} if kind == "svg" else None)
-
-
 def _save(figure: Figure, stem: Path) -> list[Path]:
-    """``stem``.png and ``stem``.svg."""
-    paths = []
-    for kind in ("png", "svg"):
-        path = stem.with_name(f"{stem.name}.{kind}")
-        partial = path.with_name(path.name + ".partial")
-        write_figure(figure, partial, kind)
-        os.replace(partial, path)
-        paths.append(path)
-    return paths
+    """Write ``figure`` as ``stem``.png and ``stem``.svg; return both."""
+    return [save_figure(figure, stem.with_name(f"{stem.name}.{kind}"), kind) for kind in ("png", "svg")]

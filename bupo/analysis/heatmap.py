@@ -1,4 +1,4 @@
-"""What every layer would say at every position of a response: the logit lens as a table of tokens."""
+"""The logit lens as a table of tokens: what every layer would say at every position of a response."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from bupo.analysis.blocks import BlockStates, decoder_of, evaluating, readout_options, residual_points
-from bupo.analysis.collect import make_batch
+from bupo.analysis.collect import Batch, make_batch
 from bupo.rollout import Sample
 from bupo_kernels import FusedLMHead
 
 
 @dataclass(frozen=True)
 class Heatmap:
-    """R layers × n positions of one response."""
+    """A map of R layers × n positions of one response."""
 
     title: str
     prompt: str
@@ -45,9 +45,9 @@ def heat_maps(
     final_norm: bool = False,
     temperature: float = 1.0,
 ) -> list[Heatmap]:
-    """A :class:`Heatmap` of each response, of its first ``positions`` tokens; the title says so where there are more.
+    """Return a :class:`Heatmap` of the first ``positions`` tokens of each response; its title says so where there are more.
 
-    Model and options as in :func:`bupo.analysis.analyze`.
+    Model and options are those of :func:`bupo.analysis.analyze`.
     """
     decoder, head = decoder_of(model), FusedLMHead.adopt(model.get_output_embeddings())
     options = readout_options(model) | {"temperature": temperature, "top_k": min(top_k, head.out_features)}
@@ -56,11 +56,12 @@ def heat_maps(
     maps = []
     for number, sample in enumerate(samples, 1):
         shown = Sample(sample.prompt_ids, sample.response_ids[:positions], None, finished=False)
-        batch, residual = make_batch([shown], model.device), []
+        batch = make_batch([shown], model.device)
+        residual: list[Tensor] = []
 
-        def receive(block: BlockStates, batch=batch, residual=residual) -> None:
-            kept = (block.previous, block.layer) if block.number == 1 else (block.layer,)
-            residual.extend(x[batch.row, batch.column] for x in kept)
+        def receive(block: BlockStates, batch: Batch = batch, residual: list[Tensor] = residual) -> None:
+            states = (block.previous, block.layer) if block.number == 1 else (block.layer,)
+            residual.extend(x[batch.row, batch.column] for x in states)
 
         with evaluating(model), residual_points(model, receive):
             final = decoder(batch.input_ids, use_cache=False).last_hidden_state[batch.row, batch.column]
@@ -86,7 +87,7 @@ def heat_maps(
 
 
 def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """The text of one token, with the space before a word, which SentencePiece tokenizers drop where they decode a token alone."""
+    """Return the text of a token with the space before a word, which SentencePiece tokenizers drop where they decode it alone."""
     text, piece = tokenizer.decode([token]), tokenizer.convert_ids_to_tokens(token)
     return f" {text}" if isinstance(piece, str) and piece.startswith("▁") and not text.startswith(" ") else text
 

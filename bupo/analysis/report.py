@@ -13,16 +13,17 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from bupo.analysis.figures import segment_label, statistics_figures, write_figure
+from bupo.analysis.figures import segment_label, statistics_figures
 from bupo.analysis.heatmap import Heatmap
 from bupo.analysis.statistics import Statistics
 from bupo.output import replace_file
+from bupo.plots import write_figure
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
 
 def write_report(statistics: Statistics, heatmaps: list[Heatmap], path: Path, title: str | None = None) -> None:
-    """Writes the summary, the heat maps of layers × positions and the figures into ``path``, which is whole or not there.
+    """Write the summary, the heat maps of layers × positions and the figures into ``path``, which is whole or not there.
 
     Numbers of the heat maps have four significant digits. Texts of tokens and prompts are JSON that no markup can end, and the
     page shows them as text only.
@@ -34,13 +35,13 @@ def write_report(statistics: Statistics, heatmaps: list[Heatmap], path: Path, ti
         "figures": "\n".join(f'<img alt="{name.replace("_", " ")}" src="{_data_address(figure)}">' for name, figure in figures),
         "data": json.dumps(_heatmap_data(heatmaps), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"),
     }
-    # In one pass: what is put in is not searched for further places.
+    # One pass fills all places, so that the texts put in are not searched for further ones.
     page = re.sub(r"\{\{(\w+)\}\}", lambda place: parts[place[1]], TEMPLATE.read_text(encoding="utf-8"))
     replace_file(path, page)
 
 
 def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """Name and text of every entry of ``summary``."""
+    """Return name and text of every entry of ``summary``."""
     lines = []
     for name, value in summary.items():
         if name == "boundary":
@@ -68,14 +69,14 @@ def _text(value: Any) -> str:
 
 
 def _data_address(figure: Figure) -> str:
-    """As an image of its own: identifiers of several SVGs in one page would be confused."""
+    """Return the address of ``figure`` as an image of its own: identifiers of several SVGs in one page would be confused."""
     file = BytesIO()
     write_figure(figure, file, "svg")
     return "data:image/svg+xml;base64," + b64encode(file.getvalue()).decode()
 
 
 def _heatmap_data(heatmaps: list[Heatmap]) -> dict[str, Any]:
-    """``tokens``, every text once, and ``responses``, which name tokens by their place among them."""
+    """Return ``tokens``, every text once, and ``responses``, which name tokens by their place among them."""
     places: dict[str, int] = {}
 
     def place(tokens: list) -> list:
@@ -101,7 +102,7 @@ def _heatmap_data(heatmaps: list[Heatmap]) -> dict[str, Any]:
 
 
 def _numbers(values: np.ndarray) -> list:
-    """Nested lists of four significant digits; None where not finite."""
+    """Return nested lists of four significant digits, with None where a number is not finite."""
     if values.ndim > 1:
         return [_numbers(row) for row in values]
     return [float(f"{value:.4g}") if np.isfinite(value) else None for value in values.tolist()]

@@ -1,4 +1,4 @@
-"""Means over generated tokens with bootstrap intervals over responses, and the files they are kept in."""
+"""Means over generated tokens with bootstrap intervals over responses, and the files that hold them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Curve(NamedTuple):
 
 @dataclass(frozen=True)
 class Statistics:
-    """What was measured of a model on its responses.
+    """The statistics of a model on its responses.
 
     ``curves`` has, by point (:data:`POINTS`, or ``"final"``: the model's own policy) and statistic,
 
@@ -53,21 +53,22 @@ class Statistics:
 
 
 class Sums(NamedTuple):
-    """Over the tokens of each of R responses, in float64; of the matrices over all tokens."""
+    """Sums over the tokens of each of R responses, in float64; those of the matrices are over all tokens."""
 
     tokens: np.ndarray  # [R] int
-    totals: dict[tuple[str, str], np.ndarray]  # [2, R, layers]: of the values and of their squares
+    totals: dict[tuple[str, str], np.ndarray]  # [2, R, layers]: the sums of the values, and of their squares
     matrices: dict[str, np.ndarray]  # [P, P]
 
 
 def first_layer(point: str, statistic: str, depth: int) -> int:
+    """Return the first layer at which ``point`` has ``statistic``."""
     if point == "final":
         return depth
     return 0 if point == "layer" and statistic not in ("delta_entropy", "cosine") else 1
 
 
 def estimate(sums: Sums, depth: int, summary: dict[str, Any], seed: int = 0) -> Statistics:
-    """The statistics that ``sums`` amount to; ``summary`` with what follows from them: tokens, perplexity, the boundary."""
+    """Return the statistics that follow from ``sums``; their ``summary`` gains tokens, perplexity and the boundary layer."""
     count = sums.tokens.sum()
     curves = {}
     for (point, statistic), (values, squares) in sums.totals.items():  # [R, layers] each
@@ -91,7 +92,7 @@ def estimate(sums: Sums, depth: int, summary: dict[str, Any], seed: int = 0) -> 
 
 
 def resampled_means(values: np.ndarray, tokens: np.ndarray, seed: int) -> np.ndarray:  # [R, columns], [R] -> [RESAMPLES, columns]
-    """Means over tokens when the responses, each with all of its tokens, are drawn again with replacement; the same for one seed.
+    """Return means over tokens of responses, each with all of its tokens, drawn again with replacement; one seed, one draw.
 
     The tokens of one response depend on one another: to draw tokens would give intervals that are far too narrow.
     """
@@ -101,7 +102,7 @@ def resampled_means(values: np.ndarray, tokens: np.ndarray, seed: int) -> np.nda
 
 
 def write_statistics(statistics: Statistics, folder: Path) -> None:
-    """``statistics.parquet`` and ``summary.json`` in ``folder``, each whole or not at all.
+    """Write ``statistics.parquet`` and ``summary.json`` into ``folder``, each whole or not at all.
 
     A row of the table is one point, statistic and layer, with mean, std, low, high. Matrices are rows of the point ``pair``, which
     have a mean alone; in ``kl`` layer L+1 is the final policy. Raises :class:`ConfigError` where pyarrow is not installed.
@@ -128,7 +129,7 @@ def write_statistics(statistics: Statistics, folder: Path) -> None:
 
 
 def read_statistics(folder: Path) -> Statistics:
-    """What :func:`write_statistics` wrote. Raises :class:`ConfigError` where it is not there."""
+    """Read what :func:`write_statistics` wrote. Raises :class:`ConfigError` where it is not there."""
     _, parquet = require_pyarrow()
     for name in (TABLE, SUMMARY):
         if not (folder / name).is_file():
@@ -149,7 +150,7 @@ def read_statistics(folder: Path) -> Statistics:
 
 
 def layer_table(statistics: Statistics) -> Table:
-    """One row for each layer, the last on top, as the residual stream is drawn; and one for the final policy."""
+    """Return a table with a row for each layer, the last on top, as the residual stream is drawn; and one for the final policy."""
     summary, curves = statistics.summary, statistics.curves
     norm = "behind the final norm" if summary["final_norm"] else "raw"
     caption = (
@@ -187,7 +188,7 @@ def layer_table(statistics: Statistics) -> Table:
 
 
 def require_pyarrow() -> tuple[Any, Any]:
-    """The modules pyarrow and pyarrow.parquet. Raises :class:`ConfigError` where they are not installed."""
+    """Return the modules pyarrow and pyarrow.parquet. Raises :class:`ConfigError` where they are not installed."""
     try:
         import pyarrow
         from pyarrow import parquet
