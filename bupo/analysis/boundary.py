@@ -25,7 +25,7 @@ def find_boundary(
 ) -> dict[str, Any]:
     """The last layer whose ΔH_FFN is positive beyond its interval (``low > 0``), and the segments, as plain numbers for JSON.
 
-    =====================  ========================================================================================================
+    ====================== ========================================================================================================
     ``layer``              from 1; None where no layer is positive, or where one response gives no interval
     ``confidence``         share of the bootstrap resamples in which the same comes out, also when that is None; each resample has
                            its own means, with the distance of ``low`` from the mean that the whole sample has
@@ -40,7 +40,7 @@ def find_boundary(
     ``exceptions``         layers whose sign is not that of their segment
     ``tolerance``          nats
     ``note``               why there is no layer, else ""
-    =====================  ========================================================================================================
+    ====================== ========================================================================================================
     """
     answer = {"layer": None, "confidence": 0.0, "low": None, "high": None, "shares": {}, "delta_entropy": None}
     answer |= {"delta_entropy_low": None, "delta_entropy_high": None, "signs": [], "segments": [], "exceptions": []}
