@@ -11,7 +11,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := .venv/bin
 
-.PHONY: install demo test test-all test-machines test-trl test-verl test-triton test-demo sanitize lint kernels bench gpu clean
+.PHONY: install demo test test-all test-machines test-trl test-verl test-triton test-demo sanitize lint docs kernels bench gpu clean
 
 # Two stamps, named after what they stand for: asking for another torch or Triton installs it. A run needs neither Triton nor peers.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
@@ -31,7 +31,7 @@ $(TESTABLE): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(PYTHON) -m venv .venv
 	rm -f .venv/runnable-* .venv/testable-*
 	$(PIP) "$(TORCH)" $(if $(TRITON),"$(TRITON)")
-	$(PIP) --editable ".[test]"
+	$(PIP) --editable ".[test,docs]"
 	touch $(RUNNABLE) $@
 
 demo: $(RUNNABLE) ## a small model learns sums with BuPO (POLICY=grpo: the baseline)
@@ -77,6 +77,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install ## the pages of docs/ and the API reference, into build/docs; a reference that leads nowhere is an error
+	$(BIN)/sphinx-build -q -W --keep-going -n -E docs build/docs
 
 bench: ## everything in benchmarks/results/<device>.json and docs/benchmarks.md, peers included; an hour and a half on two cores
 	test -x .venv-bench/bin/pip || $(PYTHON) -m venv .venv-bench

@@ -5,7 +5,19 @@ from pathlib import Path
 
 import pytest
 
+import bupo_kernels
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
+RESULTS = {"LensStatistics", "LinearLogprobs", "Plan", "PolicyMetrics"}  # what the functions return
+
+
+def test_every_public_function_has_an_example():
+    assert {path.stem for path in (EXAMPLES / "api").glob("*.py")} == set(bupo_kernels.__all__) - RESULTS
+
+
+@pytest.mark.parametrize("path", sorted((EXAMPLES / "api").glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_of_the_reference_runs(path):
+    runpy.run_path(str(path), run_name="__main__")
 
 
 @pytest.mark.broad

@@ -26,7 +26,7 @@ def find_boundary(
 ) -> dict[str, Any]:
     """Find the last layer whose ΔH_FFN is positive beyond its interval (``low > 0``), and the segments, as plain numbers for JSON.
 
-    =====================  ========================================================================================================
+    ====================== ========================================================================================================
     ``layer``              from 1; None where no layer is positive, or where one response gives no interval
     ``confidence``         share of the bootstrap resamples in which the same comes out, also when that is None; each resample has
                            its own means, with the distance of ``low`` from the mean that the whole sample has
@@ -41,7 +41,7 @@ def find_boundary(
     ``exceptions``         layers whose sign is not that of their segment
     ``tolerance``          nats
     ``note``               why there is no layer, else ""
-    =====================  ========================================================================================================
+    ====================== ========================================================================================================
     """
     answer: dict[str, Any] = dict.fromkeys(("layer", "confidence", "low", "high", "shares", *DELTA_ENTROPY))
     answer |= {"confidence": 0.0, "shares": {}, "signs": [], "segments": [], "exceptions": [], "tolerance": tolerance, "note": ""}
