@@ -80,7 +80,7 @@ DEFAULTS = {
 
 
 class Case(NamedTuple):
-    """What a step is taken of: a phase with its policy, and equally long sequences."""
+    """The batch and the policy of a step: a phase, and equally long sequences."""
 
     phase: int
     layer: int  # of the internal policy; phase 2 trains the model's own, and only the naive lens still asks this one
@@ -263,7 +263,7 @@ class Compared(NamedTuple):
 
 @dataclass
 class Side:
-    """What is measured of a side."""
+    """The measurements of a side."""
 
     name: str
     step: Step

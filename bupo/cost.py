@@ -104,7 +104,7 @@ def _trained_layers(config: TrainConfig, depth: int) -> int:
 
 
 class Work(NamedTuple):
-    """What goes through a model in one pass. Sums over batches and devices, element by element, are work again."""
+    """The work of a model in one pass. Sums over batches and devices, element by element, are work again."""
 
     tokens: float  # through the layers
     pairs: float  # of a query and a key that attention takes together

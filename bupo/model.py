@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 from bupo.config import Hardware, Optimizer
 from bupo.distributed import World, shard, sharded_units
 from bupo.errors import ConfigError
+from bupo.output import replacing
 from bupo_kernels import FusedLMHead
 from bupo_kernels.internal_policy import MODEL_TYPES
 
@@ -261,29 +260,23 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Pat
     """Write a Hugging Face checkpoint to ``path``, in place of what is there; it appears whole or not at all. A collective."""
     whole: dict[str, Any] = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if world.main:
-        partial = path.with_name(path.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
         # Tied weights are written once, under the first name: sharded ones no longer look like one.
         names = [name for name, _ in (*model.named_parameters(), *model.named_buffers()) if name in whole]
         weights = {name: whole[name].to(dtype) if whole[name].is_floating_point() else whole[name] for name in names}
-        model.save_pretrained(partial, state_dict=weights)
-        masters, model.config.dtype = model.config.dtype, dtype
-        model.config.save_pretrained(partial)  # once more, now with the type of the file
-        model.config.dtype = masters
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(path, ignore_errors=True)  # a folder cannot be put over another
-        os.replace(partial, path)
+        with replacing(path) as partial:
+            model.save_pretrained(partial, state_dict=weights)
+            masters, model.config.dtype = model.config.dtype, dtype
+            model.config.save_pretrained(partial)  # once more, now with the type of the file
+            model.config.dtype = masters
+            tokenizer.save_pretrained(partial)
     world.barrier()
 
 
 def keep_base(name: str, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     """Write config, generation config and tokenizer of the model ``name`` to ``path``, in place of what is there."""
-    partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
     source = pretrained(name)
-    AutoConfig.from_pretrained(**source).save_pretrained(partial)
-    with contextlib.suppress(OSError):  # not every model has one
-        GenerationConfig.from_pretrained(source["pretrained_model_name_or_path"]).save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(path, ignore_errors=True)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        AutoConfig.from_pretrained(**source).save_pretrained(partial)
+        with contextlib.suppress(OSError):  # not every model has one
+            GenerationConfig.from_pretrained(source["pretrained_model_name_or_path"]).save_pretrained(partial)
+        tokenizer.save_pretrained(partial)

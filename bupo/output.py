@@ -6,8 +6,11 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,11 +32,20 @@ def progress_bar(shown: bool = True) -> Progress:
     )
 
 
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a place for a file or folder, which takes that of ``path`` once the context ends without an error."""
+    partial = path.with_name(path.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # a folder that was left unfinished
+    yield partial
+    shutil.rmtree(path, ignore_errors=True)  # a folder cannot be put over another
+    os.replace(partial, path)
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write ``text`` to ``path``, which at any moment is whole: the old file or the new one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
 
 
 def claim(partial: Path, name: str, plan: dict[str, Any], what: str) -> None:

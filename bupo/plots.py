@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,6 +10,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter, MaxNLocator
+
+from bupo.output import replacing
 
 # Okabe and Ito's colours, which the colour-blind can tell apart.
 BLUE, SKY, GREEN, VERMILION, PURPLE, YELLOW = "#0072B2", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#F0E442"
@@ -82,7 +83,6 @@ def write_figure(figure: Figure, file: Path | BinaryIO, kind: str) -> None:
 
 def save_figure(figure: Figure, path: Path, kind: str) -> Path:
     """Write ``figure`` to ``path``, whole or not at all, as the ``kind`` "png" or "svg"; return ``path``."""
-    partial = path.with_name(path.name + ".partial")
-    write_figure(figure, partial, kind)
-    os.replace(partial, path)
+    with replacing(path) as partial:
+        write_figure(figure, partial, kind)
     return path

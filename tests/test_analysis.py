@@ -153,7 +153,7 @@ def test_resumed_equals_uninterrupted_exactly(tmp_path, monkeypatch, done):
     with pytest.raises(KeyboardInterrupt):
         sums_of(model, samples, max_tokens=6, partial=tmp_path)
     assert len(list(tmp_path.glob("batch-*.npz"))) == done
-    (tmp_path / "batch-000003.partial").write_bytes(b"half a file")
+    (tmp_path / "batch-000003.npz.partial").write_bytes(b"half a file")
     again = []
     monkeypatch.setattr(collect, "measure", lambda *a, **o: again.append(1) or measure(*a, **o))
     assert same(whole, sums_of(model, samples, max_tokens=6, partial=tmp_path))

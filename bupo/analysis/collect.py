@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -32,7 +31,7 @@ from bupo.analysis.blocks import (
 )
 from bupo.analysis.statistics import Statistics, Sums, estimate
 from bupo.distributed import full
-from bupo.output import claim, progress_bar
+from bupo.output import claim, progress_bar, replacing
 from bupo.rollout import Sample
 from bupo_kernels import FusedLMHead
 
@@ -131,10 +130,8 @@ def collect(
                 values = measure(model, make_batch(chosen, model.device), final_norm=final_norm, temperature=temperature)
                 part = _sums(values, [len(sample.response_ids) for sample in chosen])
                 if path is not None:
-                    unfinished = path.with_suffix(".partial")
-                    with unfinished.open("wb") as file:
+                    with replacing(path) as unfinished, unfinished.open("wb") as file:
                         np.savez(file, **dict[str, Any](part))  # mypy takes arrays for its options
-                    os.replace(unfinished, path)
             parts.append(part)
             bar.advance(task, sum(lengths[i] for i in indices))
     order = np.argsort([i for indices in batches for i in indices])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from rich.table import Table
 
 from bupo.analysis.boundary import find_boundary
 from bupo.errors import ConfigError
-from bupo.output import replace_file
+from bupo.output import replace_file, replacing
 
 POINTS = ("attention_input", "attention", "attention_residual", "ffn_input", "ffn", "layer")
 RESAMPLES = 2000
@@ -122,9 +121,8 @@ def write_statistics(statistics: Statistics, folder: Path) -> None:
         {name: pyarrow.array(column, kind) for (name, kind), column in zip(kinds.items(), zip(*rows, strict=True), strict=True)}
     )
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / (TABLE + ".partial")
-    parquet.write_table(table, partial)
-    os.replace(partial, folder / TABLE)
+    with replacing(folder / TABLE) as partial:
+        parquet.write_table(table, partial)
     replace_file(folder / SUMMARY, json.dumps(statistics.summary, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
