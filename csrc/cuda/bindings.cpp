@@ -85,7 +85,7 @@ void bind(py::module_& module) {
       "row_gradient",
       [](Address products, const std::string& dtype, i64 rows, i64 columns, i64 stride, i64 first_column, Address bias,
          Address row_temperature, double temperature, double logit_scale, Number softcap, Address m, Address constant,
-         Address slope, Address on_target, Address targets, Address selected, i64 n, Address gradient,
+         Address slope, Address on_target, Address targets, i64 n, Address gradient,
          const std::string& gradient_dtype, i64 gradient_stride, Address stream) {
         const Products of = {at<const void>(products), dtype_of(dtype), rows, columns, stride, first_column};
         const Readout readout = readout_of(bias, row_temperature, temperature, logit_scale, softcap);
@@ -93,11 +93,11 @@ void bind(py::module_& module) {
                                            at<const float>(on_target), at<const i64>(targets)};
         const Gradient to = {at<void>(gradient), dtype_of(gradient_dtype), gradient_stride};
         const release released;
-        row_gradient(of, readout, coefficients, at<const i64>(selected), n, to, at<void>(stream));
+        row_gradient(of, readout, coefficients, n, to, at<void>(stream));
       },
       arg("products"), arg("dtype"), arg("rows"), arg("columns"), arg("stride"), arg("first_column"), arg("bias"),
       arg("row_temperature"), arg("temperature"), arg("logit_scale"), arg("softcap"), arg("m"), arg("constant"), arg("slope"),
-      arg("on_target"), arg("targets"), arg("selected"), arg("n"), arg("gradient"), arg("gradient_dtype"), arg("gradient_stride"),
+      arg("on_target"), arg("targets"), arg("n"), arg("gradient"), arg("gradient_dtype"), arg("gradient_stride"),
       arg("stream"));
 
   module.def(

@@ -76,7 +76,7 @@ void row_policy_loss(const Products& products, const Readout& readout, const Obj
   if (products.rows == 0) return;
   const bool given = inputs.targets && inputs.weights && inputs.advantages;
   require(given && outputs.loss && outputs.logprob && outputs.entropy && outputs.used, name, null);
-  if (gradient.data) check(name, products, gradient, products.rows, false);
+  if (gradient.data) check(name, products, gradient, products.rows);
   require(products.first_column == 0, name, "accepted are whole rows");
   require(objective.kl == Divergence::none || inputs.reference_logprobs, name, "a KL needs reference_logprobs");
   require(!objective.importance || inputs.sampler_logprobs, name, "importance weights need sampler_logprobs");

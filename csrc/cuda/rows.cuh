@@ -336,7 +336,7 @@ inline void check(const char* name, const Products& products) {
   require(products.data || products.rows == 0, name, null);
 }
 
-inline void check(const char* name, const Products& products, const Gradient& gradient, int64_t rows, bool selection) {
+inline void check(const char* name, const Products& products, const Gradient& gradient, int64_t rows) {
   const bool narrowed = products.dtype == Dtype::float32 && gradient.dtype == Dtype::bfloat16;
   require(gradient.dtype == products.dtype || narrowed, name, "accepted are gradients of the products' dtype, and bf16 of fp32");
   require(gradient.stride >= products.columns, name, "accepted are strides of at least the number of columns");
@@ -345,7 +345,7 @@ inline void check(const char* name, const Products& products, const Gradient& gr
   const auto* to = static_cast<const char*>(gradient.data);
   const bool apart =
       to >= from + last(products.rows, products.stride, products.dtype) || from >= to + last(rows, gradient.stride, gradient.dtype);
-  const bool in_place = to == from && gradient.dtype == products.dtype && gradient.stride == products.stride && !selection;
+  const bool in_place = to == from && gradient.dtype == products.dtype && gradient.stride == products.stride;
   require(apart || in_place, name, "accepted are gradients apart from the products, or all of them in place in the same dtype");
 }
 

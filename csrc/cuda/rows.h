@@ -31,7 +31,7 @@ struct Readout {
 };
 
 struct Gradient {  // [rows, columns]
-  void* data;      // may be the products themselves: then in the same dtype and stride, and without a selection
+  void* data;      // may be the products themselves: then in the same dtype and stride
   Dtype dtype;
   int64_t stride;
 };
@@ -54,9 +54,8 @@ struct Coefficients {  // [n] each
   const int64_t* targets;
 };
 
-// Row i of the gradient, i < n, is of row `selected[i]` of the products, or of row i without. What is per row, the temperature too,
-// is per row of the gradient.
-void row_gradient(const Products& products, const Readout& readout, const Coefficients& coefficients, const int64_t* selected,
+// Writes the gradient of the first `n` rows of the products.
+void row_gradient(const Products& products, const Readout& readout, const Coefficients& coefficients,
                   int64_t n, const Gradient& gradient, void* stream);
 
 struct PolicyInputs {  // [rows] each

@@ -151,7 +151,6 @@ class CudaRows:
         self.module.row_gradient(
             **arguments,
             **_of_rows(of._asdict(), dz),
-            selected=0,
             n=len(dz),
             gradient=address(dz, device=dz.device.type),
             gradient_dtype=_name(dz),
