@@ -94,7 +94,8 @@ void bind_cpu(py::module_& module) {
   });
 
   module.def(
-      "make_present", [](Address memory, i64 bytes, int threads) { cpu::make_present(at_or_null<void>(memory), bytes, threads); }, release());
+      "make_present", [](Address memory, i64 bytes, int threads) { cpu::make_present(at_or_null<void>(memory), bytes, threads); },
+      release());
 
   py::class_<Cpu>(module, "Kernels")
       .def(py::init<const std::string&>())
@@ -116,41 +117,41 @@ void bind_cpu(py::module_& module) {
           release())
       .def(
           "linear_statistics",
-          [](const Cpu& c, Address hidden, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address bias, Address outer,
-             float inner, bool softcap, Address targets, Address out, i64 out_stride, Address workspace, int threads) {
+          [](const Cpu& c, Address hidden, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address bias,
+             Address outer, float inner, bool softcap, Address targets, Address out, i64 out_stride, Address workspace,
+             int threads) {
             c.k->linear_statistics(at<const cpu::Word>(hidden), rows, matrix(weight, stride, columns, width),
-                                   readout(bias, outer, inner, softcap), at<const std::int32_t>(targets), statistics(out, out_stride, rows),
-                                   at<void>(workspace), counts(rows, columns, threads));
+                                   readout(bias, outer, inner, softcap), at<const std::int32_t>(targets),
+                                   statistics(out, out_stride, rows), at<void>(workspace), counts(rows, columns, threads));
           },
           release())
       .def(
           "linear_gradient",
-          [](const Cpu& c, Address hidden, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address bias, Address outer,
-             float inner, bool softcap, Address m, Address constant, Address slope, Address on_target, Address targets, Address dz_left,
-             Address dz_right, Address column_sums, Address workspace, int threads) {
+          [](const Cpu& c, Address hidden, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address bias,
+             Address outer, float inner, bool softcap, Address m, Address constant, Address slope, Address on_target,
+             Address targets, Address dz_left, Address dz_right, Address column_sums, Address workspace, int threads) {
             c.k->linear_gradient(at<const cpu::Word>(hidden), rows, matrix(weight, stride, columns, width),
                                  readout(bias, outer, inner, softcap), coefficients(m, constant, slope, on_target, targets),
-                                 at<cpu::Word>(dz_left), at<cpu::Word>(dz_right), at_or_null<float>(column_sums), at<void>(workspace),
-                                 counts(rows, columns, threads));
+                                 at<cpu::Word>(dz_left), at<cpu::Word>(dz_right), at_or_null<float>(column_sums),
+                                 at<void>(workspace), counts(rows, columns, threads));
           },
           release())
       .def(
           "weight_gradient",
-          [](const Cpu& c, Address dz_left, i64 columns, Address hidden_columns, i64 rows, i64 width, Address out, i64 stride, bool bf16,
-             bool add, int threads) {
+          [](const Cpu& c, Address dz_left, i64 columns, Address hidden_columns, i64 rows, i64 width, Address out, i64 stride,
+             bool bf16, bool add, int threads) {
             void* to = bf16 ? static_cast<void*>(at<cpu::Bf16>(out)) : at<float>(out);
+            const cpu::Write in_fp32 = add ? cpu::Write::add_to_fp32 : cpu::Write::fp32;
             c.k->weight_gradient(at<const cpu::Word>(dz_left), columns, at<const cpu::Word>(hidden_columns), rows, width, to,
-                                 apart(stride, columns, width),
-                                 bf16 ? cpu::Write::bf16 : add ? cpu::Write::add_to_fp32 : cpu::Write::fp32,
-                                 counts(rows, columns, threads));
+                                 apart(stride, columns, width), bf16 ? cpu::Write::bf16 : in_fp32, counts(rows, columns, threads));
           },
           release())
       .def(
           "hidden_gradient",
           [](const Cpu& c, Address dz_right, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address blocks, bool add,
              Address workspace, int threads) {
-            c.k->hidden_gradient(at<const cpu::Word>(dz_right), rows, matrix(weight, stride, columns, width), at<float>(blocks), add,
-                                 at<void>(workspace), counts(rows, columns, threads));
+            c.k->hidden_gradient(at<const cpu::Word>(dz_right), rows, matrix(weight, stride, columns, width), at<float>(blocks),
+                                 add, at<void>(workspace), counts(rows, columns, threads));
           },
           release())
       .def(
@@ -174,9 +175,9 @@ void bind_cpu(py::module_& module) {
           [](const Cpu& c, Address logits, i64 stride, i64 rows, i64 columns, Address bias, Address outer, float inner,
              bool softcap, bool formed, Address m, Address constant, Address slope, Address on_target, Address targets, Address dz,
              int threads) {
-            c.k->row_gradient(at<const float>(logits), apart(stride, rows, columns), rows, columns, readout(bias, outer, inner, softcap),
-                              formed, coefficients(m, constant, slope, on_target, targets), at<float>(dz),
-                              counts(rows, columns, threads));
+            c.k->row_gradient(at<const float>(logits), apart(stride, rows, columns), rows, columns,
+                              readout(bias, outer, inner, softcap), formed, coefficients(m, constant, slope, on_target, targets),
+                              at<float>(dz), counts(rows, columns, threads));
           },
           release());
 }

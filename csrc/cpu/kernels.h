@@ -70,8 +70,8 @@ struct Kernels {
   void (*row_statistics)(float* products, std::int64_t stride, std::int64_t rows, std::int64_t columns, std::int64_t first,
                          Readout readout, const std::int32_t* targets, Statistics running, int threads);
   // dz from what row_statistics left (`formed`), or from products.
-  void (*row_gradient)(const float* logits, std::int64_t stride, std::int64_t rows, std::int64_t columns, Readout readout, bool formed,
-                       Coefficients of, float* dz, int threads);
+  void (*row_gradient)(const float* logits, std::int64_t stride, std::int64_t rows, std::int64_t columns, Readout readout,
+                       bool formed, Coefficients of, float* dz, int threads);
 };
 
 // task(context, index, worker) for every index below `tasks`, on `threads` threads; workers are numbered from 0.

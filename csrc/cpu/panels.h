@@ -78,8 +78,8 @@ enum class Side { left, right };
 // Panels of either side, from a matrix with its depth along the rows (`from[i · stride + k]`, i the panels' own index) or across them
 // (`from[k · stride + i]`), and zeros from `depth` to `padded_depth`. What lies side by side in memory is read together.
 template <Side side, bool depth_along_rows>
-inline void pack_panels(const std::uint16_t* from, std::int64_t stride, std::int64_t count, std::int64_t depth, std::int64_t padded_depth,
-                        Word* to) {
+inline void pack_panels(const std::uint16_t* from, std::int64_t stride, std::int64_t count, std::int64_t depth,
+                        std::int64_t padded_depth, Word* to) {
   alignas(64) Word turned[tile_words];
   const std::int64_t words = panel_words(padded_depth), steps = steps_of(padded_depth), panels = ceil_div(count, panel);
   for (std::int64_t i = 0; i < panels * steps; i++) {

@@ -85,8 +85,8 @@ void bind(py::module_& module) {
       "row_gradient",
       [](Address products, const std::string& dtype, i64 rows, i64 columns, i64 stride, i64 first_column, Address bias,
          Address row_temperature, double temperature, double logit_scale, Number softcap, Address m, Address constant,
-         Address slope, Address on_target, Address targets, i64 n, Address gradient,
-         const std::string& gradient_dtype, i64 gradient_stride, Address stream) {
+         Address slope, Address on_target, Address targets, i64 n, Address gradient, const std::string& gradient_dtype,
+         i64 gradient_stride, Address stream) {
         const Products of = {at<const void>(products), dtype_of(dtype), rows, columns, stride, first_column};
         const Readout readout = readout_of(bias, row_temperature, temperature, logit_scale, softcap);
         const Coefficients coefficients = {at<const float>(m), at<const float>(constant), at<const float>(slope),
@@ -97,8 +97,7 @@ void bind(py::module_& module) {
       },
       arg("products"), arg("dtype"), arg("rows"), arg("columns"), arg("stride"), arg("first_column"), arg("bias"),
       arg("row_temperature"), arg("temperature"), arg("logit_scale"), arg("softcap"), arg("m"), arg("constant"), arg("slope"),
-      arg("on_target"), arg("targets"), arg("n"), arg("gradient"), arg("gradient_dtype"), arg("gradient_stride"),
-      arg("stream"));
+      arg("on_target"), arg("targets"), arg("n"), arg("gradient"), arg("gradient_dtype"), arg("gradient_stride"), arg("stream"));
 
   module.def(
       "row_policy_loss",

@@ -23,8 +23,8 @@ __global__ void __launch_bounds__(256, 4)
 
 }  // namespace
 
-void row_gradient(const Products& products, const Readout& readout, const Coefficients& coefficients,
-                  int64_t n, const Gradient& gradient, void* stream) {
+void row_gradient(const Products& products, const Readout& readout, const Coefficients& coefficients, int64_t n,
+                  const Gradient& gradient, void* stream) {
   const char* name = "row_gradient";
   check(name, products);
   if (n == 0) return;

@@ -55,8 +55,8 @@ struct Coefficients {  // [n] each
 };
 
 // Writes the gradient of the first `n` rows of the products.
-void row_gradient(const Products& products, const Readout& readout, const Coefficients& coefficients,
-                  int64_t n, const Gradient& gradient, void* stream);
+void row_gradient(const Products& products, const Readout& readout, const Coefficients& coefficients, int64_t n,
+                  const Gradient& gradient, void* stream);
 
 struct PolicyInputs {  // [rows] each
   const int64_t* targets;
