@@ -31,7 +31,7 @@ from benchmarks.contenders import GROUPS, Contender
 from benchmarks.inputs import DISTRIBUTIONS, DTYPES, MODELS, Case, Exact, Inputs, untargeted
 from benchmarks.ours import floor, naive, ours
 from benchmarks.peers import peers
-from benchmarks.rows import KERNEL, read_results, tables_of
+from benchmarks.records import KERNEL, read_results, tables_of
 from bupo.measurement import machine, peak_bytes, rates, results_path, timed, write_section
 from bupo.output import progress_bar
 

@@ -1,6 +1,6 @@
-// bupo_kernels._C: raw pointers, sizes and strides in; no torch headers, so that one build serves every torch. What the arguments mean
-// is in cpu/kernels.h and cuda/rows.h. The only caller is bupo_kernels/backends/native, whose `address` checks dtype, device and length
-// of what a pointer is to; here sizes, strides and pointers are checked against each other.
+// The module bupo_kernels._C. It takes raw pointers, sizes and strides and includes no torch headers, so that one build serves
+// every torch. What the arguments mean is in cpu/kernels.h and cuda/rows.h. Only bupo_kernels/backends calls it; `address` there
+// checks dtype, device and length of what a pointer is to. Here sizes, strides and pointers are checked against each other.
 #include <pybind11/pybind11.h>
 
 #include "build_info.h"
@@ -38,14 +38,14 @@ T* at(Address address) {
   return at_or_null<T>(address);
 }
 
-// Of every call.
+// Checks the sizes that every call has, and returns `threads`.
 int counts(std::int64_t rows, std::int64_t columns, int threads) {
   require(rows >= 0 && columns >= 1, "0 rows and more of 1 column and more");
   require(threads >= 1, "1 thread and more");
   return threads;
 }
 
-// Rows that are written must not overlap; those that are read may.
+// Checks that rows of a matrix to write do not overlap (those to read may), and returns `stride`.
 std::int64_t apart(std::int64_t stride, std::int64_t rows, std::int64_t width) {
   require(rows <= 1 || stride >= width, "strides of at least the width");
   return stride;
@@ -60,7 +60,7 @@ cpu::Matrix matrix(Address data, std::int64_t stride, std::int64_t rows, std::in
   return {at<const cpu::Bf16>(data), stride, rows, width};
 }
 
-// [4, rows] with rows of this stride.
+// Returns the rows of a matrix [4, rows] with this stride.
 cpu::Statistics statistics(Address m, std::int64_t stride, std::int64_t rows) {
   float* first = at<float>(m);
   apart(stride, 2, rows);
@@ -72,14 +72,14 @@ cpu::Coefficients coefficients(Address m, Address constant, Address slope, Addre
           at<const std::int32_t>(targets)};
 }
 
-// One instruction set's kernels, as methods.
+// The kernels of one instruction set, as methods for Python.
 struct Cpu {
   explicit Cpu(const std::string& name) {
     for (const cpu::Isa& isa : cpu::isas())
-      if (name == isa.name && isa.supported()) k = &isa.kernels();
-    if (!k) throw py::value_error("isa: '" + name + "' given, which this build or this machine does not have");
+      if (name == isa.name && isa.supported()) kernels = &isa.kernels();
+    if (!kernels) throw py::value_error("isa: '" + name + "' given, which this build or this machine does not have");
   }
-  const cpu::Kernels* k = nullptr;
+  const cpu::Kernels* kernels = nullptr;
 };
 
 void bind_cpu(py::module_& module) {
@@ -94,89 +94,91 @@ void bind_cpu(py::module_& module) {
   });
 
   module.def(
-      "make_present", [](Address memory, i64 bytes, int threads) { cpu::make_present(at_or_null<void>(memory), bytes, threads); }, release());
+      "make_present", [](Address memory, i64 bytes, int threads) { cpu::make_present(at_or_null<void>(memory), bytes, threads); },
+      release());
 
   py::class_<Cpu>(module, "Kernels")
       .def(py::init<const std::string&>())
-      .def("packed_words", [](const Cpu& c, i64 count, i64 depth) { return c.k->packed_words(count, depth); })
-      .def("left_bytes", [](const Cpu& c, i64 depth, int threads) { return c.k->left_bytes(depth, threads); })
-      .def("statistics_bytes", [](const Cpu& c, i64 rows, i64 columns, i64 width,
-                                  int threads) { return c.k->statistics_bytes(rows, columns, width, threads); })
+      .def("packed_words", [](const Cpu& self, i64 count, i64 depth) { return self.kernels->packed_words(count, depth); })
+      .def("left_bytes", [](const Cpu& self, i64 depth, int threads) { return self.kernels->left_bytes(depth, threads); })
+      .def("statistics_bytes", [](const Cpu& self, i64 rows, i64 columns, i64 width,
+                                  int threads) { return self.kernels->statistics_bytes(rows, columns, width, threads); })
       .def(
           "pack_rows",
-          [](const Cpu& c, Address from, i64 stride, i64 rows, i64 width, Address to, int threads) {
-            c.k->pack_rows(matrix(from, stride, rows, width), at<cpu::Word>(to), counts(rows, width, threads));
+          [](const Cpu& self, Address from, i64 stride, i64 rows, i64 width, Address to, int threads) {
+            self.kernels->pack_rows(matrix(from, stride, rows, width), at<cpu::Word>(to), counts(rows, width, threads));
           },
           release())
       .def(
           "pack_columns",
-          [](const Cpu& c, Address from, i64 stride, i64 rows, i64 width, Address to, int threads) {
-            c.k->pack_columns(matrix(from, stride, rows, width), at<cpu::Word>(to), counts(rows, width, threads));
+          [](const Cpu& self, Address from, i64 stride, i64 rows, i64 width, Address to, int threads) {
+            self.kernels->pack_columns(matrix(from, stride, rows, width), at<cpu::Word>(to), counts(rows, width, threads));
           },
           release())
       .def(
           "linear_statistics",
-          [](const Cpu& c, Address hidden, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address bias, Address outer,
-             float inner, bool softcap, Address targets, Address out, i64 out_stride, Address workspace, int threads) {
-            c.k->linear_statistics(at<const cpu::Word>(hidden), rows, matrix(weight, stride, columns, width),
-                                   readout(bias, outer, inner, softcap), at<const std::int32_t>(targets), statistics(out, out_stride, rows),
-                                   at<void>(workspace), counts(rows, columns, threads));
+          [](const Cpu& self, Address hidden, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address bias,
+             Address outer, float inner, bool softcap, Address targets, Address out, i64 out_stride, Address workspace,
+             int threads) {
+            self.kernels->linear_statistics(at<const cpu::Word>(hidden), rows, matrix(weight, stride, columns, width),
+                                            readout(bias, outer, inner, softcap), at<const std::int32_t>(targets),
+                                            statistics(out, out_stride, rows), at<void>(workspace), counts(rows, columns, threads));
           },
           release())
       .def(
           "linear_gradient",
-          [](const Cpu& c, Address hidden, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address bias, Address outer,
-             float inner, bool softcap, Address m, Address constant, Address slope, Address on_target, Address targets, Address dz_left,
-             Address dz_right, Address column_sums, Address workspace, int threads) {
-            c.k->linear_gradient(at<const cpu::Word>(hidden), rows, matrix(weight, stride, columns, width),
-                                 readout(bias, outer, inner, softcap), coefficients(m, constant, slope, on_target, targets),
-                                 at<cpu::Word>(dz_left), at<cpu::Word>(dz_right), at_or_null<float>(column_sums), at<void>(workspace),
-                                 counts(rows, columns, threads));
+          [](const Cpu& self, Address hidden, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address bias,
+             Address outer, float inner, bool softcap, Address m, Address constant, Address slope, Address on_target,
+             Address targets, Address dz_left, Address dz_right, Address column_sums, Address workspace, int threads) {
+            self.kernels->linear_gradient(
+                at<const cpu::Word>(hidden), rows, matrix(weight, stride, columns, width), readout(bias, outer, inner, softcap),
+                coefficients(m, constant, slope, on_target, targets), at<cpu::Word>(dz_left), at<cpu::Word>(dz_right),
+                at_or_null<float>(column_sums), at<void>(workspace), counts(rows, columns, threads));
           },
           release())
       .def(
           "weight_gradient",
-          [](const Cpu& c, Address dz_left, i64 columns, Address hidden_columns, i64 rows, i64 width, Address out, i64 stride, bool bf16,
-             bool add, int threads) {
+          [](const Cpu& self, Address dz_left, i64 columns, Address hidden_columns, i64 rows, i64 width, Address out, i64 stride,
+             bool bf16, bool add, int threads) {
             void* to = bf16 ? static_cast<void*>(at<cpu::Bf16>(out)) : at<float>(out);
-            c.k->weight_gradient(at<const cpu::Word>(dz_left), columns, at<const cpu::Word>(hidden_columns), rows, width, to,
-                                 apart(stride, columns, width),
-                                 bf16 ? cpu::Write::bf16 : add ? cpu::Write::add_to_fp32 : cpu::Write::fp32,
-                                 counts(rows, columns, threads));
+            const cpu::Write in_fp32 = add ? cpu::Write::add_to_fp32 : cpu::Write::fp32;
+            self.kernels->weight_gradient(at<const cpu::Word>(dz_left), columns, at<const cpu::Word>(hidden_columns), rows, width,
+                                          to, apart(stride, columns, width), bf16 ? cpu::Write::bf16 : in_fp32,
+                                          counts(rows, columns, threads));
           },
           release())
       .def(
           "hidden_gradient",
-          [](const Cpu& c, Address dz_right, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address blocks, bool add,
-             Address workspace, int threads) {
-            c.k->hidden_gradient(at<const cpu::Word>(dz_right), rows, matrix(weight, stride, columns, width), at<float>(blocks), add,
-                                 at<void>(workspace), counts(rows, columns, threads));
+          [](const Cpu& self, Address dz_right, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address blocks,
+             bool add, Address workspace, int threads) {
+            self.kernels->hidden_gradient(at<const cpu::Word>(dz_right), rows, matrix(weight, stride, columns, width),
+                                          at<float>(blocks), add, at<void>(workspace), counts(rows, columns, threads));
           },
           release())
       .def(
           "unpack_hidden",
-          [](const Cpu& c, Address blocks, i64 rows, i64 width, Address out, i64 stride, int threads) {
-            c.k->unpack_hidden(at<const float>(blocks), rows, width, at<float>(out), apart(stride, rows, width),
-                               counts(rows, width, threads));
+          [](const Cpu& self, Address blocks, i64 rows, i64 width, Address out, i64 stride, int threads) {
+            self.kernels->unpack_hidden(at<const float>(blocks), rows, width, at<float>(out), apart(stride, rows, width),
+                                        counts(rows, width, threads));
           },
           release())
       .def(
           "row_statistics",
-          [](const Cpu& c, Address products, i64 stride, i64 rows, i64 columns, i64 first, Address bias, Address outer, float inner,
-             bool softcap, Address targets, Address running, i64 running_stride, int threads) {
-            c.k->row_statistics(at<float>(products), apart(stride, rows, columns), rows, columns, first,
-                                readout(bias, outer, inner, softcap), at<const std::int32_t>(targets),
-                                statistics(running, running_stride, rows), counts(rows, columns, threads));
+          [](const Cpu& self, Address products, i64 stride, i64 rows, i64 columns, i64 first, Address bias, Address outer,
+             float inner, bool softcap, Address targets, Address running, i64 running_stride, int threads) {
+            self.kernels->row_statistics(at<float>(products), apart(stride, rows, columns), rows, columns, first,
+                                         readout(bias, outer, inner, softcap), at<const std::int32_t>(targets),
+                                         statistics(running, running_stride, rows), counts(rows, columns, threads));
           },
           release())
       .def(
           "row_gradient",
-          [](const Cpu& c, Address logits, i64 stride, i64 rows, i64 columns, Address bias, Address outer, float inner,
+          [](const Cpu& self, Address logits, i64 stride, i64 rows, i64 columns, Address bias, Address outer, float inner,
              bool softcap, bool formed, Address m, Address constant, Address slope, Address on_target, Address targets, Address dz,
              int threads) {
-            c.k->row_gradient(at<const float>(logits), apart(stride, rows, columns), rows, columns, readout(bias, outer, inner, softcap),
-                              formed, coefficients(m, constant, slope, on_target, targets), at<float>(dz),
-                              counts(rows, columns, threads));
+            self.kernels->row_gradient(
+                at<const float>(logits), apart(stride, rows, columns), rows, columns, readout(bias, outer, inner, softcap), formed,
+                coefficients(m, constant, slope, on_target, targets), at<float>(dz), counts(rows, columns, threads));
           },
           release());
 }

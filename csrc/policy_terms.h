@@ -1,8 +1,10 @@
-// Loss of one token under an RL objective, and its derivatives: `policy_terms` of bupo_kernels/policy_losses.py, term for term, for
-// objectives whose terms depend on that token alone. Its conventions: a bound decides only strictly beyond it; log-ratios are
-// clamped, and strictly outside no gradient goes through them; a token whose sampler log-prob is not finite does not count.
+// The loss of one token under an RL objective, and its derivatives: `policy_terms` of bupo_kernels/policy_losses.py, term for term,
+// for objectives whose terms depend on that token alone. The conventions are those of that file: a bound decides only strictly
+// beyond it; log-ratios are clamped, and strictly outside no gradient goes through them; a token whose sampler log-prob is not
+// finite does not count.
 //
-// NaN must come out as NaN, as it does in torch, so no fmin and fmax: they drop it; and a gradient is switched off by a product with 0.
+// NaN must come out as NaN, as it does in torch. So fmin and fmax, which drop it, are not used, and a gradient is switched off by a
+// product with 0.
 #pragma once
 
 #include "row_statistics.h"
@@ -17,9 +19,9 @@ struct Objective {
   Ratio ratio;
   Clip clip;
   Divergence kl;
-  bool importance;   // weigh the policy term by min(π_old / π_sampler, importance_cap)
-  float floor, top;  // of the ratio: 1 − clip_low and 1 + clip_high
-  float ceiling;     // of the ratio where the advantage is negative: dual_clip, delta or infinity
+  bool importance;   // whether to weigh the policy term by min(π_old / π_sampler, importance_cap)
+  float floor, top;  // bounds of the ratio: 1 − clip_low and 1 + clip_high
+  float ceiling;     // bound of the ratio where the advantage is negative: dual_clip, delta or infinity
   float kl_coefficient;
   float entropy_coefficient;
   float importance_cap;
@@ -27,7 +29,7 @@ struct Objective {
 
 struct Token {
   float logprob, entropy, advantage;
-  float old_logprob;        // on-policy: the log-prob itself
+  float old_logprob;        // the log-prob itself where on-policy
   float reference_logprob;  // read only with a divergence
   float sampler_logprob;    // any finite number without a sampler
 };
@@ -44,7 +46,7 @@ constexpr float max_log_ratio = 20.0f;
 BUPO_HD float clamped_log_ratio(float x) { return clamped(x, -max_log_ratio, max_log_ratio); }
 BUPO_HD bool inside(float log_ratio) { return fabsf(log_ratio) <= max_log_ratio; }
 
-// Loss and its derivative, in ln ratio or, where the ratio is a constant, in the log-prob.
+// Returns the loss and its derivative in ln ratio or, where the ratio is a constant, in the log-prob.
 BUPO_HD PolicyTerms policy_term(const Objective& objective, float ratio, float logprob, float advantage) {
   if (objective.ratio == Ratio::none) return {-advantage * logprob, -advantage, 0};
   if (objective.clip == Clip::cispo) {
@@ -61,7 +63,7 @@ BUPO_HD PolicyTerms policy_term(const Objective& objective, float ratio, float l
   return {loss, decided ? 0 * loss : loss, 0};
 }
 
-// Schulman's estimators of KL(π ‖ other) from ln other − ln π, and the derivative in ln π.
+// Returns one of Schulman's estimators of KL(π ‖ other), from ln other − ln π, and its derivative in ln π.
 BUPO_HD PolicyTerms divergence(Divergence estimator, float log_ratio) {
   const float d = clamped_log_ratio(log_ratio);
   float value, slope;
@@ -76,6 +78,7 @@ BUPO_HD PolicyTerms divergence(Divergence estimator, float log_ratio) {
   return {value, inside(log_ratio) ? slope : 0 * slope, 0};
 }
 
+// Returns the loss of `token` and its derivatives in its log-prob and entropy.
 BUPO_HD PolicyTerms policy_terms(const Objective& objective, const Token& token) {
   if (!(fabsf(token.sampler_logprob) <= FLT_MAX)) return {0, 0, 0};
   const float log_ratio = token.logprob - token.old_logprob;

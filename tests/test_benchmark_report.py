@@ -11,7 +11,11 @@ from xml.etree import ElementTree
 
 import pytest
 
-from benchmarks import report
+from benchmarks import readme, report
+from benchmarks.sections import kernels as kernel_section
+from benchmarks.sections import scaling as scaling_section
+from benchmarks.sections import step as step_section
+from benchmarks.text import digits
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -216,7 +220,7 @@ OURS = ("ours", "ours", "log-prob, entropy")
 )
 def test_a_line_says_where_this_library_is_slower(ours, other, loses):
     another = contender("ours", "ours", "policy loss", 9)
-    lines = list(report.losses([contender(*OURS, ours, remark="recomputes"), another, contender(*other)]))
+    lines = list(kernel_section.losses([contender(*OURS, ours, remark="recomputes"), another, contender(*other)]))
     assert len(lines) == loses
     if loses:
         assert f"(log-prob, entropy) than {other[0]}: 1.30x the floor against 1.10x; peak 3.92 against 3.32 MiB" in lines[0]
@@ -228,7 +232,7 @@ def test_a_line_says_where_this_library_is_slower(ours, other, loses):
 
 def test_without_a_floor_times_are_compared():
     ours, naive = contender(*OURS, 1.3, times_floor=None), contender(*CONTENDERS[1][:3], 1.1)
-    assert "4.08 ms against 3.46 ms" in next(report.losses([ours, naive]))
+    assert "4.08 ms against 3.46 ms" in next(kernel_section.losses([ours, naive]))
 
 
 def test_tables_of_steps_say_what_the_results_say():
@@ -259,9 +263,9 @@ def test_tables_of_steps_say_what_the_results_say():
 
 def test_a_line_says_where_a_step_is_slower():
     sides = [side("naive logit lens", seconds=2.0), side("naive logit lens, truncated", seconds=1.0), side("bupo", seconds=1.5)]
-    (line,) = report.step_losses(sides)
+    (line,) = step_section.losses(sides)
     assert "layer 6 of 36, 8 x 4,096 tokens: bupo than naive logit lens, truncated: 1.50 s against 1.00 s" in line
-    assert not list(report.step_losses([*sides[:2], side("bupo", seconds=1.0)]))
+    assert not list(step_section.losses([*sides[:2], side("bupo", seconds=1.0)]))
 
 
 def test_fitted_lines_are_printed_with_the_formula_of_their_flops():
@@ -270,7 +274,7 @@ def test_fitted_lines_are_printed_with_the_formula_of_their_flops():
     assert body[0][4:] == ["vocab 32,000, width 1,024", "0.500 ms + 8·N·V·D / 26.2 TFLOP/s", "0.9988"]
     assert body[1][4:] == ["rows 512", "no fit", "–"]
     other = {**scaling()[0], "fixed": {"vocab": 32000, "width": 1000}}  # then 8·N·V·D would be a lie
-    assert report.formula(other) == "0.500 ms + FLOPs / 26.2 TFLOP/s"
+    assert scaling_section.formula(other) == "0.500 ms + FLOPs / 26.2 TFLOP/s"
 
 
 @pytest.mark.parametrize(
@@ -278,7 +282,7 @@ def test_fitted_lines_are_printed_with_the_formula_of_their_flops():
     [(0, "0"), (1234.5, "1,230"), (12.345, "12.3"), (0.99951, "1.00"), (0.0123456, "0.0123"), (2.34e-5, "2.3e-05"), (None, "–")],
 )
 def test_numbers_have_three_digits(number, text):
-    assert report.digits(number) == text
+    assert digits(number) == text
 
 
 def test_nothing_measured_is_said():
@@ -397,9 +401,9 @@ def test_writing_again_brings_all_up_to_date(checkout):
 
 def test_only_what_is_marked_is_replaced():
     text = "a\r\n<!-- benchmarks:x -->old\n<!-- /benchmarks --> b <!-- benchmarks:y --><!-- /benchmarks -->\n<!-- c -->"
-    filled = report.fill(text, {"x": "1", "y": r"\1|2", "z": "3"})
+    filled = readme.fill(text, {"x": "1", "y": r"\1|2", "z": "3"})
     assert filled == "a\r\n<!-- benchmarks:x -->1<!-- /benchmarks --> b <!-- benchmarks:y -->\\1|2<!-- /benchmarks -->\n<!-- c -->"
-    assert report.fill(filled, {"x": "old\n", "y": ""}) == text
+    assert readme.fill(filled, {"x": "old\n", "y": ""}) == text
 
 
 @pytest.mark.parametrize(
@@ -412,7 +416,7 @@ def test_only_what_is_marked_is_replaced():
 )
 def test_a_place_that_nothing_can_fill_is_an_error(text, message):
     with pytest.raises(ValueError, match=message):
-        report.fill(text, {"speed": ""})
+        readme.fill(text, {"speed": ""})
 
 
 def test_recorded_numbers_stand_where_they_are_named():
@@ -444,8 +448,8 @@ def test_the_readme_and_the_documentation_are_what_the_results_say():
     ],
 )
 def test_a_number_in_the_readme_that_no_result_backs_is_found(line, found):
-    assert report.unbacked(README) == []
-    assert found in report.unbacked(f"{README}\n{line}\n")
+    assert readme.unbacked(README) == []
+    assert found in readme.unbacked(f"{README}\n{line}\n")
 
 
 @pytest.mark.parametrize(
@@ -458,10 +462,10 @@ def test_a_number_in_the_readme_that_no_result_backs_is_found(line, found):
     ],
 )
 def test_settings_shapes_and_versions_need_no_result(line):
-    assert report.unbacked(line) == []
+    assert readme.unbacked(line) == []
 
 
-@pytest.mark.parametrize("phrase", report.ALLOWED)
+@pytest.mark.parametrize("phrase", readme.ALLOWED)
 def test_what_is_allowed_without_a_result_stands_in_the_readme(phrase):
     assert phrase in " ".join(README.split())
 

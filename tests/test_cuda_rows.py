@@ -98,17 +98,14 @@ class Chunk:
         by_row = isinstance(self.temperature, Tensor)
         return z / (self.temperature.double().unsqueeze(1) if by_row else self.temperature), leaf
 
-    def readout(self, columns: slice = slice(None), rows: Tensor | None = None) -> dict:
-        """Arguments; of selected rows the temperature is per row of theirs."""
-        temperature = self.temperature
-        if isinstance(temperature, Tensor) and rows is not None:
-            temperature = temperature[rows].contiguous()
-        by_row = isinstance(temperature, Tensor)
-        self.kept = temperature, None if self.bias is None else self.bias[columns]
+    def readout(self, columns: slice = slice(None)) -> dict:
+        """Return the arguments of the readout."""
+        by_row = isinstance(self.temperature, Tensor)
+        bias = None if self.bias is None else self.bias[columns]  # memory of self.bias, which lives
         return {
-            "bias": address(self.kept[1]),
-            "row_temperature": address(temperature) if by_row else 0,
-            "temperature": 7.0 if by_row else temperature,
+            "bias": address(bias),
+            "row_temperature": address(self.temperature) if by_row else 0,
+            "temperature": 7.0 if by_row else self.temperature,
             "logit_scale": self.logit_scale,
             "softcap": self.softcap,
         }
@@ -321,7 +318,7 @@ def test_rows_may_lie_more_than_2_31_elements_apart(cuda):
         assert torch.allclose(found, torch.stack(wanted).float(), rtol=2 * (chain_error(columns) + 4 * EPS))
 
         coefficients = algebra.Coefficients(found[0], torch.ones(2), None, torch.zeros(2), targets)
-        gradient = {"gradient": start, "gradient_dtype": "bfloat16", "gradient_stride": stride, "selected": 0, "n": 2}
+        gradient = {"gradient": start, "gradient_dtype": "bfloat16", "gradient_stride": stride, "n": 2}
         cuda.row_gradient(**where, **chunk.readout(), first_column=0, **of_coefficients(coefficients), **gradient, stream=0)
         second = torch.from_numpy(memory[stride : stride + columns].copy()).view(BF16)
         assert torch.allclose(second[:49].float(), (values[1].float() - found[0, 1]).exp()[:49], rtol=2**-8)
@@ -336,13 +333,12 @@ def of_coefficients(coefficients: algebra.Coefficients) -> dict:
     return {name: address(x) for name, x in coefficients._asdict().items()}
 
 
-def row_gradient(cuda, chunk, coefficients, *, to: Chunk, columns=slice(None), selected=None, rows=None):
+def row_gradient(cuda, chunk, coefficients, *, to: Chunk, columns=slice(None)):
     cuda.row_gradient(
         **place(chunk, columns),
-        **chunk.readout(columns, rows if rows is not None else selected),
+        **chunk.readout(columns),
         first_column=columns.start or 0,
         **of_coefficients(coefficients),
-        selected=address(selected),
         n=len(coefficients.m),
         gradient=address(to.products),
         gradient_dtype=dtype_name(to.products.dtype),
@@ -380,26 +376,23 @@ def assert_gradient(found: Tensor, exact: Tensor, bound: Tensor, z: Tensor):
 @given(
     chunk=chunks(), order=ORDERS, with_entropy=st.booleans(), narrow=st.booleans(), gap=st.sampled_from([0, 1, 8]), data=st.data()
 )
-def test_gradients_of_any_chunk_slicing_and_selection(cuda, chunk, order, with_entropy, narrow, gap, data):
+def test_gradients_of_any_chunk_and_slicing(cuda, chunk, order, with_entropy, narrow, gap, data):
     cuda.run_threads(order)
     rows, columns = chunk.products.shape
     targets = some_targets(rows, columns)
     upstream = [torch.randn(rows).double(), torch.randn(rows).double() if with_entropy else None, torch.randn(rows).double()]
     exact, coefficients = exact_gradient(chunk, targets, upstream)
-    selected = data.draw(
-        st.one_of(st.none(), st.sets(st.integers(0, rows - 1)).map(lambda x: torch.tensor(sorted(x), dtype=torch.int64)))
-    )
-    index = torch.arange(rows) if selected is None else selected
-    of_rows = algebra.Coefficients(*(x if x is None else x[index] for x in coefficients))
+    count = data.draw(st.integers(0, rows), label="count")  # the first of the rows
+    of_rows = algebra.Coefficients(*(x if x is None else x[:count] for x in coefficients))
     cut = data.draw(st.integers(0, columns - 1), label="cut")
     dtype = BF16 if narrow else chunk.products.dtype
     for part in (slice(0, cut), slice(cut, columns)):
         if part.start == part.stop:
             continue
-        to = in_memory(torch.full((len(index), part.stop - part.start), 77.0).to(dtype), gap)
-        row_gradient(cuda, chunk, in_fp32(of_rows), to=to, columns=part, selected=selected)
-        z = chunk.logits()[0].detach()[index]
-        assert_gradient(to.products, exact[index][:, part], of_rows.bound(), z)
+        to = in_memory(torch.full((count, part.stop - part.start), 77.0).to(dtype), gap)
+        row_gradient(cuda, chunk, in_fp32(of_rows), to=to, columns=part)
+        z = chunk.logits()[0].detach()[:count]
+        assert_gradient(to.products, exact[:count, part], of_rows.bound(), z)
         assert to.gaps_are_untouched()
     assert chunk.gaps_are_untouched()
 
@@ -648,9 +641,9 @@ def test_arguments_that_no_kernel_takes_are_refused(cuda):
     coefficients = algebra.Coefficients(*torch.zeros(2, 4), None, torch.zeros(4), targets)
     before = chunk.products.clone()
     narrow = Chunk(chunk.products.view(BF16)[:, ::2], chunk.memory)  # rows in place, of half the size
-    for to, selected in ((narrow, None), (chunk, torch.arange(4)), (Chunk(chunk.products[1:], chunk.memory), None)):
+    for to in (narrow, Chunk(chunk.products[1:], chunk.memory)):
         with pytest.raises(ValueError, match=r"row_gradient: .*apart from the products"):
-            row_gradient(cuda, chunk, coefficients, to=to, selected=selected)
+            row_gradient(cuda, chunk, coefficients, to=to)
     narrow_chunk = in_memory(torch.randn(4, 64).to(BF16))
     with pytest.raises(ValueError, match="dtype"):
         row_gradient(cuda, narrow_chunk, coefficients, to=in_memory(torch.zeros(4, 64)))

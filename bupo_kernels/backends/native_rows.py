@@ -194,7 +194,6 @@ class CudaRows:
         self.module.row_gradient(
             **arguments,
             **_addresses(coefficients._asdict(), dz),
-            selected=0,
             n=len(dz),
             gradient=address(dz, device=dz.device.type),
             gradient_dtype=_dtype_name(dz),

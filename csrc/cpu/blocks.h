@@ -1,7 +1,7 @@
-// C[32 x 32] = A · B of a left and a right panel, fp32 accumulators, in the instructions of one set.
+// The product C[32 x 32] = A · B of a left and a right panel with fp32 accumulators, in the instructions of one set.
 //
-// `between(step)` is called in every step: while a tile unit multiplies, the vector units are free for the block before. The others
-// have no use for it: `interleaves` is false.
+// `between(step)` is called in every step: while a tile unit multiplies, the vector units are free for the block before. Where
+// there is no tile unit, `interleaves` is false and it is not called.
 //
 // Included inside the namespace of an instruction set, see isa.h.
 #if defined(__AMX_BF16__)
@@ -22,7 +22,7 @@ struct Block {
     ~Session() { _tile_release(); }
   };
 
-  // Two tiles of A by two of B: four loads feed four products, the best that eight registers allow.
+  // Multiplies two tiles of A by two of B: four loads feed four products, the best that eight registers allow.
   template <class Between>
   static void multiply(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c, Between between) {
     __asm__ volatile("" ::: "memory");  // the loads below do not say what they read
@@ -50,8 +50,8 @@ struct Block {
 
 #else
 
-// `high` rows of C by `wide` vectors at a time in registers: 16 sums of 32 registers where there are 32, else 8 of 16, which covers the
-// latency of the multiply-add twice over.
+// A product of `high` rows of C by `wide` vectors at a time: its sums are 16 of 32 registers where there are 32, else 8 of 16,
+// which covers the latency of the multiply-add twice over.
 struct Block {
 #if defined(__AVX512BF16__)
   static constexpr bool multiplies_bf16 = true;
@@ -77,20 +77,20 @@ struct Block {
   static void multiply(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c, Between) {
     multiply(a, b, steps, c);
   }
-  // Not inlined: among an epilogue's variables the sums would lose their registers.
+  // Must not be inlined: among an epilogue's variables the sums would lose their registers.
   __attribute__((noinline)) static void multiply(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c) {
     for (int row = 0; row < 32; row += high)
       for (int column = 0; column < 32; column += wide * lanes) {
         Vec sum[high][wide];
-        for (auto& of_row : sum)
-          for (Vec& x : of_row) x = 0.0f;
-        const std::uint32_t* of_a = a + row / 16 * 256 + row % 16 * 16;
+        for (auto& row_sums : sum)
+          for (Vec& x : row_sums) x = 0.0f;
+        const std::uint32_t* a_row = a + row / 16 * 256 + row % 16 * 16;
         for (std::int64_t step = 0; step < steps; step++)
           for (int word = 0; word < 16; word++)
             for (int j = 0; j < wide; j++) {
-              const int at = column + j * lanes;
-              const std::uint32_t* of_b = b + step * 512 + at / 16 * 256 + word * 16 + at % 16;
-              for (int i = 0; i < high; i++) sum[i][j] = multiply_add(of_a[step * 512 + i * 16 + word], of_b, sum[i][j]);
+              const int first = column + j * lanes;
+              const std::uint32_t* b_column = b + step * 512 + first / 16 * 256 + word * 16 + first % 16;
+              for (int i = 0; i < high; i++) sum[i][j] = multiply_add(a_row[step * 512 + i * 16 + word], b_column, sum[i][j]);
             }
         for (int i = 0; i < high; i++)
           for (int j = 0; j < wide; j++) sum[i][j].store(c + (row + i) * 32 + column + j * lanes);

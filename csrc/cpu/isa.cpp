@@ -14,7 +14,8 @@ static bool supports_amx() {
   unsigned a, b, c, d;
   constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d & amx_bf16) || !(d & amx_tile)) return false;
-  constexpr int request_permission = 0x1023, tile_data = 18;  // of arch_prctl: Linux saves tile registers only where asked to
+  constexpr int request_permission = 0x1023,
+                tile_data = 18;  // arguments of arch_prctl: Linux saves tile registers only where asked to
   static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
   return granted;
 }

@@ -1,7 +1,8 @@
 // The instruction sets the CPU kernels were compiled for, and which of them this machine can run.
 //
-// All of them are one source, kernels.inc, in a namespace of their own each. A file of an instruction set uses nothing inline of the
-// standard library that the linker could share with the others: a copy compiled for AVX-512 would crash where there is none.
+// They are compiled from one source, kernels.inc, each in a namespace of its own. That source uses nothing inline of the standard
+// library, of which the linker would keep one copy for all: if that were the one compiled for AVX-512, it would crash where there
+// is none.
 #pragma once
 
 #include <vector>
@@ -16,7 +17,7 @@ struct Isa {
   const Kernels& (*kernels)();
 };
 
-// The fastest first; "portable" is always there, and last.
+// Returns the instruction sets, the fastest first; "portable" is always there, and last.
 const std::vector<Isa>& isas();
 
 }  // namespace bupo::cpu

@@ -1,14 +1,15 @@
-// Operands of the products, packed: panels of 32 rows (or columns), each a run of steps along the depth of the product, each step two
-// tiles of 16 x 16 words. A word is what a lane multiplies at once: two neighbouring bf16 along the depth where the instruction set
-// multiplies bf16, else one fp32. Row 16h + i of a left panel and word w of a step lie at [step][h][i][w], column 16h + j of a right
-// panel at [step][h][w][j]: tiles of AMX as they are, and vectors of right operands and broadcasts of left ones for the others.
+// The operands of the products are packed as panels of 32 rows (or columns). A panel is a run of steps along the depth of the
+// product, and a step is two tiles of 16 x 16 words. A word is what a lane multiplies at once: two neighbouring bf16 along the
+// depth where the instruction set multiplies bf16, else one fp32. Row 16h + i of a left panel and word w of a step lie at
+// [step][h][i][w], column 16h + j of a right panel at [step][h][w][j]: tiles of AMX as they are, and vectors of right operands and
+// broadcasts of left ones for the others.
 //
-// Beyond the edges of the matrix a panel holds zeros.
+// A panel holds zeros beyond the edges of the matrix.
 //
 // Included inside the namespace of an instruction set, see isa.h.
 using Word = std::uint32_t;
 constexpr std::int64_t panel = 32, tile = 16, tile_words = tile * tile, step_words = 2 * tile_words;
-constexpr std::int64_t word_depth = Block::multiplies_bf16 ? 2 : 1;  // elements along the depth
+constexpr std::int64_t word_depth = Block::multiplies_bf16 ? 2 : 1;  // elements of a word along the depth
 constexpr std::int64_t step_depth = tile * word_depth;
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -17,7 +18,7 @@ inline std::int64_t panel_words(std::int64_t depth) { return steps_of(depth) * s
 
 inline Word as_fp32(std::uint16_t bf16) { return Word(bf16) << 16; }
 
-// 16 x 16 words, turned over.
+// Transposes 16 x 16 words.
 inline void transpose(const Word* from, Word* to) {
 #if defined(__AVX512F__)
   __m512i r[16], s[16];
@@ -43,7 +44,7 @@ inline void transpose(const Word* from, Word* to) {
 #endif
 }
 
-// 16 rows, [row][word], of a matrix whose rows run along the depth; `rows` and `depth` are what is there.
+// Writes a tile [row][word] of 16 rows of a matrix whose rows run along the depth; `rows` and `depth` are what is there.
 inline void rows_to_tile(const std::uint16_t* from, std::int64_t stride, std::int64_t rows, std::int64_t depth, Word* to) {
   const std::int64_t there = min(depth, step_depth);
   if (rows < tile || there < step_depth) std::memset(to, 0, tile_words * sizeof(Word));
@@ -58,7 +59,8 @@ inline void rows_to_tile(const std::uint16_t* from, std::int64_t stride, std::in
   }
 }
 
-// 16 columns, [word][column], of a matrix whose columns run along the depth: element k of column j is from[k · stride + j].
+// Writes a tile [word][column] of 16 columns of a matrix whose columns run along the depth: element k of column j is
+// from[k · stride + j].
 inline void columns_to_tile(const std::uint16_t* from, std::int64_t stride, std::int64_t depth, std::int64_t columns, Word* to) {
   const std::int64_t there = min(columns, tile);
   if (columns < tile || depth < step_depth) std::memset(to, 0, tile_words * sizeof(Word));
@@ -75,25 +77,26 @@ inline void columns_to_tile(const std::uint16_t* from, std::int64_t stride, std:
 
 enum class Side { left, right };
 
-// Panels of either side, from a matrix with its depth along the rows (`from[i · stride + k]`, i the panels' own index) or across them
-// (`from[k · stride + i]`), and zeros from `depth` to `padded_depth`. What lies side by side in memory is read together.
+// Packs panels of either side, from a matrix with its depth along the rows (`from[i · stride + k]`, i being the panels' own index)
+// or across them (`from[k · stride + i]`), and zeros from `depth` to `padded_depth`. What lies side by side in memory is read
+// together.
 template <Side side, bool depth_along_rows>
-inline void pack_panels(const std::uint16_t* from, std::int64_t stride, std::int64_t count, std::int64_t depth, std::int64_t padded_depth,
-                        Word* to) {
+inline void pack_panels(const std::uint16_t* from, std::int64_t stride, std::int64_t count, std::int64_t depth,
+                        std::int64_t padded_depth, Word* to) {
   alignas(64) Word turned[tile_words];
   const std::int64_t words = panel_words(padded_depth), steps = steps_of(padded_depth), panels = ceil_div(count, panel);
   for (std::int64_t i = 0; i < panels * steps; i++) {
     const std::int64_t p = depth_along_rows ? i / steps : i % panels, step = depth_along_rows ? i % steps : i / panels;
     const std::int64_t k = step * step_depth, left_over = max<std::int64_t>(depth - k, 0);
     for (std::int64_t half = 0; half < 2; half++) {
-      const std::int64_t at = p * panel + half * tile, there = max<std::int64_t>(count - at, 0);
+      const std::int64_t first = p * panel + half * tile, there = max<std::int64_t>(count - first, 0);
       Word* final = to + p * words + step * step_words + half * tile_words;
       constexpr bool as_is = (side == Side::left) == depth_along_rows;
-      Word* first = as_is ? final : turned;
+      Word* packed = as_is ? final : turned;
       if constexpr (depth_along_rows)
-        rows_to_tile(from + at * stride + k, stride, there, left_over, first);
+        rows_to_tile(from + first * stride + k, stride, there, left_over, packed);
       else
-        columns_to_tile(from + k * stride + at, stride, left_over, there, first);
+        columns_to_tile(from + k * stride + first, stride, left_over, there, packed);
       if constexpr (!as_is) transpose(turned, final);
     }
   }

@@ -14,8 +14,8 @@
 
 namespace bupo::cpu {
 
-// With OpenMP these are torch's own threads: it has loaded the same runtime, and threads of another would wait for its own to stop
-// spinning after each torch op.
+// With OpenMP the threads are those of torch, which has loaded the same runtime: threads of another would wait for torch's to stop
+// spinning after each of its ops.
 void parallel_for(int threads, std::int64_t tasks, void (*task)(void*, std::int64_t, int), void* context) {
   std::atomic<std::int64_t> next{0};
   const auto work = [&](int worker) {
@@ -37,7 +37,7 @@ void parallel_for(int threads, std::int64_t tasks, void (*task)(void*, std::int6
 void make_present(void* memory, std::int64_t bytes, int threads) {
 #if defined(__linux__)
   constexpr int populate_write = 23;  // MADV_POPULATE_WRITE of Linux 5.14; an older one refuses, and nothing is lost
-  // No MADV_HUGEPAGE: where 2 MiB in one piece are rare, the kernel looks for them ten times as long as this takes.
+  // MADV_HUGEPAGE is not asked for: where 2 MiB in one piece are rare, the kernel looks for them ten times as long as this takes.
   static const std::uintptr_t page = sysconf(_SC_PAGESIZE);
   constexpr std::uintptr_t part = 4 << 20;
   struct Range {

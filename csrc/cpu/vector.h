@@ -1,4 +1,4 @@
-// As many fp32 lanes as a register of the instruction set being compiled for holds, by the vector extensions of GCC and Clang.
+// A vector of as many fp32 lanes as a register of the instruction set holds, by the vector extensions of GCC and Clang.
 //
 // Included inside the namespace of an instruction set, see isa.h.
 #if defined(__AVX512F__)
@@ -40,8 +40,9 @@ struct Vec {
   friend Vec operator/(Vec a, Vec b) { return a.v / b.v; }
   friend Ints operator<(Vec a, Vec b) { return a.v < b.v; }  // all bits of a lane, or none
 };
+// Returns a where the bits of a lane are set, else b.
 inline Vec choose(Ints where, Vec a, Vec b) { return (Floats)((where & (Ints)a.v) | (~where & (Ints)b.v)); }
-// b where either is NaN. One instruction where the compiler, asked for a > b ? a : b, makes two of it.
+// Return b where either is NaN. This is one instruction; of a > b ? a : b the compiler makes two.
 #if defined(__AVX512F__)
 inline Vec maximum(Vec a, Vec b) { return (Floats)_mm512_max_ps((__m512)a.v, (__m512)b.v); }
 inline Vec minimum(Vec a, Vec b) { return (Floats)_mm512_min_ps((__m512)a.v, (__m512)b.v); }
@@ -53,8 +54,9 @@ inline Vec maximum(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
 inline Vec minimum(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
 #endif
 
-// e^x for x ≤ 0 within 1 ulp, and 0 below −87, where e^x would be subnormal, and slow. x = n ln 2 + r with |r| ≤ ln 2 / 2; ln 2 in two
-// parts, the first with so few digits that n times it is exact, with FMA and without (constants of Cephes' expf).
+// Returns e^x for x ≤ 0 within 1 ulp, and 0 below −87, where e^x would be subnormal, and slow. x = n ln 2 + r with |r| ≤ ln 2 / 2,
+// and ln 2 is in two parts, the first with so few digits that n times it is exact, with FMA and without (constants of Cephes'
+// expf).
 inline Vec exponential(Vec x) {
   const float magic = 12582912.0f;  // 1.5 · 2^23: adding it rounds to the nearest integer, which then fills the low bits
   const Vec shifted = x * 1.44269504088896341f + magic;
@@ -69,7 +71,7 @@ inline Vec exponential(Vec x) {
   return choose(x < -87.0f, 0.0f, (Floats)((Words)e.v + ((Words)shifted.v << 23)));
 }
 
-// tanh x within 2 ulp: an odd polynomial near 0, where (1 − e^−2x) / (1 + e^−2x) would cancel (constants of Cephes' tanhf).
+// Returns tanh x within 2 ulp: an odd polynomial near 0, where (1 − e^−2x) / (1 + e^−2x) would cancel (constants of Cephes' tanhf).
 inline Vec hyperbolic_tangent(Vec x) {
   const Vec square = x * x, size = maximum(x, 0.0f - x);
   Vec p = Vec(-5.70498872745e-3f) * square + 2.06390887954e-2f;
@@ -80,7 +82,7 @@ inline Vec hyperbolic_tangent(Vec x) {
   return choose(size < 0.625f, p * square * x + x, choose(x < 0.0f, 0.0f - far, far));
 }
 
-// The bits of bf16(x), rounded to nearest even, in the upper half of each word; the lower is left over.
+// Returns the bits of bf16(x), rounded to nearest even, in the upper half of each word; the lower half is undefined.
 inline Words rounded_to_bf16(Vec x) {
   const Words bits = (Words)x.v;
   return bits + 0x7fffu + ((bits >> 16) & 1u);

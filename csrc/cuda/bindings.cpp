@@ -1,4 +1,4 @@
-// The row kernels as `bupo_kernels._C.cuda`. Pointers are numbers, 0 for null; what the arguments mean is in rows.h.
+// Binds the row kernels as `bupo_kernels._C.cuda`. Pointers are numbers, 0 for null; what the arguments mean is in rows.h.
 // tests/emulation builds the same file, and passes pointers to the host.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -32,7 +32,7 @@ Readout readout_of(Address bias, Address row_temperature, double temperature, do
   return {at<const float>(bias), at<const float>(row_temperature), temperature, logit_scale, softcap.value_or(0)};
 }
 
-// From bupo_kernels.policy_losses.PolicyObjective, whose fields it reads by name. Sums with 1 are double, as in torch.
+// Reads a bupo_kernels.policy_losses.PolicyObjective by the names of its fields. Sums with 1 are double, as in torch.
 Objective objective_of(const py::object& given) {
   const auto number = [&](const char* name) { return given.attr(name).cast<double>(); };
   const auto word = [&](const char* name) { return given.attr(name).cast<std::optional<std::string>>().value_or("none"); };
@@ -71,10 +71,10 @@ void bind(py::module_& module) {
       [](Address products, const std::string& dtype, i64 rows, i64 columns, i64 stride, i64 first_column, Address bias,
          Address row_temperature, double temperature, double logit_scale, Number softcap, Address targets, Address m, Address s,
          Address t, Address z_y, bool first, Address stream) {
-        const Products of = {at<const void>(products), dtype_of(dtype), rows, columns, stride, first_column};
+        const Products tile = {at<const void>(products), dtype_of(dtype), rows, columns, stride, first_column};
         const Readout readout = readout_of(bias, row_temperature, temperature, logit_scale, softcap);
         const release released;
-        row_statistics(of, readout, at<const i64>(targets), {at<float>(m), at<float>(s), at<float>(t), at<float>(z_y)}, first,
+        row_statistics(tile, readout, at<const i64>(targets), {at<float>(m), at<float>(s), at<float>(t), at<float>(z_y)}, first,
                        at<void>(stream));
       },
       arg("products"), arg("dtype"), arg("rows"), arg("columns"), arg("stride"), arg("first_column"), arg("bias"),
@@ -85,20 +85,19 @@ void bind(py::module_& module) {
       "row_gradient",
       [](Address products, const std::string& dtype, i64 rows, i64 columns, i64 stride, i64 first_column, Address bias,
          Address row_temperature, double temperature, double logit_scale, Number softcap, Address m, Address constant,
-         Address slope, Address on_target, Address targets, Address selected, i64 n, Address gradient,
-         const std::string& gradient_dtype, i64 gradient_stride, Address stream) {
-        const Products of = {at<const void>(products), dtype_of(dtype), rows, columns, stride, first_column};
+         Address slope, Address on_target, Address targets, i64 n, Address gradient, const std::string& gradient_dtype,
+         i64 gradient_stride, Address stream) {
+        const Products tile = {at<const void>(products), dtype_of(dtype), rows, columns, stride, first_column};
         const Readout readout = readout_of(bias, row_temperature, temperature, logit_scale, softcap);
         const Coefficients coefficients = {at<const float>(m), at<const float>(constant), at<const float>(slope),
                                            at<const float>(on_target), at<const i64>(targets)};
         const Gradient to = {at<void>(gradient), dtype_of(gradient_dtype), gradient_stride};
         const release released;
-        row_gradient(of, readout, coefficients, at<const i64>(selected), n, to, at<void>(stream));
+        row_gradient(tile, readout, coefficients, n, to, at<void>(stream));
       },
       arg("products"), arg("dtype"), arg("rows"), arg("columns"), arg("stride"), arg("first_column"), arg("bias"),
       arg("row_temperature"), arg("temperature"), arg("logit_scale"), arg("softcap"), arg("m"), arg("constant"), arg("slope"),
-      arg("on_target"), arg("targets"), arg("selected"), arg("n"), arg("gradient"), arg("gradient_dtype"), arg("gradient_stride"),
-      arg("stream"));
+      arg("on_target"), arg("targets"), arg("n"), arg("gradient"), arg("gradient_dtype"), arg("gradient_stride"), arg("stream"));
 
   module.def(
       "row_policy_loss",
@@ -107,7 +106,7 @@ void bind(py::module_& module) {
          Address advantages, Address old_logprobs, Address reference_logprobs, Address sampler_logprobs, Address loss,
          Address logprob, Address entropy, Address used, Address gradient, const std::string& gradient_dtype, i64 gradient_stride,
          Address stream) {
-        const Products of = {at<const void>(products), dtype_of(dtype), rows, columns, stride, 0};
+        const Products tile = {at<const void>(products), dtype_of(dtype), rows, columns, stride, 0};
         const Readout readout = readout_of(bias, row_temperature, temperature, logit_scale, softcap);
         const Objective goal = objective_of(objective);
         const PolicyInputs inputs = {at<const i64>(targets),
@@ -119,7 +118,7 @@ void bind(py::module_& module) {
         const PolicyOutputs outputs = {at<float>(loss), at<float>(logprob), at<float>(entropy), at<bool>(used)};
         const Gradient to = {at<void>(gradient), dtype_of(gradient_dtype), gradient_stride};
         const release released;
-        row_policy_loss(of, readout, goal, inputs, outputs, to, at<void>(stream));
+        row_policy_loss(tile, readout, goal, inputs, outputs, to, at<void>(stream));
       },
       arg("products"), arg("dtype"), arg("rows"), arg("columns"), arg("stride"), arg("bias"), arg("row_temperature"),
       arg("temperature"), arg("logit_scale"), arg("softcap"), arg("objective"), arg("targets"), arg("weights"), arg("advantages"),

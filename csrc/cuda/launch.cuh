@@ -10,7 +10,7 @@
 
 namespace bupo::cuda {
 
-// The launch's own status is thrown: what cudaGetLastError holds may be of another library's call.
+// Launches a kernel and throws what its own launch says: what cudaGetLastError holds may come from another library's call.
 template <class... Parameters, class... Arguments>
 void launch(const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads, void* stream,
             const Arguments&... arguments) {

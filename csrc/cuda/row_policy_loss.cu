@@ -1,30 +1,32 @@
-// The whole of a policy loss on rows of products: statistics in one sweep, the token's terms, then dz in a second sweep.
+// A policy loss on rows of products: their statistics in one sweep, the terms of their tokens, then dz in a second sweep.
 //
 // A block takes a row, so nothing waits for other rows or the host, and statistics and coefficients never leave the processor. A
-// row is read from memory once as long as the rows in flight stay in the cache (rows.h says how many those are): then the floor is
-// that of row_gradient. Else what has left the cache is read again, at most what row_statistics reads. A row without gradient,
-// where a clip decides, is read once, and zeroed.
+// row is read from memory once as long as the rows in flight stay in the cache (rows.h says how many those are); then the floor is
+// that of row_gradient. Otherwise what has left the cache is read again, at most what row_statistics reads. A row without gradient,
+// where a clip decides, is read once and zeroed.
 #include "rows.cuh"
 
 namespace bupo::cuda {
 namespace {
 
-// `finish` of bupo_kernels/backends/algebra.py. NaN passes the bounds.
+// The results of a row, as `finish` of bupo_kernels/backends/algebra.py has them.
 struct Results {
   float log_s, logprob, entropy;
 };
 
+// Returns the results of a row. NaN passes the bounds.
 __device__ Results finish(const Partial<float>& row, float z_y, float log_vocab) {
   const float log_s = logf(row.s), logprob = (z_y - row.m) - log_s;
   return {log_s, logprob > 0 ? 0 : logprob, clamped(log_s - row.t / row.s, 0, log_vocab)};
 }
 
-// `coefficients` of the same, times ∂z/∂product. On the target 1 − p_y = −expm1(log p_y) stays accurate where p_y is near 1.
-__device__ RowCoefficients coefficients(float g_logprob, float g_entropy, const Partial<float>& row, const Results& of, float scale,
-                                        int target) {
-  const float p_y = expf(of.logprob);
-  const float constant = (-g_logprob - g_entropy * (of.entropy - of.log_s)) / row.s;
-  const float on_target = -g_logprob * expm1f(of.logprob) - g_entropy * (p_y * (floored(of.logprob) + of.entropy));
+// Returns `coefficients` of bupo_kernels/backends/algebra.py, times ∂z/∂product. On the target 1 − p_y = −expm1(log p_y) stays
+// accurate where p_y is near 1.
+__device__ RowCoefficients coefficients(float g_logprob, float g_entropy, const Partial<float>& row, const Results& results,
+                                        float scale, int target) {
+  const float p_y = expf(results.logprob);
+  const float constant = (-g_logprob - g_entropy * (results.entropy - results.log_s)) / row.s;
+  const float on_target = -g_logprob * expm1f(results.logprob) - g_entropy * (p_y * (floored(results.logprob) + results.entropy));
   return {row.m, scale * constant, scale * (g_entropy / row.s), scale * on_target, target};
 }
 
@@ -76,7 +78,7 @@ void row_policy_loss(const Products& products, const Readout& readout, const Obj
   if (products.rows == 0) return;
   const bool given = inputs.targets && inputs.weights && inputs.advantages;
   require(given && outputs.loss && outputs.logprob && outputs.entropy && outputs.used, name, null);
-  if (gradient.data) check(name, products, gradient, products.rows, false);
+  if (gradient.data) check(name, products, gradient, products.rows);
   require(products.first_column == 0, name, "accepted are whole rows");
   require(objective.kl == Divergence::none || inputs.reference_logprobs, name, "a KL needs reference_logprobs");
   require(!objective.importance || inputs.sampler_logprobs, name, "importance weights need sampler_logprobs");

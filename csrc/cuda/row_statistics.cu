@@ -1,9 +1,9 @@
-// Maximum, Σe, Σ(z−m)e and the target's logit of every row of a chunk, in one read.
+// The statistics of every row of a chunk, in one read: maximum, Σe, Σ(z−m)e and the target's logit.
 //
-// A block takes a row. Each thread keeps (m, s, t) of its own columns, sixteen at a time: their maximum first, then one rescaling
-// of what it has, then one exponential each. Warps merge by shuffles, the block through shared memory, always in the same order.
-// The floor is the chunk's bytes: 4096 rows of 151936 fp32 logits are 2.5 GB, 0.52 ms on an H200; the product that wrote them
-// takes 6.4 ms at 800 TFLOP/s and D = 4096.
+// A block takes a row. Each thread keeps (m, s, t) of its own columns and takes sixteen at a time: first their maximum, then one
+// rescaling of what it has, then one exponential for each. Warps merge by shuffles, the block through shared memory, always in the
+// same order. The floor is the chunk's bytes: 4096 rows of 151936 fp32 logits are 2.5 GB, 0.52 ms on an H200; the product that
+// wrote them takes 6.4 ms at 800 TFLOP/s and D = 4096.
 #include "rows.cuh"
 
 namespace bupo::cuda {
@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(most_threads, 1)
   scales = of_row<form>(scales, r);
   Partial<float> total = reduce_block(sweep<T, form>(row, columns, scales), shared);
   if (threadIdx.x != 0) return;
-  // −inf is a fine maximum of nothing for whoever set it, but −inf − (−inf) is not a number.
+  // A caller may have set the maximum of nothing to −inf, but −inf − (−inf) is not a number.
   if (!first) total = merge({maximum(statistics.m[r], lowest), statistics.s[r], statistics.t[r]}, total);
   statistics.m[r] = total.m;
   statistics.s[r] = total.s;
@@ -52,8 +52,8 @@ void row_statistics(const Products& products, const Readout& readout, const int6
   check("row_statistics", products);
   if (products.rows == 0) return;
   require(targets && statistics.m && statistics.s && statistics.t && statistics.z_y, "row_statistics", null);
-  const auto of_type = products.dtype == Dtype::float32 ? run<float> : run<bf16>;
-  of_type(products, readout, targets, statistics, first, stream);
+  const auto run_typed = products.dtype == Dtype::float32 ? run<float> : run<bf16>;
+  run_typed(products, readout, targets, statistics, first, stream);
 }
 
 }  // namespace bupo::cuda

@@ -2,7 +2,7 @@
 //
 // Which thread takes which columns depends on the number of columns alone, not on where a row lies in memory: sums come in one
 // order whatever the alignment, so a row has the same bits in any chunk. A row that does not begin on 16 bytes is read element by
-// element: from memory still once, but with 4 (bf16: 8) times the loads, so a backend does well to pad its stride.
+// element, which is still once from memory, but with 4 (bf16: 8) times the loads; so a backend does well to pad its stride.
 //
 // Bounds on an H200 (4.8 TB/s; 132 processors of 128 lanes and 16 special-function units at 1.7 GHz): to read a thousand fp32
 // logits takes 0.83 ns, in which 24 lane-instructions and 3 exponentials a logit fit; bf16 half of all three. expf takes about 8
@@ -38,7 +38,7 @@ __device__ inline void unpack(uint32_t word, float* x, bf16) {  // the lower hal
   x[1] = float_of_bits(word & 0xffff0000u);
 }
 
-// Round to nearest even; NaN stays one. The lower half is the first.
+// Rounds two numbers to the nearest even bf16; NaN stays NaN. The first is the lower half of the word.
 __device__ inline uint32_t round_to_bf16(float first, float second) {
 #if defined(__CUDA_ARCH__)
   uint32_t word;
@@ -135,7 +135,7 @@ __device__ Scales of_row(Scales scales, int64_t row) {
   return scales;
 }
 
-// `bend`: also ∂z/∂x, without the row's constant factor.
+// Turns products into logits in place, and with `bend` sets `slope` to ∂z/∂x, without the row's constant factor.
 template <Form form, bool bend, int N>
 __device__ __forceinline__ void to_logits(float (&x)[N], float (&slope)[N], int column, const Scales& scales) {
   if (form == Form::identity) return;
@@ -162,7 +162,8 @@ __device__ __forceinline__ void to_logits(float (&x)[N], int column, const Scale
   to_logits<form, false>(x, none, column, scales);
 }
 
-// One rescaling for N logits, whether or not the maximum grew: a branch on that would be taken by some thread of most warps.
+// Adds N logits to `total` with one rescaling, whether or not the maximum grew: a branch would be taken by some thread of most
+// warps.
 template <int N>
 __device__ __forceinline__ void fold(Partial<float>& total, const float (&z)[N]) {
   float m = total.m;
@@ -179,7 +180,7 @@ __device__ __forceinline__ void fold(Partial<float>& total, const float (&z)[N])
   total = {m, s, t};
 }
 
-// This thread's share of a row: whole groups, then words, then what is left of one.
+// Returns the statistics of this thread's share of a row: of whole groups, then words, then what is left of one.
 template <class T, Form form>
 __device__ Partial<float> sweep(const T* row, int columns, const Scales& scales) {
   constexpr int word = 16 / sizeof(T), words = group / word;
@@ -223,7 +224,7 @@ __device__ float logit_at(const T* row, int column, const Scales& scales) {
   return z[0];
 }
 
-// Thread 0 of each warp ends up with the warp's; the others with something.
+// Returns the statistics of the warp to its thread 0; what other threads get means nothing.
 __device__ inline Partial<float> reduce_warp(Partial<float> part) {
 #pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) {
@@ -235,7 +236,8 @@ __device__ inline Partial<float> reduce_warp(Partial<float> part) {
   return part;
 }
 
-// Thread 0 of the block ends up with the block's. One barrier, for all threads; `shared` must not be in use before.
+// Returns the statistics of the block to its thread 0. All threads must call this, which has a barrier; `shared` must not be in
+// use.
 __device__ inline Partial<float> reduce_block(Partial<float> part, Partial<float> (&shared)[most_threads / 32]) {
   part = reduce_warp(part);
   const unsigned warps = blockDim.x / 32;
@@ -246,12 +248,13 @@ __device__ inline Partial<float> reduce_block(Partial<float> part, Partial<float
   return reduce_warp(threadIdx.x < warps ? shared[threadIdx.x] : Partial<float>{lowest, 0, 0});
 }
 
-// Of one row.
+// The coefficients of one row.
 struct RowCoefficients {
   float m, constant, slope, on_target;
   int target;  // column of the slice, or −1
 };
 
+// Returns the column of the slice that a target is, or −1.
 __device__ inline int column_of(int64_t target, int64_t first_column, int columns) {
   const int64_t column = target - first_column;
   return column >= 0 && column < columns ? static_cast<int>(column) : -1;
@@ -277,7 +280,8 @@ __device__ __forceinline__ void to_gradient(float (&x)[N], int column, const Sca
 // Writes columns [begin, end) of a row's gradient, from the last to the first: where a sweep from the first to the last has just
 // gone before, the last are those that are still in the cache. `gradient` may be `row`: each thread writes what it has read itself.
 template <class T, class Out, Form form>
-__device__ void write_gradient(const T* row, Out* gradient, int begin, int end, const Scales& scales, const RowCoefficients& of) {
+__device__ void write_gradient(const T* row, Out* gradient, int begin, int end, const Scales& scales,
+                               const RowCoefficients& coefficients) {
   constexpr int narrow = sizeof(T) < sizeof(Out) ? sizeof(T) : sizeof(Out), word = 16 / narrow, words = group / word;
   const bool read = on_16_bytes(row), written = on_16_bytes(gradient);
   const int step = blockDim.x * word, whole = (end - begin) / (step * words);
@@ -286,12 +290,12 @@ __device__ void write_gradient(const T* row, Out* gradient, int begin, int end, 
     if (column + word <= end) {
       float x[word];
       load(row + column, read, x);
-      to_gradient<form>(x, column, scales, of);
+      to_gradient<form>(x, column, scales, coefficients);
       store(gradient + column, written, x);
     } else {
       for (int k = column; k < end; ++k) {
         float x[1] = {to_float(row[k])};
-        to_gradient<form>(x, k, scales, of);
+        to_gradient<form>(x, k, scales, coefficients);
         store(gradient + k, x[0]);
       }
     }
@@ -302,7 +306,7 @@ __device__ void write_gradient(const T* row, Out* gradient, int begin, int end, 
     for (int i = 0; i < words; ++i) load(row + column + i * step, read, x[i]);
 #pragma unroll
     for (int i = 0; i < words; ++i) {
-      to_gradient<form>(x[i], column + i * step, scales, of);
+      to_gradient<form>(x[i], column + i * step, scales, coefficients);
       store(gradient + column + i * step, written, x[i]);
     }
   }
@@ -336,7 +340,7 @@ inline void check(const char* name, const Products& products) {
   require(products.data || products.rows == 0, name, null);
 }
 
-inline void check(const char* name, const Products& products, const Gradient& gradient, int64_t rows, bool selection) {
+inline void check(const char* name, const Products& products, const Gradient& gradient, int64_t rows) {
   const bool narrowed = products.dtype == Dtype::float32 && gradient.dtype == Dtype::bfloat16;
   require(gradient.dtype == products.dtype || narrowed, name, "accepted are gradients of the products' dtype, and bf16 of fp32");
   require(gradient.stride >= products.columns, name, "accepted are strides of at least the number of columns");
@@ -345,7 +349,7 @@ inline void check(const char* name, const Products& products, const Gradient& gr
   const auto* to = static_cast<const char*>(gradient.data);
   const bool apart =
       to >= from + last(products.rows, products.stride, products.dtype) || from >= to + last(rows, gradient.stride, gradient.dtype);
-  const bool in_place = to == from && gradient.dtype == products.dtype && gradient.stride == products.stride && !selection;
+  const bool in_place = to == from && gradient.dtype == products.dtype && gradient.stride == products.stride;
   require(apart || in_place, name, "accepted are gradients apart from the products, or all of them in place in the same dtype");
 }
 
@@ -354,7 +358,7 @@ struct Type {
   using type = T;
 };
 
-// run(Type<of the products>, Type<of the gradient>)
+// Calls run(type of the products, type of the gradient).
 template <class Run>
 void with_types(Dtype products, Dtype gradient, Run run) {
   if (products == Dtype::bfloat16) return run(Type<bf16>{}, Type<bf16>{});

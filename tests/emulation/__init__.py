@@ -37,7 +37,6 @@ def compiler() -> str | None:
 
 
 @functools.cache
-@functools.cache
 def emulated_cuda(source: Path = CUDA):
     """What ``bupo_kernels._C.cuda`` is on a machine with a GPU, but for pointers to the host; ``stream`` is ignored.
 

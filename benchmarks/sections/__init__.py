@@ -1,0 +1,1 @@
+"""The sections of results on the page: a module each, with its tables, its headlines and its pictures."""
