@@ -76,6 +76,7 @@ sanitize: install ## the native kernels under AddressSanitizer and UndefinedBeha
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp)
 	$(BIN)/mypy
 
 docs: install ## the pages of docs/ and the API reference, into build/docs; a reference that leads nowhere is an error

@@ -20,7 +20,7 @@ class TooSmall(ValueError):
 
 @dataclass(frozen=True)
 class Readout:
-    """How a product becomes a logit: ``z = softcap(logit_scale · (h·W_j + b_j)) / temperature``."""
+    """The way from a product to a logit: ``z = softcap(logit_scale · (h·W_j + b_j)) / temperature``."""
 
     temperature: float | Tensor  # a number, or [...] in the shape of the targets
     logit_scale: float
@@ -113,7 +113,7 @@ class Memory(NamedTuple):
 
 
 class TilePlan(NamedTuple):
-    """How a backend will run a problem: in what tiles, keeping what, in how much memory."""
+    """The plan of a backend for a problem: in what tiles it runs, what it keeps, and in how much memory."""
 
     strategy: str
     tile: Tile  # of the gradient, and in the tile loop of the forward too
