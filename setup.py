@@ -72,7 +72,7 @@ class Impossible(Exception):
 
 
 class Wishes(NamedTuple):
-    """What the environment asks for."""
+    """The wishes of the environment."""
 
     cuda: bool = True  # where it is possible
     cuda_asked_by: str = ""  # the variable for which it is an error where it is not
@@ -103,7 +103,7 @@ class Cuda(NamedTuple):
 
 
 def find_cxx(environment: Mapping[str, str]) -> list[str]:
-    """The C++ compiler; raises :class:`Impossible` where none can compile ``csrc``."""
+    """Return the C++ compiler. Raise :class:`Impossible` where none can compile ``csrc``."""
     if os.name == "nt":
         raise Impossible("they need the vector extensions of GCC and Clang, and on Windows Python modules are built with MSVC")
     asked = shlex.split(environment.get("CXX", ""))
@@ -120,7 +120,7 @@ def find_cxx(environment: Mapping[str, str]) -> list[str]:
 
 
 def find_isas(cxx: list[str]) -> list[str]:
-    """Those of ISAS that ``cxx`` compiles for its target."""
+    """Return those of ISAS that ``cxx`` compiles for its target."""
 
     def compiles(flags: tuple[str, ...], statement: str) -> bool:
         return not flags or complaint([*cxx, *flags], ISA_PROBE.format(statement)) is None
@@ -130,7 +130,7 @@ def find_isas(cxx: list[str]) -> list[str]:
 
 
 def find_cuda(environment: Mapping[str, str], wishes: Wishes, cxx: list[str]) -> tuple[Cuda, list[str]]:
-    """nvcc and what it can build, and which of CUDA_ARCHS it cannot; raises :class:`Impossible`."""
+    """Return nvcc and what it can build, and which of CUDA_ARCHS it cannot. Raise :class:`Impossible` where it cannot be used."""
     home = environment.get("CUDA_HOME")
     nvcc = shutil.which(str(Path(home, "bin", "nvcc"))) if home else shutil.which("nvcc", path=environment.get("PATH"))
     if nvcc is None:
@@ -159,19 +159,20 @@ def find_cuda(environment: Mapping[str, str], wishes: Wishes, cxx: list[str]) ->
 
 
 def has_gpu(environment: Mapping[str, str]) -> bool:
-    """Whether this machine has a GPU of NVIDIA's that its driver knows."""
+    """Return whether this machine has a GPU of NVIDIA's that its driver knows."""
     asked = shutil.which("nvidia-smi", path=environment.get("PATH"))
     return asked is not None and "GPU" in (output([asked, "-L"]) or "")
 
 
 def choose_archs(asked: tuple[str, ...], known) -> tuple[list[str], list[str]]:
-    """The architectures to build, ascending, and those that nvcc does not know."""
+    """Return the architectures to build, ascending, and those that nvcc does not know."""
     by_age = sorted(asked or CUDA_ARCHS, key=lambda arch: (int(re.match(r"\d+", arch)[0]), arch))
     return [arch for arch in by_age if known(arch)], [arch for arch in by_age if not known(arch)]
 
 
 def gencode(archs: list[str]) -> list[str]:
-    """Machine code for each, and PTX of the newest that later GPUs can translate: not that of an `a` or `f` architecture."""
+    """Ask for machine code for each, and PTX of the newest that later GPUs can translate: not that of an `a` or `f`
+    architecture."""
     general = [arch for arch in archs if arch.isdigit()]
     flags = [f"arch=compute_{arch},code=sm_{arch}" for arch in archs]
     flags += [f"arch=compute_{arch},code=compute_{arch}" for arch in general[-1:]]
@@ -179,18 +180,18 @@ def gencode(archs: list[str]) -> list[str]:
 
 
 def dry_run(nvcc: list[str], arch: str) -> str | None:
-    """What nvcc would do for ``arch``; None if it does not know it."""
+    """Return what nvcc would do for ``arch``; None if it does not know it."""
     return output([*nvcc, "--dryrun", "-x", "cu", os.devnull, "-c", "-o", os.devnull, *gencode([arch])])
 
 
 def output(command: list[str]) -> str | None:
-    """None if it fails."""
+    """Return what ``command`` prints; None if it fails."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     return done.stdout if done.returncode == 0 else None
 
 
 def complaint(compiler: list[str], source: str, suffix: str = ".cpp") -> str | None:
-    """Why ``source`` does not compile, in the compiler's words; None if it does."""
+    """Return why ``source`` does not compile, in the compiler's words; None if it does."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "probe" + suffix)
         path.write_text(source, encoding="utf-8")
@@ -203,7 +204,7 @@ def complaint(compiler: list[str], source: str, suffix: str = ".cpp") -> str | N
 
 
 class Build(NamedTuple):
-    """What is built, with what."""
+    """The parts that are built, and the tools they are built with."""
 
     cxx: list[str]
     isas: list[str]
@@ -220,7 +221,7 @@ def sanitize_flags(build: Build) -> list[str]:
 
 
 def cxx_flags(build: Build) -> list[str]:
-    """Of every C++ source."""
+    """Return the flags of every C++ source."""
     flags = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=fast", *build.threads, "-Wall", f"-I{CSRC}"]
     # GCC warns of its own AVX-512 headers, and that instruction sets differ in how wide vectors are passed: between files none is.
     flags += ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi", "-Wno-unknown-warning-option"]
@@ -240,7 +241,7 @@ def link_flags(build: Build) -> list[str]:
 
 
 def sources(build: Build) -> dict[Path, list[str]]:
-    """Everything that is compiled, and the flags that each file has for itself."""
+    """Return everything that is compiled, and the flags that each file has for itself."""
     of_isas = [f"-DBUPO_ISA_{isa.upper()}" for isa in build.isas if isa != "portable"]
     of_cuda = ["-DBUPO_WITH_CUDA", *build.cuda.include] if build.cuda else []
     found = {CSRC / "bindings.cpp": [*of_isas, *of_cuda]}
@@ -281,7 +282,7 @@ def ninja_file(build: Build, include: list[str], temp: Path, target: Path) -> st
 
 
 def build_info(build: Build, left_out: list[str]) -> str:
-    """The header from which `_C.build_info()` has its facts."""
+    """Return the header from which `_C.build_info()` has its facts."""
     facts = {
         "compiler": (output([*build.cxx, "--version"]) or "?").splitlines()[0],
         "isas": " ".join(build.isas),

@@ -36,7 +36,8 @@ class Contender:
 
 
 def policy_loss_of(logprobs: Callable[[Inputs], Tensor]) -> Callable[[Inputs], Tensor]:
-    """The plainest on-policy loss on some head's log-probs [N]: −mean of A · exp(logp − its own value) over the rows that count."""
+    """Return the plainest on-policy loss on some head's log-probs [N]: −mean of A · exp(logp − its own value) over the rows that
+    count."""
 
     def call(x: Inputs) -> Tensor:
         found = logprobs(x).where(x.mask, 0)

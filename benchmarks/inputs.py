@@ -39,7 +39,7 @@ class Case:
 
     @classmethod
     def of(cls, model: str, rows: int, **others) -> Case:
-        """Of the shape of one of :data:`MODELS`."""
+        """Return a case with the shape of one of :data:`MODELS`."""
         return cls(model, *MODELS[model], rows, **others)
 
 
@@ -90,7 +90,7 @@ class Inputs:
         hidden += (chosen * torch.empty(len(chosen), 1, device=self.device).uniform_(*PEAKED)).to(hidden.dtype)
 
     def spread(self, count: int) -> Tensor:
-        """As many of the rows that count, [r], from the first to the last; all if there are fewer."""
+        """Return ``count`` of the active rows, [r], spread from the first to the last; all if there are fewer."""
         counted = self.mask.nonzero().squeeze(1)
         return counted[torch.linspace(0, len(counted) - 1, min(count, len(counted)), device=self.device).long()]
 
@@ -99,7 +99,8 @@ class Inputs:
         return self.hidden, self.weight
 
     def coefficients(self, computes: str) -> tuple[Tensor, Tensor]:
-        """Upstream gradients of log-prob and entropy [N]: what a contender of that kind is differentiated with, or uses itself."""
+        """Return upstream gradients of log-prob and entropy [N], with which a contender of that kind is differentiated, or which it
+        uses itself."""
         zero, count = torch.zeros_like(self.g_logprob), self.active_rows
         return {
             "log-prob, entropy": (self.g_logprob, self.g_entropy),
@@ -123,7 +124,7 @@ class Exact:
     @classmethod
     @torch.no_grad()
     def of(cls, x: Inputs, sampled: int = 32) -> Exact:
-        """Two passes over the vocabulary in slices: for the statistics, and for the logits of the rows picked."""
+        """Compute it in two passes over slices of the vocabulary: for the statistics, and for the logits of the rows picked."""
         counted = x.mask.nonzero().squeeze(1)
         hidden = x.hidden[counted].double()
         largest = torch.full((len(counted),), -torch.inf, dtype=torch.float64, device=x.device)
@@ -159,7 +160,7 @@ class Exact:
 
     @torch.no_grad()
     def gradients(self, x: Inputs, g_logprob: Tensor, g_entropy: Tensor) -> tuple[Tensor, Tensor]:
-        """dH [r, D] of :attr:`rows` and dW [c, D] of :attr:`columns` under these upstream gradients [N]."""
+        """Return dH [r, D] of :attr:`rows` and dW [c, D] of :attr:`columns` under these upstream gradients [N]."""
         g_lp, g_h = g_logprob.double(), g_entropy.double()
         rows = self.rows
         dz = untargeted(self.logprobs_of_rows, self.entropy[rows], g_lp[rows], g_h[rows])
@@ -171,7 +172,7 @@ class Exact:
 
 
 def untargeted(log_p: Tensor, entropy: Tensor, g_logprob: Tensor, g_entropy: Tensor) -> Tensor:  # [n, c], three times [n]
-    """Gradient of the logits [n, c], but for the g_logprob that a target's has besides."""
+    """Return the gradient of the logits [n, c], but for the g_logprob that a target's has besides."""
     return -log_p.exp() * (g_logprob[:, None] + g_entropy[:, None] * (log_p + entropy[:, None]))
 
 

@@ -71,7 +71,7 @@ CASES = {
 
 
 def contenders(group: str, x: Inputs) -> list[Contender]:
-    """Every row of a group's table, whether or not it runs here."""
+    """Return every row of a group's table, whether or not it runs here."""
     return [floor(group, x), *naive(group, x), *ours(group, x), *peers(group, x)]
 
 
@@ -103,7 +103,7 @@ def measure(
     deadline: float = math.inf,
     tick: Callable[[str], None] = lambda what: None,
 ) -> list[dict]:
-    """The rows of one table, as :mod:`benchmarks.rows` has them.
+    """Return the rows of one table, as :mod:`benchmarks.records` reads them.
 
     Args:
         rounds: in each, every contender runs once.
@@ -150,7 +150,7 @@ def running(table: list[Measured]) -> Iterable[Measured]:
 
 @contextmanager
 def trying(row: Measured, device: torch.device) -> Iterator[None]:
-    """Whatever goes wrong is the reason why the row has no numbers."""
+    """Make whatever goes wrong within the context the reason why the row has no numbers."""
     try:
         yield
     except Exception as error:  # of other people's code, too
@@ -169,7 +169,7 @@ class Slow(Exception):
 
 @contextmanager
 def filled_with_nan() -> Iterator[None]:
-    """``torch.empty`` and the like give NaN instead of what memory held, so that what is never written shows."""
+    """Have ``torch.empty`` and the like give NaN instead of what memory held, so that what is never written shows."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.use_deterministic_algorithms(True, warn_only=True)
@@ -180,7 +180,8 @@ def filled_with_nan() -> Iterator[None]:
 
 
 def run(contender: Contender, x: Inputs) -> dict[str, Tensor | None]:
-    """Once, as its group is run: ``logprobs`` and ``entropy``, ``hidden`` and ``weight`` (gradients), or products."""
+    """Run a contender once, as its group is run; return ``logprobs`` and ``entropy``, ``hidden`` and ``weight`` (gradients), or
+    products."""
     if contender.who == "floor":
         return {f"product {i}": product for i, product in enumerate(contender.call(x))}
     if contender.group in ("forward", "lens"):
@@ -198,7 +199,7 @@ def run(contender: Contender, x: Inputs) -> dict[str, Tensor | None]:
 
 
 def check(row: Measured, x: Inputs, exact: Exact, patience: float) -> None:
-    """Notes errors, and what was held at most beyond the operands and the results."""
+    """Note errors, and what was held at most beyond the operands and the results."""
     contender, kept, allowed = row.contender, [], patience if row.tried else 3 * patience
     contender.poison()
     start = time.monotonic()
@@ -214,7 +215,8 @@ def check(row: Measured, x: Inputs, exact: Exact, patience: float) -> None:
 
 
 def errors(contender: Contender, found: dict[str, Tensor | None], x: Inputs, exact: Exact) -> dict[str, float | None]:
-    """Largest |Δ| of log-probs and entropies (of a lens: of its last layer), relative Frobenius norms of the gradients' Δ."""
+    """Return the largest |Δ| of log-probs and entropies (of a lens: of its last layer), relative Frobenius norms of the gradients'
+    Δ."""
     wrong = {}
     for name, truth in (("logprobs", exact.logprobs), ("entropy", exact.entropy)):
         if (value := found.get(name)) is not None:
@@ -374,7 +376,7 @@ def asked(options: argparse.Namespace) -> list[tuple[str, Case]]:
 
 
 def of_group(group: str, case: Case) -> Case:
-    """A lens takes as many rows in all as the other groups do."""
+    """Return the case of a group: a lens takes as many rows in all as the other groups do."""
     return Case(**vars(case) | {"layers": LAYERS, "rows": max(case.rows // LAYERS, 1)}) if group == "lens" else case
 
 
@@ -433,7 +435,8 @@ def main() -> int:
 
 
 def with_earlier(path: Path, about: dict, rows: list[dict]) -> list[dict]:
-    """``rows``, behind those of other tables that the same commit measured before with the same packages on the same machine."""
+    """Return ``rows``, behind those of other tables that the same commit measured before with the same packages on the same
+    machine."""
     found = read_results(path.parent).get(path.stem, {}).get("kernels", {})
     same = {name: value for name, value in found.get("machine", {}).items() if name != "date"}
     commit = about["commit"]

@@ -16,7 +16,7 @@ LENS = ("logprobs", "entropy")
 
 
 def floor(group: str, x: Inputs) -> Contender:
-    """The library's bare products, as many as the group needs, over the rows that count, into memory that is there already."""
+    """Return the library's bare products, as many as the group needs, over the active rows, into memory that is there already."""
     n, vocab, width = x.active_rows, x.case.vocab, x.case.width
     shapes = {"logits": (n, vocab)} | ({"hidden": (n, width), "weight": (vocab, width)} if GROUPS[group] == 3 else {})
     out: dict[str, Tensor] = {}
@@ -40,7 +40,7 @@ def floor(group: str, x: Inputs) -> Contender:
 
 
 def naive(group: str, x: Inputs) -> Iterator[Contender]:
-    """Logits in the operands' dtype, all else in fp32; every row, as where nobody tells the head which count."""
+    """Yield logits in the operands' dtype, with all else in fp32, of every row, as where nobody tells the head which count."""
     products = GROUPS[group] * x.case.rows / x.active_rows
     if group == "lens":
         yield Contender("naive logits", "naive", group, "log-prob, entropy", _naive_lens, products, remark="a layer at a time")
@@ -125,7 +125,7 @@ def _lens(x: Inputs, name: str, outputs: tuple[str, ...], backend: str, products
 
 
 def _planned(x: Inputs, **options) -> dict:
-    """What ``explain`` says to these inputs: products, stated memory, a remark; or why not."""
+    """Return the answer of ``explain`` to these inputs: products, stated memory, a remark; or why not."""
     try:
         plan = explain(*x.leaves, x.targets, ignore_index=IGNORED, **options)
     except ValueError as error:

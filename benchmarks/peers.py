@@ -46,7 +46,7 @@ class Head:
 
 
 def peers(group: str, x: Inputs) -> Iterator[Contender]:
-    """Every peer of a group, whether or not it runs here: none has a lens.
+    """Yield every peer of a group, whether or not it runs here: none has a lens.
 
     Heads that return entropies are in "one-pass loss" with a policy loss on their log-probs, the others with their cross entropy.
     """
@@ -61,7 +61,7 @@ def peers(group: str, x: Inputs) -> Iterator[Contender]:
 
 
 def _of_losses(losses: Callable[[Inputs, str], Tensor]) -> dict[str, tuple[str, Callable[[Inputs], object]]]:
-    """``losses(inputs, reduction)`` is a cross entropy."""
+    """Return the calls of each group for a peer whose ``losses(inputs, reduction)`` are a cross entropy."""
     rows = "log-prob", lambda x: (-losses(x, "none"), None)
     return {"forward": rows, "forward+backward": rows, "one-pass loss": ("cross entropy", lambda x: losses(x, "mean"))}
 
@@ -69,14 +69,15 @@ def _of_losses(losses: Callable[[Inputs, str], Tensor]) -> dict[str, tuple[str, 
 def _of_statistics(
     statistics: Callable[[Inputs, bool], tuple[Tensor, Tensor | None]],
 ) -> dict[str, tuple[str, Callable[[Inputs], object]]]:
-    """``statistics(inputs, entropy)`` are log-probs and, if asked for, entropies."""
+    """Return the calls of each group for a peer whose ``statistics(inputs, entropy)`` are log-probs and, if asked for,
+    entropies."""
     rows = "log-prob, entropy", lambda x: statistics(x, True)
     loss = "policy loss", policy_loss_of(lambda x: statistics(x, False)[0])
     return {"forward": rows, "forward+backward": rows, "one-pass loss": loss}
 
 
 def _operands(x: Inputs) -> tuple[Tensor, Tensor]:
-    """Without gradients, operands that want none: Liger and Apple look at nothing else, and would work for a backward."""
+    """Return operands that want no gradient where none is taken: Liger and Apple look at nothing else, and would work for one."""
     return x.leaves if torch.is_grad_enabled() else (x.hidden.detach(), x.weight.detach())
 
 
@@ -197,7 +198,7 @@ def _liger_scaled(x: Inputs) -> Head:
 
 
 def _path_of_liger_scaled(device: torch.device) -> str:
-    """As liger_kernel.ops.fused_linear_scaled_cross_entropy chooses it, unless the variable puts another in its place."""
+    """Return the path that liger_kernel.ops.fused_linear_scaled_cross_entropy chooses, unless the variable names another."""
     if os.environ.get("LIGER_KERNEL_IMPL", "").strip().lower() == "cutile":
         return "cuTile"
     nvidia = device.type == "cuda" and torch.version.hip is None
@@ -234,7 +235,7 @@ def _trl(x: Inputs) -> Head:
 
 
 def _verl(x: Inputs) -> Iterator[Head]:
-    """Both compute every row, and entropies whether or not they are asked for."""
+    """Yield both heads of verl, which compute every row, and entropies whether or not they are asked for."""
 
     def chunked(x: Inputs, entropy: bool) -> tuple[Tensor, Tensor]:
         from verl.utils.experimental.torch_functional import FusedLinearForPPO

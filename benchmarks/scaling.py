@@ -114,7 +114,8 @@ def head_runs(x: Inputs) -> list[Run]:
 
 
 def layer_points(values: tuple, fixed: dict[str, int], device: torch.device, dtype: str) -> Iterator[Point]:
-    """A random Qwen3 with a tied head, in the proportions of Qwen3-0.6B, and token ids, every one of which has a target."""
+    """Yield points of a random Qwen3 with a tied head, in the proportions of Qwen3-0.6B, and token ids, every one of which has a
+    target."""
     heads = fixed["width"] // 64
     architecture = Qwen3Config(
         vocab_size=fixed["vocab"],
@@ -154,12 +155,12 @@ def layer_points(values: tuple, fixed: dict[str, int], device: torch.device, dty
 
 
 def on_policy_loss(advantages: Tensor, tokens: int) -> Tensor:
-    """Every ratio is 1."""
+    """Return a policy loss in which every ratio is 1."""
     return -advantages.sum() / tokens
 
 
 def measure(points: list[Point], device: torch.device, rounds: int, until: float) -> None:
-    """Adds the milliseconds of each round to every run. The first round does not count, the second does, and no other begins
+    """Add the milliseconds of each round to every run. The first round does not count, the second does, and no other begins
     after ``until`` (of ``time.monotonic``)."""
     for number in range(rounds + 1):
         if number > 1 and time.monotonic() > until:
@@ -172,7 +173,7 @@ def measure(points: list[Point], device: torch.device, rounds: int, until: float
 
 
 def once(run: Run, device: torch.device) -> float:
-    """Milliseconds of a call, whose results are looked at.
+    """Return the milliseconds of a call, whose results are looked at.
 
     Raises ``RuntimeError`` where they are not what must come out.
     """
@@ -186,7 +187,8 @@ def once(run: Run, device: torch.device) -> float:
 
 
 def fit(flops: list[float], ms: list[float]) -> dict[str, float | None]:
-    """The line ``ms = fixed_ms + flops / rate`` of least squares; the rate in TFLOP/s is None where the cost does not grow."""
+    """Return the line ``ms = fixed_ms + flops / rate`` of least squares; the rate in TFLOP/s is None where the cost does not
+    grow."""
     slope, intercept = statistics.linear_regression(flops, ms)
     tflops = 1 / slope / 1e9 if slope > 0 else None
     return {"fixed_ms": intercept, "tflops": tflops, "r2": statistics.correlation(flops, ms) ** 2}

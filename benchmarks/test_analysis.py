@@ -19,7 +19,7 @@ LIMIT = 1e9  # bytes above the weights
 
 
 def resident(highest: bool) -> int:
-    """Bytes now, or at most since the last call with ``highest``, which starts anew."""
+    """Return the bytes held now, or at most since the last call with ``highest``, which starts anew."""
     name = "VmHWM" if highest else "VmRSS"
     lines = Path("/proc/self/status").read_text().splitlines()
     if highest:

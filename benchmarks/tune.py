@@ -46,7 +46,7 @@ CANDIDATES = [
 
 @contextmanager
 def configured(function: str, modules: list[str], candidate: config.KernelConfig | None) -> Iterator[None]:
-    """``function`` of config.py returns ``candidate`` to the modules that use it; None: what it returns by itself."""
+    """Have ``function`` of config.py return ``candidate`` to the modules that use it; for None, what it returns by itself."""
     root = "bupo_kernels.backends.triton_"
     found = [importlib.import_module(f"{root}.{name}") for name in modules]
     originals = [getattr(module, function) for module in found]
@@ -69,7 +69,7 @@ def statistics_kernel(x: Inputs, keep_e: bool) -> Callable[[], Tensor]:
 
 
 def recompute_kernel(x: Inputs, columns: int) -> Callable[[], Tensor]:
-    """One slice of dz, without the products that follow."""
+    """Return a call that forms one slice of dz, without the products that follow."""
     from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute
     from bupo_kernels.backends.triton_.product import Launch
 
@@ -88,7 +88,7 @@ def recompute_kernel(x: Inputs, columns: int) -> Callable[[], Tensor]:
 
 
 def tune(case: Case, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """A row for each kernel and candidate, its own first; ``difference`` is the largest from what that one gave, None for NaN."""
+    """Return a row for each kernel and candidate, its own first; ``difference`` is the largest from its result, None for NaN."""
     x = Inputs(case, device)
     columns = min(config.MOST_COLUMNS, case.vocab)
     kernels = {

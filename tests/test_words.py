@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = sorted(path for package in ("bupo_kernels", "bupo") for path in (ROOT / package).rglob("*.py"))
+FILES = [
+    ROOT / "setup.py",
+    *sorted(path for folder in ("bupo_kernels", "bupo", "benchmarks") for path in (ROOT / folder).rglob("*.py")),
+]
 FRAGMENT = re.compile(r"(of|from|with|by|in|to|at|for|as|what|which|how|all|those|both|whether|where)\b", re.IGNORECASE)
 
 
