@@ -109,8 +109,8 @@ def _load(
             "%s: %d of %d prompts in %s have more than %d tokens and are left out",
             *(key, len(too_long), len(rows), where, data.max_prompt_tokens),
         )
-    told = [_told(row, prompt, columns) for row, prompt in zip(rows, prompts, strict=True)]
-    examples = [Example(*example) for example in zip(texts, map(tuple, ids), solutions, sources, told, strict=True)]
+    columns_told = [_told(row, prompt, columns) for row, prompt in zip(rows, prompts, strict=True)]
+    examples = [Example(*example) for example in zip(texts, map(tuple, ids), solutions, sources, columns_told, strict=True)]
     return [example for example in examples if len(example.prompt_ids) <= data.max_prompt_tokens]
 
 

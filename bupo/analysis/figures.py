@@ -248,13 +248,13 @@ def _draw_matrix(
     axes.set_yticks(ticks, labels)
 
 
-def _figure(statistics: Statistics, what: str, how: str, width: float = 8, height: float = 4.4, panels: int = 1) -> tuple:
+def _figure(statistics: Statistics, title: str, method: str, width: float = 8, height: float = 4.4, panels: int = 1) -> tuple:
     """Return a figure with its title, and its axes, an array of them where there are several."""
     figure = Figure(figsize=(width, height), layout="constrained")
     summary = statistics.summary
     model = summary["model"] if len(summary["model"]) <= 48 else "…" + summary["model"][-47:]
     counted = f"mean over {summary['tokens']:,} tokens of {summary['responses']:,} responses"
-    figure.suptitle(f"{model}: {what}\n{counted}; {how}", fontsize=10, parse_math=False)
+    figure.suptitle(f"{model}: {title}\n{counted}; {method}", fontsize=10, parse_math=False)
     axes = figure.subplots(panels, sharex=True)
     for panel in np.atleast_1d(axes):
         panel.grid(alpha=0.3)

@@ -186,22 +186,22 @@ class LensLoop:
             else:
                 slice_m = z.amax(2)
             higher = torch.maximum(m, slice_m)
-            kept = (m - higher).exp()
+            shrink = (m - higher).exp()
             moved = torch.where(s > 0, m - higher, 0)  # how far it was from nothing to the first maximum does not matter
             torch.exp(z.sub_(higher.unsqueeze(2)), out=e)
             slice_s = e.sum(2)
             if cross is not None:
-                c = cross[tokens].add_(s.T.unsqueeze(2) * moved.T.unsqueeze(1)).mul_(kept.T.unsqueeze(2))
+                c = cross[tokens].add_(s.T.unsqueeze(2) * moved.T.unsqueeze(1)).mul_(shrink.T.unsqueeze(2))
                 if ruled_out is not None:
                     where = z == -math.inf
                     z.masked_fill_(where, 0)
                 c.baddbmm_(e.transpose(0, 1), z.permute(1, 2, 0))
                 if ruled_out is not None:
-                    lost = ruled_out[tokens].mul_(kept.T.unsqueeze(2))
+                    lost = ruled_out[tokens].mul_(shrink.T.unsqueeze(2))
                     lost.baddbmm_(e.transpose(0, 1), z.copy_(where).permute(1, 2, 0))
             elif "entropy" in self.outputs:
-                t.copy_(kept * (t + moved * s) + e.mul_(z).nansum(2))  # as in TorchRows.fold
-            s.copy_(kept * s + slice_s)
+                t.copy_(shrink * (t + moved * s) + e.mul_(z).nansum(2))  # as in TorchRows.fold
+            s.copy_(shrink * s + slice_s)
             m.copy_(higher)
         if cross is not None and ruled_out is not None:
             cross.masked_fill_(ruled_out > 0, -math.inf)

@@ -67,8 +67,8 @@ def apply_fused_head(model: nn.Module) -> nn.Module:
     if not isinstance(vars(base).get("set_output_embeddings"), _SetFusedHead):
         vars(base)["set_output_embeddings"] = _SetFusedHead(base)
     if changed:
-        told = "".join(f"; {name}={value:g} after it" for name, value in options.items())
-        log.info("output embedding of %s: %s%s", type(model).__name__, ", ".join(changed), told)
+        readout = "".join(f"; {name}={value:g} after it" for name, value in options.items())
+        log.info("output embedding of %s: %s%s", type(model).__name__, ", ".join(changed), readout)
     return model
 
 
