@@ -75,28 +75,17 @@ def linear_statistics(
 
 
 @linear_statistics.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    targets: Tensor,
-    mask: Tensor | None,
-    row_temperature: Tensor | None,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    settings: str,
-) -> tuple[Tensor, ...]:
-    operands = operands_of(hidden, weight, bias, targets, row_temperature, temperature, logit_scale, softcap)
-    asked = Settings.decode(settings)
-    problem = engine.problem_of(operands, 0, asked)
-    _, backend, strategy, _ = choose(problem, asked.backend)
+def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, _mask: Any, *rest: Any) -> tuple[Tensor, ...]:
+    *readout, encoded = rest
+    operands, settings = operands_of(hidden, weight, bias, targets, *readout), Settings.decode(encoded)
+    problem = engine.problem_of(operands, 0, settings)
+    _, backend, strategy, _ = choose(problem, settings.backend)
 
     def empty(*shape: int) -> Tensor:
         return hidden.new_empty(shape, dtype=problem.statistics_dtype)
 
-    entropy = empty(*targets.shape) if asked.with_entropy else empty(0)
-    saved = empty(4 if asked.with_entropy else 3, problem.rows)
+    entropy = empty(*targets.shape) if settings.with_entropy else empty(0)
+    saved = empty(4 if settings.with_entropy else 3, problem.rows)
     cache = backend.empty_cache(problem, backend.cached_rows(problem, strategy))
     return empty(*targets.shape), entropy, empty(*targets.shape), saved, *cache
 
@@ -126,15 +115,7 @@ def linear_statistics_backward(
 
 
 @linear_statistics_backward.register_fake
-def _(
-    g_logprob: Tensor | None,
-    g_entropy: Tensor | None,
-    g_logsumexp: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    *rest: Any,
-) -> tuple[Tensor, ...]:
+def _(_lp: Any, _h: Any, _lse: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
     return _traced_gradients(hidden, weight, bias, Settings.decode(rest[-1]).needed)
 
 
