@@ -46,11 +46,14 @@ class Plan:
     """The plan of a call: what it will do, and why not otherwise; ``print`` it. FLOPs count multiply and add; the backward's are an
     upper bound, reached when no row's upstream gradients are all zero."""
 
-    problem: Problem
     backend: str
     implementation: Backend = field(repr=False)
     tile_plan: TilePlan
     why_not: dict[str, str] = field(default_factory=dict)  # backend -> reason, for those that cannot run this or were passed over
+
+    @property
+    def problem(self) -> Problem:
+        return self.tile_plan.problem
 
     @property
     def flops_forward(self) -> int:
@@ -156,13 +159,13 @@ def make_plan(problem: Problem, backend: str = "auto", one_pass: bool = False) -
     """
     name, chosen, strategy, reasons = choose(problem, backend)
     try:
-        return Plan(problem, name, chosen, _tile_plan(chosen, problem, strategy, one_pass), reasons)
+        return Plan(name, chosen, _tile_plan(chosen, problem, strategy, one_pass), reasons)
     except TooSmall as error:
         # Elsewhere than on a CPU a choice must not depend on the number of rows: tracing does not know it, and E has its shape.
         if backend != "auto" or chosen is TORCH or problem.device.type != "cpu":
             raise
         log_once(f"torch runs instead of {name}, for which the budget is too small: {error}")
-        return Plan(problem, "torch", TORCH, _tile_plan(TORCH, problem, None, one_pass), reasons | {name: str(error)})
+        return Plan("torch", TORCH, _tile_plan(TORCH, problem, None, one_pass), reasons | {name: str(error)})
 
 
 def _tile_plan(backend: Backend, problem: Problem, strategy: str | None, one_pass: bool) -> TilePlan:

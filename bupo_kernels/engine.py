@@ -133,9 +133,7 @@ def statistics(operands: Operands, mask: Tensor | None, settings: Settings) -> F
     check_rows(operands, active, settings.ignore_index)
     plan = plan_for(operands, active, settings)
     with on(operands.hidden.device):
-        streamed, cache = plan.implementation.statistics(
-            operands, active.flatten(), plan.problem, plan.tile_plan, settings.with_entropy
-        )
+        streamed, cache = plan.implementation.statistics(operands, active.flatten(), plan.tile_plan, settings.with_entropy)
     logprob, entropy, logsumexp, log_s = algebra.finish(streamed, plan.problem.vocab, settings.with_entropy)
     saved = torch.stack([streamed.m, log_s, logprob, *([] if entropy is None else [entropy])])
     return Forward(logprob, entropy, logsumexp, saved, cache)
@@ -172,7 +170,7 @@ def gradients(
     cache_rows = None if cache.is_empty else (active.cumsum(0) - 1)[rows]
     sums = GradientSums(operands.hidden, operands.weight, operands.bias, needed=settings.needed, dtype=dtype, parts=False)
     with on(operands.hidden.device):
-        tiles = plan.implementation.gradient_tiles(operands, rows, coefficients, plan.problem, plan.tile_plan, cache, cache_rows)
+        tiles = plan.implementation.gradient_tiles(operands, rows, coefficients, plan.tile_plan, cache, cache_rows)
         sums.add(tiles, rows, unscale=unscale, step=plan.tile_plan.tile.rows)
     return sums.result()
 
@@ -266,7 +264,7 @@ def _fused_chunk(
     objective: PolicyObjective, operands: Operands, rows: Tensor, tokens: PolicyTokens, plan: Plan
 ) -> tuple[PolicyRows, None]:
     inputs = tokens._asdict() | {"targets": operands.targets.flatten()[rows]}
-    return plan.implementation.policy_rows(operands, rows, objective, inputs, plan.problem), None
+    return plan.implementation.policy_rows(operands, rows, objective, inputs, plan.tile_plan), None
 
 
 def _chunk(
@@ -274,7 +272,7 @@ def _chunk(
 ) -> tuple[PolicyRows, Tensor | None]:
     """Return what a kernel from products to a policy loss would, and what undoes the scale of its dz."""
     backend, problem, keep = plan.implementation, plan.problem, plan.problem.needs_grad and plan.tile_plan.cached_rows > 0
-    streamed, cache = backend.row_statistics(operands, rows, problem, plan.tile_plan, with_entropy=True, keep=keep)
+    streamed, cache = backend.row_statistics(operands, rows, plan.tile_plan, with_entropy=True, keep=keep)
     logprob, entropy, _, log_s = algebra.finish(streamed, problem.vocab, with_entropy=True)
     assert entropy is not None
     terms = policy_terms(
@@ -304,5 +302,5 @@ def _chunk(
     )
     coefficients, unscale = _product_coefficients(coefficients, operands, rows, plan)
     cache_rows = has_gradient if keep else None
-    tiles = backend.gradient_tiles(operands, rows, coefficients, problem, plan.tile_plan, cache, cache_rows)
+    tiles = backend.gradient_tiles(operands, rows, coefficients, plan.tile_plan, cache, cache_rows)
     return PolicyRows(loss, logprob, entropy, has_gradient, tiles), unscale

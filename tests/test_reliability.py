@@ -651,10 +651,10 @@ def test_T24_the_triton_forward_never_waits_for_a_value(strategy, options):
     )
     plan = dispatch.TRITON.plan(problem, strategy)
     with ForbidWaiting():
-        statistics, _ = dispatch.TRITON.statistics(operands, counts, problem, plan, True)
+        statistics, _ = dispatch.TRITON.statistics(operands, counts, plan, True)
     assert ((statistics.m > -math.inf) == counts).all()
     with ForbidWaiting(), pytest.raises(RuntimeError, match="waits: aten::nonzero"):  # where waiting is no loss
-        dispatch.TORCH.statistics(operands, counts, problem, dispatch.TORCH.plan(problem, None), True)
+        dispatch.TORCH.statistics(operands, counts, dispatch.TORCH.plan(problem, None), True)
 
 
 WITHOUT_TRITON = """

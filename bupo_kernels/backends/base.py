@@ -115,6 +115,7 @@ class Memory(NamedTuple):
 class TilePlan(NamedTuple):
     """The plan of a backend for a problem: in what tiles it runs, what it keeps, and in how much memory."""
 
+    problem: Problem
     strategy: str
     tile: Tile  # of the gradient, and in the tile loop of the forward too
     memory: Memory
@@ -196,7 +197,6 @@ class Backend(ABC):
         self,
         operands: Operands,
         active: Tensor,  # [N] bool
-        problem: Problem,
         plan: TilePlan,
         with_entropy: bool,
     ) -> tuple[Statistics, Cache]:
@@ -205,7 +205,7 @@ class Backend(ABC):
         Off the CPU an implementation that is the default must not wait for the device.
         """
         rows = active.nonzero().squeeze(1)
-        part, cache = self.row_statistics(operands, rows, problem, plan, with_entropy=with_entropy, keep=False)
+        part, cache = self.row_statistics(operands, rows, plan, with_entropy=with_entropy, keep=False)
         return of_all_rows(part, rows, len(active)), cache
 
     @abstractmethod
@@ -213,7 +213,6 @@ class Backend(ABC):
         self,
         operands: Operands,
         rows: Tensor,  # [n]
-        problem: Problem,
         plan: TilePlan,
         *,
         with_entropy: bool,
@@ -227,7 +226,6 @@ class Backend(ABC):
         operands: Operands,
         rows: Tensor,  # [n]
         coefficients: Coefficients,  # [n] each, of dz
-        problem: Problem,
         plan: TilePlan,
         cache: Cache,
         cache_rows: Tensor | None,  # [n]: where each row would be in the cache; None where that is empty
@@ -240,7 +238,7 @@ class Backend(ABC):
         rows: Tensor,  # [n]
         objective: object,  # a PolicyObjective over tokens, read by field name
         inputs: Mapping[str, Tensor | None],  # [n] each
-        problem: Problem,
+        plan: TilePlan,
     ) -> PolicyRows:
         """Take ``rows`` from products to loss and dz in one kernel. Asked only of a backend whose plans have ``fused_rows``."""
         raise NotImplementedError(f"{type(self).__name__} has no kernel from products to a policy loss")

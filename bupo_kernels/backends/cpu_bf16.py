@@ -48,7 +48,9 @@ class CpuBf16(Backend):
         while columns > PANEL and memory(problem, Tile(rows, columns), isa).working > problem.memory_budget:
             columns = up(columns // 2)
         tile = Tile(rows, columns)
-        return TilePlan("recompute" if problem.needs_grad else "statistics only", tile, memory(problem, tile, isa), isa=isa)
+        return TilePlan(
+            problem, "recompute" if problem.needs_grad else "statistics only", tile, memory(problem, tile, isa), isa=isa
+        )
 
     def one_pass_plan(self, problem: Problem, strategy: str | None) -> TilePlan:
         """Plan all rows at once, their dz formed again: nothing of the size of the vocabulary is kept."""
@@ -58,9 +60,10 @@ class CpuBf16(Backend):
         return plan._replace(strategy=name, memory=used, chunk_rows=max(problem.active_rows, 1))
 
     def row_statistics(
-        self, operands: Operands, rows: Tensor, problem: Problem, plan: TilePlan, *, with_entropy: bool, keep: bool
+        self, operands: Operands, rows: Tensor, plan: TilePlan, *, with_entropy: bool, keep: bool
     ) -> tuple[Statistics, Cache]:
-        packing, threads = Packing(operands, rows, plan.tile, plan.isa, for_weight=False), torch.get_num_threads()
+        problem, threads = plan.problem, torch.get_num_threads()
+        packing = Packing(operands, rows, plan.tile, plan.isa, for_weight=False)
         out = torch.empty(4, len(rows), dtype=torch.float32, device=rows.device)
         ids, weight = operands.targets.flatten()[rows].int(), _dense_rows(operands.weight)
         most = min(plan.tile.rows, len(rows))
@@ -86,13 +89,13 @@ class CpuBf16(Backend):
         operands: Operands,
         rows: Tensor,  # [n]
         coefficients: Coefficients,  # [n] each
-        problem: Problem,
         plan: TilePlan,
         cache: Cache,
         cache_rows: Tensor | None,
     ) -> Iterator[PackedTile]:
         if len(rows) == 0:
             return
+        problem = plan.problem
         packing = Packing(operands, rows, plan.tile, plan.isa, for_weight=problem.grad_weight)
         threads, width = torch.get_num_threads(), problem.width
         k, most, columns = packing.kernels, min(plan.tile.rows, len(rows)), plan.tile.columns

@@ -85,7 +85,7 @@ class NativeCuda(TileLoop):
         in_parts = problem.active_rows > chunk and problem.grad_weight and item < 4
         memory = Memory(chunk * per_row, 0, 4 * problem.vocab * problem.width if in_parts else 0)
         tile = Tile(chunk, problem.vocab)
-        return TilePlan("one pass, rows fused", tile, memory, problem.active_rows, chunk_rows=chunk, fused_rows=True)
+        return TilePlan(problem, "one pass, rows fused", tile, memory, problem.active_rows, chunk_rows=chunk, fused_rows=True)
 
     def gradient_dtype(self, problem: Problem) -> torch.dtype:
         return problem.dtype
@@ -99,18 +99,18 @@ class NativeCuda(TileLoop):
         rows: Tensor,  # [n]
         objective: object,
         inputs: Mapping[str, Tensor | None],  # [n] each
-        problem: Problem,
+        plan: TilePlan,
     ) -> PolicyRows:
-        found, dz, hidden = CudaRows(_cuda()).policy_loss(operands, operands.coordinates(rows), objective, inputs, problem)
+        found, dz, hidden = CudaRows(_cuda()).policy_loss(operands, operands.coordinates(rows), objective, inputs, plan.problem)
         values = found["loss"], found["logprob"], found["entropy"]
-        if not problem.needs_grad:
+        if not plan.problem.needs_grad:
             return PolicyRows(*values, None, None)
         has_gradient = found["used"].nonzero().squeeze(1)
 
         def tiles() -> Iterator[MatrixTile]:
             if len(has_gradient):
                 some = (dz, hidden) if len(has_gradient) == len(dz) else (dz[has_gradient], hidden[has_gradient])
-                yield MatrixTile(slice(0, problem.vocab), slice(0, len(has_gradient)), some[0], operands.weight, some[1])
+                yield MatrixTile(slice(0, plan.problem.vocab), slice(0, len(has_gradient)), some[0], operands.weight, some[1])
 
         return PolicyRows(*values, has_gradient, tiles())
 

@@ -74,7 +74,7 @@ class TileLoop(Backend):
     def plan(self, problem: Problem, strategy: str | None) -> TilePlan:
         problem.require_budget(memory(problem, Tile(1, 1)).working)
         tile = largest_tile(problem)
-        return TilePlan("recompute" if problem.needs_grad else "statistics only", tile, memory(problem, tile))
+        return TilePlan(problem, "recompute" if problem.needs_grad else "statistics only", tile, memory(problem, tile))
 
     def one_pass_plan(self, problem: Problem, strategy: str | None) -> TilePlan:
         """Plan chunks of rows as high as the budget allows beside the tiles; their logits are kept, whole."""
@@ -82,7 +82,7 @@ class TileLoop(Backend):
         problem.require_budget(2 * max(memory(problem, Tile(1, 1)).working, size * (2 * problem.vocab + problem.width)))
         inner = self.plan(replace(problem, memory_budget=problem.memory_budget // 2), strategy)
         if not problem.needs_grad:
-            return inner._replace(chunk_rows=max(problem.active_rows, 1))
+            return inner._replace(problem=problem, chunk_rows=max(problem.active_rows, 1))
         columns, working = inner.tile.columns, inner.memory.working
         # Each row of the chunk has its logits, their maxima, and the sum of its dH.
         per_row = size * (problem.vocab + -(-problem.vocab // columns) + problem.width * problem.grad_hidden)
@@ -90,12 +90,15 @@ class TileLoop(Backend):
         in_parts = problem.active_rows > chunk and problem.grad_weight and problem.dtype.itemsize < size
         used = Memory(working + chunk * per_row, 0, problem.vocab * problem.width * size if in_parts else 0)
         tile = Tile(min(inner.tile.rows, chunk), columns)
-        return inner._replace(strategy="one pass", tile=tile, memory=used, cached_rows=problem.active_rows, chunk_rows=chunk)
+        return inner._replace(
+            problem=problem, strategy="one pass", tile=tile, memory=used, cached_rows=problem.active_rows, chunk_rows=chunk
+        )
 
     def row_statistics(
-        self, operands: Operands, rows: Tensor, problem: Problem, plan: TilePlan, *, with_entropy: bool, keep: bool
+        self, operands: Operands, rows: Tensor, plan: TilePlan, *, with_entropy: bool, keep: bool
     ) -> tuple[Statistics, Cache]:
-        dtype, kernels = problem.statistics_dtype, self.row_kernels(plan)
+        problem, kernels = plan.problem, self.row_kernels(plan)
+        dtype = problem.statistics_dtype
         targets = operands.targets.flatten()[rows]
         statistics = Statistics(*Statistics.empty(len(rows), dtype, rows.device))
         statistics.m.fill_(lowest(dtype))
@@ -105,7 +108,7 @@ class TileLoop(Backend):
             slices = -(-problem.vocab // plan.tile.columns)
             logits = present(torch.empty(len(rows) * problem.vocab, dtype=dtype, device=rows.device))
             cache = Cache(logits, torch.empty(len(rows), slices, dtype=dtype, device=rows.device))
-        for block in _products(operands, rows, problem, plan.tile, kernels, cache if keep else None):
+        for block in _products(operands, rows, plan, kernels, cache if keep else None):
             r = block.rows
             subtracted = kernels.fold(block, targets[r], Statistics(*(x[r] for x in statistics)), with_entropy)
             if keep:
@@ -117,26 +120,25 @@ class TileLoop(Backend):
         operands: Operands,
         rows: Tensor,  # [n]
         coefficients: Coefficients,  # [n] each
-        problem: Problem,
         plan: TilePlan,
         cache: Cache,
         cache_rows: Tensor | None,  # [n]
     ) -> Iterator[MatrixTile]:
         kernels = self.row_kernels(plan)
         blocks = (
-            _products(operands, rows, problem, plan.tile, kernels)
+            _products(operands, rows, plan, kernels)
             if cache_rows is None
-            else _from_cache(operands, rows, problem, plan.tile, kernels, cache, cache_rows)
+            else _from_cache(operands, rows, plan, kernels, cache, cache_rows)
         )
         for block in blocks:
             dz = kernels.gradient(block, coefficients.rows(block.rows))
             yield MatrixTile(block.columns, block.rows, dz, block.weight, block.hidden)
 
 
-def _blocks(operands: Operands, rows: Tensor, problem: Problem, tile: Tile, kernels: RowKernels) -> Iterator[Block]:
+def _blocks(operands: Operands, rows: Tensor, plan: TilePlan, kernels: RowKernels) -> Iterator[Block]:
     """Yield all tiles, slice by slice, with memory for the products and not yet formed."""
     hidden, weight, bias, _, readout = operands
-    count, vocab = len(rows), weight.shape[0]
+    problem, tile, count, vocab = plan.problem, plan.tile, len(rows), weight.shape[0]
     if count == 0:
         return
     of_operands, of_gradient = kernels.dtypes(problem)
@@ -158,11 +160,9 @@ def _blocks(operands: Operands, rows: Tensor, problem: Problem, tile: Tile, kern
             yield Block(columns, block, w, h, b, z, scratch, readout.rows(index, problem.statistics_dtype), None)
 
 
-def _products(
-    operands: Operands, rows: Tensor, problem: Problem, tile: Tile, kernels: RowKernels, cache: Cache | None = None
-) -> Iterator[Block]:
+def _products(operands: Operands, rows: Tensor, plan: TilePlan, kernels: RowKernels, cache: Cache | None = None) -> Iterator[Block]:
     """Yield all tiles of products; in the memory of the ``cache``, if there is one."""
-    for block in _blocks(operands, rows, problem, tile, kernels):
+    for block in _blocks(operands, rows, plan, kernels):
         if cache is not None:
             block = block._replace(tile=_slice_of(cache, block.columns)[block.rows])
         accumulate_(block.tile, block.hidden, block.weight.T, first=True)
@@ -170,17 +170,17 @@ def _products(
 
 
 def _from_cache(
-    operands: Operands, rows: Tensor, problem: Problem, tile: Tile, kernels: RowKernels, cache: Cache, cache_rows: Tensor
+    operands: Operands, rows: Tensor, plan: TilePlan, kernels: RowKernels, cache: Cache, cache_rows: Tensor
 ) -> Iterator[Block]:
     """Yield all tiles as the fold left them in the ``cache``: all its rows, where they lie, or a copy of some of them."""
-    for block in _blocks(operands, rows, problem, tile, kernels):
+    for block in _blocks(operands, rows, plan, kernels):
         which: slice | Tensor = block.rows
         if len(cache_rows) == len(cache.offsets):
             block = block._replace(tile=_slice_of(cache, block.columns)[block.rows])
         else:
             which = cache_rows[block.rows]
             torch.index_select(_slice_of(cache, block.columns), 0, which, out=block.tile)
-        yield block._replace(maxima=cache.offsets[which, block.columns.start // tile.columns])
+        yield block._replace(maxima=cache.offsets[which, block.columns.start // plan.tile.columns])
 
 
 def _slice_of(cache: Cache, columns: slice) -> Tensor:  # [n, c]

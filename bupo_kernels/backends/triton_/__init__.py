@@ -86,22 +86,20 @@ class Triton(Backend):
     def gradient_dtype(self, problem: Problem) -> torch.dtype:
         return problem.dtype
 
-    def statistics(
-        self, operands: Operands, active: Tensor, problem: Problem, plan: TilePlan, with_entropy: bool
-    ) -> tuple[Statistics, Cache]:
+    def statistics(self, operands: Operands, active: Tensor, plan: TilePlan, with_entropy: bool) -> tuple[Statistics, Cache]:
         result = Statistics.empty(len(active), torch.float32, active.device)
-        cache = self.empty_cache(problem, plan.cached_rows)
+        cache = self.empty_cache(plan.problem, plan.cached_rows)
         if len(active):
             rows, count = _in_front(active)
             _stream(operands, rows, count, rows, with_entropy, cache, result)
         return Statistics(*result), cache
 
     def row_statistics(
-        self, operands: Operands, rows: Tensor, problem: Problem, plan: TilePlan, *, with_entropy: bool, keep: bool
+        self, operands: Operands, rows: Tensor, plan: TilePlan, *, with_entropy: bool, keep: bool
     ) -> tuple[Statistics, Cache]:
         n = len(rows)
         result = Statistics.empty(n, torch.float32, rows.device)
-        cache = self.empty_cache(problem, n if keep else 0)
+        cache = self.empty_cache(plan.problem, n if keep else 0)
         if n:
             count = torch.full((1,), n, dtype=torch.int64, device=rows.device)
             positions = torch.arange(n, dtype=torch.int64, device=rows.device)
@@ -113,7 +111,6 @@ class Triton(Backend):
         operands: Operands,
         rows: Tensor,  # [n]
         coefficients: Coefficients,  # [n] each
-        problem: Problem,
         plan: TilePlan,
         cache: Cache,
         cache_rows: Tensor | None,  # [n]
@@ -122,7 +119,8 @@ class Triton(Backend):
         from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute
         from bupo_kernels.backends.triton_.product import Launch, regular
 
-        n, vocab, width = len(rows), problem.vocab, problem.width
+        problem, n = plan.problem, len(rows)
+        vocab, width = problem.vocab, problem.width
         if n == 0:
             return
         target = target_of(rows.device)

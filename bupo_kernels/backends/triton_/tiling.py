@@ -61,7 +61,7 @@ def tile_plan(problem: Problem, strategy: str | None, target: Target) -> TilePla
     name = "statistics only" if not problem.needs_grad else "cached and recompute" if cached else "recompute"
     if cached and cached >= problem.rows:
         name = "cached"
-    return TilePlan(name, tile, memory(problem, tile, cached), cached, _kernels(problem, target, cached))
+    return TilePlan(problem, name, tile, memory(problem, tile, cached), cached, _kernels(problem, target, cached))
 
 
 def one_pass_plan(problem: Problem, strategy: str | None, target: Target) -> TilePlan:
@@ -78,7 +78,9 @@ def one_pass_plan(problem: Problem, strategy: str | None, target: Target) -> Til
     several = problem.active_rows > tile.rows
     accumulator = problem.vocab * problem.width * 4 if several and problem.grad_weight else 0
     kernels = _kernels(problem, target, cached=tile.rows)
-    return TilePlan("one pass", tile, Memory(spent(tile), 0, accumulator), problem.active_rows, kernels, chunk_rows=tile.rows)
+    return TilePlan(
+        problem, "one pass", tile, Memory(spent(tile), 0, accumulator), problem.active_rows, kernels, chunk_rows=tile.rows
+    )
 
 
 SMALLEST = Tile(1, config.COLUMN_UNIT)
