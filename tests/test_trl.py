@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ from trl.trainer.utils import add_fused_lm_head
 from bupo.demo import character_tokenizer
 from bupo_kernels.integrations import trl as integration
 from bupo_kernels.integrations.trl import BuPOConfig, BuPOTrainer, patch_trl, unpatch_trl
+from bupo_kernels.request import Request
 
 TOKENIZER = character_tokenizer("0123456789+=")
 PROMPTS = ["1+1=", "2+3=", "4+4=", "7+2="] * 4
@@ -110,8 +112,13 @@ def assert_alike(ours, theirs, tolerance=1e-6):
 
 def rows_of_calls(monkeypatch):
     """How many rows each call of this library's head has, as the calls come."""
-    rows, prepare = [], integration.prepare
-    monkeypatch.setattr(integration, "prepare", lambda hidden, *a, **o: rows.append(len(hidden)) or prepare(hidden, *a, **o))
+    rows = []
+
+    def request_of(hidden, *arguments, **options):
+        rows.append(len(hidden))
+        return Request.of(hidden, *arguments, **options)
+
+    monkeypatch.setattr(integration, "Request", SimpleNamespace(of=request_of))
     return rows
 
 
