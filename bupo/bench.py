@@ -38,8 +38,8 @@ from bupo.output import progress_bar
 from bupo.rollout import Sample
 from bupo.schedule import FINAL, OptimisedPolicy
 from bupo.tables import columns
-from bupo.trainer import batch_options, set_learning_rate, update, with_old_logprobs
-from bupo_kernels import FusedLMHead, PolicyObjective, internal_policy
+from bupo.trainer import batch_options, policy_objective, set_learning_rate, update, with_old_logprobs
+from bupo_kernels import FusedLMHead, internal_policy
 
 NAIVE = "naive logit lens"
 LATE = "not within --minutes"
@@ -149,13 +149,12 @@ def bupo_step(trainee: Trainee, case: Case, batch: MicroBatch) -> float:
 
 def untruncated_step(trainee: Trainee, case: Case, batch: MicroBatch) -> float:
     """Take the step with the same head on the same rows, but run all layers."""
-    model, clips, options = trainee.model, trainee.config.objective, batch_options(batch, trainee.config)
-    objective = PolicyObjective(clip_low=clips.clip_low, clip_high=clips.clip_high, dual_clip=clips.dual_clip)
+    model, options = trainee.model, batch_options(batch, trainee.config)
     with training_attention(model, trainee.config.hardware.attention):
         statistics_of = partial(untruncated, layer=case.layer, input_ids=batch.input_ids, targets=batch.targets, **options)
         with torch.no_grad():
             old_logprobs = as_forward(statistics_of, model, return_entropy=False).logprobs
-        ratio = {"old_logprobs": old_logprobs, "objective": objective, "denominator": 1}
+        ratio = {"old_logprobs": old_logprobs, "objective": policy_objective(trainee.config), "denominator": 1}
         loss, _ = as_forward(statistics_of, model, advantages=batch.coefficients, **ratio)
         return trainee.update(loss)
 
@@ -214,12 +213,11 @@ def untruncated(
     layer: int,
     input_ids: Tensor,  # [1, T]
     targets: Tensor,  # [1, T]
-    *arguments,
     position_ids: Tensor,  # [1, T]
     model_options: dict,
     **options,
 ):
-    """Run all layers and return what the fused head makes of the output of ``layer``, given ``arguments`` and ``options``."""
+    """Run all layers and return what the fused head makes of the output of ``layer``, given ``options``."""
     backbone, states = model.base_model, []
 
     def receive(_, arguments: tuple, named: dict) -> None:
@@ -233,7 +231,7 @@ def untruncated(
         backbone(input_ids, position_ids=position_ids, use_cache=False, **model_options)
     finally:
         handle.remove()
-    return model.get_output_embeddings()(states.pop(), targets, *arguments, **options)
+    return model.get_output_embeddings()(states.pop(), targets, **options)
 
 
 BOTH_HEADS, ONE_HEAD = partial(naive_step, both_heads=True), partial(naive_step, both_heads=False)

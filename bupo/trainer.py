@@ -360,8 +360,7 @@ def update(
 
     The weights of the aggregation are in the coefficients: a positive factor of an advantage is one of its term, clipped or not.
     """
-    clips = config.objective
-    objective = PolicyObjective(clip_low=clips.clip_low, clip_high=clips.clip_high, dual_clip=clips.dual_clip)
+    objective = policy_objective(config)
     sums, ratio_max = torch.zeros(4, device=world.device), torch.ones((), device=world.device)
     for batch in micro_batches:
         loss, metrics = as_forward(
@@ -386,6 +385,12 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     total_loss, clipped_rows, kl_old, rows = world.sum(sums).tolist()
     return Update(total_loss, clipped_rows, kl_old, rows, world.max(ratio_max).item(), grad_norm, len(micro_batches))
+
+
+def policy_objective(config: TrainConfig) -> PolicyObjective:
+    """Return the objective of a token; its aggregation is in the coefficients."""
+    clips = config.objective
+    return PolicyObjective(clip_low=clips.clip_low, clip_high=clips.clip_high, dual_clip=clips.dual_clip)
 
 
 @torch.no_grad()
