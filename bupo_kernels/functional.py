@@ -9,11 +9,12 @@ For a row with hidden vector ``h``, unembedding ``W`` and target ``y`` the logit
 With ``h = H^l``, the residual stream after layer ``l``, this is the paper's internal layer policy (equation 5).
 
 Numerics, the same for every op here. Products accumulate in fp32 and every statistic is taken from that accumulator, never from a
-rounded logit; 16-bit inputs are exact. Against float64 on the same inputs ``|Δlogprob| ≤ 2e-6 · (1 + max|z|)``. dH and dW are
-summed in fp32 and rounded once, to the dtype of their tensor. The gradient of a logit stays fp32 on the ``torch`` backend;
-``native`` rounds it once to bf16 for bf16 inputs, on a GPU and on CPUs that multiply bf16 (AMX, AVX512-BF16). ``triton`` rounds it
-once to a 16-bit input's dtype, for the tensor cores (fp16: scaled by a power of two first), and with its ``cached`` strategy takes
-p from a bf16 value: another 2⁻⁸ relative in p and 0.004 nat in log p, never on the target. float64 inputs are computed in float64
+rounded logit; 16-bit inputs are exact. Against float64 on the same inputs
+``|Δlogprob| ≤ (2e-6 + c · D/16 · 2⁻²⁴) · (1 + max|z|)``, with c = 0 on a CPU, 1 on the tensor cores of Hopper and newer, 2 on those
+before, which truncate their fp32 sum after every 16 (8) terms (:func:`bupo_kernels.numerics.contract`). dH and dW are summed in
+fp32 and rounded once, to the dtype of their tensor. The gradient of a logit is rounded once to a 16-bit input's dtype where tensor
+cores (AMX, AVX512-BF16) multiply it, on every backend (fp16: scaled by a power of two first), and stays fp32 elsewhere. ``triton``
+with its ``cached`` strategy takes p from a bf16 value: another 2⁻⁸ relative in p and 0.004 nat in log p, never on the target. float64 inputs are computed in float64
 throughout. fp32 products follow torch's own precision setting (``torch.set_float32_matmul_precision``); the bound is for its
 default, ``"highest"``.
 

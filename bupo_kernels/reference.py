@@ -1,4 +1,4 @@
-"""The oracle: plain torch, in any dtype up to float64, which materialises the logits. Only tests use it."""
+"""The oracle: plain torch, in any dtype up to float64, which materialises the logits. Tests and the self-check hold results against it."""
 
 import torch
 from torch import Tensor

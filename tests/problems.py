@@ -13,13 +13,12 @@ from hypothesis import settings
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from bupo_kernels import reference
+from bupo_kernels import numerics, reference
 from bupo_kernels.backends.triton_.config import interpreted
+from bupo_kernels.numerics import CONTRACT, contract, entropy_factor
 
 # ---- the error model: where every tolerance comes from, on any CPU
 
-# Of the numerics contract: |Δlogprob| ≤ CONTRACT · (1 + max|z|) against float64 on the same inputs.
-CONTRACT = 2e-6
 SIGMAS = 4
 
 
@@ -49,26 +48,16 @@ def model_error(config, positions: int, *, backward: bool = False, dtype: torch.
     return chain_error(*sums * (3 if backward else 1), dtype=dtype)
 
 
-def contract(largest: float, dtype: torch.dtype = torch.float32) -> float:
-    """Bound the error of a log-prob of an op whose logits reach ``largest``; in float64 by as many of its eps."""
-    return CONTRACT * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps * (1 + largest)
-
-
 def head_error(largest: float, width: int, dtype: torch.dtype = torch.float32) -> float:
     """Bound how far a log-prob of an op may be from that of dense logits, which reach ``largest`` and are sums over the ``width``
     of a head in ``dtype``; twice what these lose, once for the target's own logit and once for the logsumexp."""
-    return contract(largest, dtype) + 2 * chain_error(width, dtype=dtype) * (1 + largest)
+    return contract(largest, dtype=dtype) + 2 * chain_error(width, dtype=dtype) * (1 + largest)
 
 
 def policy_error(config, positions: int, largest: float, *, dtype: torch.dtype = torch.float32) -> float:
     """Bound the error of a log-prob that a model gives whose logits reach ``largest``: the contract's, and twice that of a logit,
     once for the target's own and once for the logsumexp."""
-    return contract(largest, dtype) + 2 * model_error(config, positions, dtype=dtype) * (1 + largest)
-
-
-def entropy_factor(vocab: int) -> float:
-    """Return how many times the error of its log-probs an entropy can be off: it is Σ p (−log p), whose p move with log p."""
-    return 2 * (1 + math.log(vocab))
+    return contract(largest, dtype=dtype) + 2 * model_error(config, positions, dtype=dtype) * (1 + largest)
 
 
 def divergence_factor(kl: float) -> float:
@@ -178,6 +167,11 @@ def largest_logit(case: Case) -> float:
     return float(reference.logits(case.hidden.detach().double(), case.weight.detach().double(), **options).abs().max())
 
 
+def contract_of(case: Case) -> float:
+    """Bound the error of a log-prob of the case, on the device where it lies."""
+    return contract(largest_logit(case), case.hidden.shape[1], truncation=numerics.truncation(case.hidden.device))
+
+
 def dense_fp32_error(case: Case) -> Tensor:
     """Per row, the error that rounding the logits to fp32 alone makes: fp32 dense product, float64 statistics."""
     with torch.no_grad():
@@ -214,7 +208,7 @@ def assert_values(ours, case: Case) -> None:
     if case.targets.numel() == 0:
         return
     exact = reference.linear_logprobs(case.hidden.detach(), case.weight.detach(), case.targets, **case.oracle_options)
-    bound = CONTRACT * (1 + largest_logit(case))
+    bound = contract_of(case)
     factors = {"logprobs": 1, "entropy": entropy_factor(len(case.weight)), "logsumexp": 1}
     for (name, factor), truth in zip(factors.items(), exact, strict=True):
         value = getattr(ours, name)
@@ -223,70 +217,28 @@ def assert_values(ours, case: Case) -> None:
 
 
 def assert_stored_gradients(got: Sequence[Tensor], case: Case, upstream: Sequence[Tensor | None], backend: str) -> None:
-    """dH, dW and db (those of :func:`leaves`) of ``Σ upstream · (logprobs, entropy, logsumexp)``, each element within its bound.
-
-    The error model, with u the roundoff of the operands' dtype and b the contract's bound for the logits:
-
-    * dz is stored once in that dtype (the torch backend: in fp32): u · |dz|, and under fp16, which is scaled so that the largest
-      possible |dz| of the call is above 2^11, at least half of its smallest step, 2^-25 / 2^11 of that largest
-    * p and log p come from fp32 logits: b, a few times; from a cached E: the roundoff of bf16 in p and in log p
-    * dH = dz @ W and dW = dzᵀ @ H are fp32 sums: one eps of fp32 for each term, of Σ |dz| |W|
-    * and are rounded once: u · |dH|
-    """
+    """dH, dW and db (those of :func:`leaves`) of ``Σ upstream · (logprobs, entropy, logsumexp)``, each element within its bound
+    by :func:`bupo_kernels.numerics.gradients`. The torch backend on a CPU stores dz in fp32, the others in the operands' dtype."""
     with torch.no_grad():
-        options = {k: v.double() if isinstance(v, Tensor) else v for k, v in case.oracle_options.items() if k != "mask"}
-        ignored = options.pop("ignore_index", -100)
-        hidden, weight = case.hidden.double(), case.weight.double()
-        z = reference.logits(hidden, weight, **options)
-        counts = case.targets != ignored
+        options = {k: v for k, v in case.oracle_options.items() if k not in ("mask", "ignore_index")}
+        counts = case.targets != case.options.get("ignore_index", -100)
         if (mask := case.options.get("mask")) is not None:
             counts = counts & mask
-        g_lp, g_h, g_lse = ((torch.zeros_like(z[:, 0]) if g is None else g.double() * counts).unsqueeze(1) for g in upstream)
-        log_p = z.log_softmax(1)
-        p = log_p.exp()
-        entropy = -(p * log_p).sum(1, keepdim=True)
-        one = torch.zeros_like(z).scatter_(1, case.targets.where(counts, 0).unsqueeze(1), 1)
-        dz = g_lp * (one - p) - g_h * p * (log_p + entropy) + g_lse * p
-
-        stored = torch.float32 if backend == "torch" else case.hidden.dtype
-        u, b, fp32 = roundoff(stored, backend), 8 * CONTRACT * (1 + largest_logit(case)), torch.finfo(torch.float32).eps
+        stored = torch.float32 if backend == "torch" and case.hidden.device.type == "cpu" else case.hidden.dtype
         of_e = roundoff(torch.bfloat16, backend) * (1 + 2**-6) if backend == "triton:cached" else 0.0  # of log p: −ln(1 − of_e)
-        relative = b + of_e * (1 - one)  # the target's value does not come from E
-        spread = log_p + entropy
-        error = u * dz.abs() + p * relative * (g_lp.abs() + g_lse.abs() + g_h.abs() * (spread.abs() + 1))
-        error += p * b * g_h.abs() * (1 + entropy)  # of H
-        if stored == torch.float16:
-            largest = (g_lp.abs() + g_lse.abs() + g_h.abs() * (2 * math.log(len(weight)) + 1)).max()
-            error += 2.0**-36 * largest
-
-        # From dz to the gradient of the product.
-        slope = torch.full_like(z, options.get("logit_scale", 1.0))
-        temperature = options.get("temperature", 1.0)
-        temperature = temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature
-        if (softcap := options.get("softcap")) is not None:
-            tanh = z * temperature / softcap
-            slope = slope * (1 - tanh**2)
-            error += b * dz.abs()  # of the slope itself
-        slope = slope / temperature
-        dz, error = dz * slope, error * slope.abs()
-
-        def product(d: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:  # [m, k], [k, n]
-            return d @ other, d.shape[1] * fp32 * (d.abs() @ other.abs())
-
-        errors = {"hidden": error @ weight.abs(), "weight": error.T @ hidden.abs(), "bias": error.sum(0)}
-        found = {
-            "hidden": product(dz, weight),
-            "weight": product(dz.T, hidden),
-            "bias": (dz.sum(0), len(dz) * fp32 * dz.abs().sum(0)),
-        }
+        found = numerics.gradients(
+            *(case.hidden, case.weight, case.targets, counts, upstream, options),
+            stored=stored,
+            roundoff=roundoff(stored, backend),
+            of_e=of_e,
+            logit_error=contract_of(case),
+        )
     operands = {"hidden": case.hidden, "weight": case.weight, "bias": case.options.get("bias")}
     named = [(name, x) for name, x in operands.items() if x is not None and x.requires_grad]
     for (name, operand), gradient in zip(named, got, strict=True):
         assert gradient.dtype == operand.dtype
         assert gradient.shape == operand.shape
-        exact, of_sum = found[name]
-        bound = (errors[name] + of_sum) * (1 + torch.finfo(gradient.dtype).eps) + torch.finfo(gradient.dtype).eps / 2 * exact.abs()
-        bound += torch.finfo(gradient.dtype).smallest_normal * torch.finfo(gradient.dtype).eps  # its smallest step
+        exact, bound = found[name]
         excess = (gradient.double() - exact).abs() - bound
         assert not (excess > 0).any(), f"{name}: over its bound by {excess.max().item():.2e}"
 

@@ -71,7 +71,7 @@ def total(results: Tensor | tuple[Tensor, ...]) -> Tensor:
 def assert_same(ours, theirs, problem: Problem, dtype: torch.dtype = torch.float64) -> None:
     """Values, and the gradients of a random combination of them, relative to the largest; None only in both. Either side is off by
     the contract in its log-probs, for statistics in ``dtype``, and by some times that in what is made of them."""
-    tolerance = 2 * 8 * contract(problem.logits(problem.bias).abs().max().item(), dtype)
+    tolerance = 2 * 8 * contract(problem.logits(problem.bias).abs().max().item(), dtype=dtype)
     ours, theirs = outputs_of(ours), outputs_of(theirs)
     assert [x.shape for x in ours] == [x.shape for x in theirs]
     upstream = [torch.randn(x.shape, dtype=torch.float64) for x in ours]

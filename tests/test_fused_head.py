@@ -46,7 +46,7 @@ def dense(logits, targets):
     return log_p.gather(-1, targets[..., None])[..., 0], -(log_p.exp() * log_p).sum(-1)
 
 
-EXACT = 8 * contract(10.0, torch.float64)  # of what is made of a few log-probs, and of gradients beside the largest
+EXACT = 8 * contract(10.0, dtype=torch.float64)  # of what is made of a few log-probs, and of gradients beside the largest
 
 
 def assert_answers_for(logits, statistics, targets):

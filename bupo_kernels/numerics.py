@@ -1,0 +1,131 @@
+"""The numerics contract: how far results may be from float64 on the same inputs, on which machine. Tests, the self-check and the
+documentation have their bounds from here.
+
+A CPU, and a GPU's fp32 units, round each addition to nearest, and errors cancel. The accumulator of a tensor core drops what does
+not fit after every block of k, so each block loses up to an ulp towards zero, and what is lost adds up: a logit of D terms is sums of
+D/16 blocks. (Fasi et al., "Numerical behavior of NVIDIA tensor cores", PeerJ Comput. Sci. 2021. An A100 adds its blocks of 16 in two
+halves of 8, with a guard bit less than a Hopper.) Nothing on a CPU shows this but an emulation, which the tests have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bupo_kernels import reference
+
+CONTRACT = 2e-6  # of a log-prob, where products round to nearest: what exp, log and the sums of the statistics lose
+BLOCK = 16  # terms that a tensor core adds before it truncates
+CPU = torch.device("cpu")
+
+
+def truncation(device: torch.device) -> int:
+    """Return ``c`` of the contract for products on ``device``: 0 where they round to nearest, 1 on tensor cores of Hopper and
+    newer, 2 on those of Ampere and Ada and on hardware that nobody has described."""
+    if device.type == "cpu":
+        return 0
+    return 1 if device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) >= (9, 0) else 2
+
+
+def contract(
+    largest: Any,  # float, or [...]
+    width: int = 0,
+    *,
+    dtype: torch.dtype = torch.float32,
+    truncation: int = 0,
+) -> Any:
+    """Return the bound on the error of a log-prob, ``|Δlogprob| ≤ (2e-6 + c · D/16 · 2⁻²⁴) · (1 + max|z|)``.
+
+    Args:
+        largest: max|z|, the absolute value of the largest logit; a number, or one a row.
+        width: D, the number of terms of a logit. It does not matter without ``truncation``.
+        dtype: of the statistics. In float64, which no tensor core truncates, it is as many of that dtype's eps.
+        truncation: ``c``, as :func:`truncation` gives it.
+    """
+    single, own = torch.finfo(torch.float32).eps, torch.finfo(dtype).eps
+    accumulator = truncation * width / BLOCK * single / 2 if own == single else 0.0
+    return (CONTRACT * own / single + accumulator) * (1 + largest)
+
+
+def entropy_factor(vocab: int) -> float:
+    """Return how many times the error of its log-probs an entropy can be off: it is Σ p (−log p), whose p move with log p."""
+    return 2 * (1 + math.log(vocab))
+
+
+class Bounded(NamedTuple):
+    """The exact value of a gradient, and how far each of its elements may be from that."""
+
+    exact: Tensor
+    bound: Tensor
+
+
+def gradients(
+    hidden: Tensor,  # [N, D]
+    weight: Tensor,  # [V, D]
+    targets: Tensor,  # [N]
+    counts: Tensor,  # [N] bool: the rows that are active
+    upstream: Sequence[Tensor | None],  # [N] each: of logprobs, entropy and logsumexp
+    options: Mapping[str, Any],  # of reference.logits
+    *,
+    stored: torch.dtype,  # of dz
+    logit_error: float,  # of log p, from that of the logits: contract(...)
+    roundoff: float | None = None,  # of storing dz; None for half an eps
+    of_e: float = 0.0,  # error of log p off the target where dz comes from a cache
+) -> dict[str, Bounded]:
+    """Return exact "hidden", "weight" and "bias" gradients of ``Σ upstream · (logprobs, entropy, logsumexp)`` with a bound for each
+    element, from the dtype of ``hidden``, to which they are rounded.
+
+    The error model, with u the roundoff of the dtype that dz is stored in and b eight times ``logit_error``:
+
+    * dz is stored once in that dtype: u · |dz|, and under fp16, which is scaled so that the largest possible |dz| of the call is
+      above 2^11, at least half of its smallest step, 2^-25 / 2^11 of that largest
+    * p and log p come from fp32 logits: b, a few times; from a cached E: the roundoff of bf16 in p and in log p
+    * dH = dz @ W and dW = dzᵀ @ H are fp32 sums: one eps of fp32 for each term, of Σ |dz| |W|
+    * and are rounded once: u · |dH|
+    """
+    options = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
+    rounded, single = torch.finfo(hidden.dtype), torch.finfo(torch.float32).eps
+    hidden, weight = hidden.double(), weight.double()
+    z = reference.logits(hidden, weight, **options)
+    g_lp, g_h, g_lse = ((torch.zeros_like(z[:, 0]) if g is None else g.double() * counts).unsqueeze(1) for g in upstream)
+    log_p = z.log_softmax(1)
+    p = log_p.exp()
+    entropy = -(p * log_p).sum(1, keepdim=True)
+    one = torch.zeros_like(z).scatter_(1, targets.where(counts, 0).unsqueeze(1), 1)
+    dz = g_lp * (one - p) - g_h * p * (log_p + entropy) + g_lse * p
+
+    u, b = torch.finfo(stored).eps / 2 if roundoff is None else roundoff, 8 * logit_error
+    relative = b + of_e * (1 - one)  # the target's value does not come from E
+    spread = log_p + entropy
+    error = u * dz.abs() + p * relative * (g_lp.abs() + g_lse.abs() + g_h.abs() * (spread.abs() + 1))
+    error += p * b * g_h.abs() * (1 + entropy)  # of H
+    if stored == torch.float16:
+        error += 2.0**-36 * (g_lp.abs() + g_lse.abs() + g_h.abs() * (2 * math.log(len(weight)) + 1)).max()
+
+    # From dz to the gradient of the product.
+    slope = torch.full_like(z, options.get("logit_scale", 1.0))
+    temperature = options.get("temperature", 1.0)
+    temperature = temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature
+    if (softcap := options.get("softcap")) is not None:
+        tanh = z * temperature / softcap
+        slope = slope * (1 - tanh**2)
+        error += b * dz.abs()  # of the slope itself
+    slope = slope / temperature
+    dz, error = dz * slope, error * slope.abs()
+
+    def bounded(d: Tensor, of_d: Tensor, other: Tensor) -> Bounded:  # [m, k], [m, k], [k, n] -> [m, n]
+        exact = d @ other
+        spent = of_d @ other.abs() + d.shape[1] * single * (d.abs() @ other.abs())
+        smallest_step = rounded.smallest_normal * rounded.eps
+        return Bounded(exact, spent * (1 + rounded.eps) + rounded.eps / 2 * exact.abs() + smallest_step)
+
+    ones = dz.new_ones(len(dz), 1)
+    return {
+        "hidden": bounded(dz, error, weight),
+        "weight": bounded(dz.T, error.T, hidden),
+        "bias": Bounded(*(x.squeeze(1) for x in bounded(dz.T, error.T, ones))),
+    }
