@@ -14,9 +14,9 @@ rounded logit; 16-bit inputs are exact. Against float64 on the same inputs
 before, which truncate their fp32 sum after every 16 (8) terms (:func:`bupo_kernels.numerics.contract`). dH and dW are summed in
 fp32 and rounded once, to the dtype of their tensor. The gradient of a logit is rounded once to a 16-bit input's dtype where tensor
 cores (AMX, AVX512-BF16) multiply it, on every backend (fp16: scaled by a power of two first), and stays fp32 elsewhere. ``triton``
-with its ``cached`` strategy takes p from a bf16 value: another 2⁻⁸ relative in p and 0.004 nat in log p, never on the target. float64 inputs are computed in float64
-throughout. fp32 products follow torch's own precision setting (``torch.set_float32_matmul_precision``); the bound is for its
-default, ``"highest"``.
+with its ``cached`` strategy takes p from a bf16 value: another 2⁻⁸ relative in p and 0.004 nat in log p, never on the target.
+float64 inputs are computed in float64 throughout. fp32 products follow torch's own precision setting
+(``torch.set_float32_matmul_precision``); the bound is for its default, ``"highest"``.
 
 Under ``torch.compile`` a call is one node, whatever the number of rows, and gives bit for bit what it gives without. Off the CPU
 the forward never waits for the device; a target or a temperature out of range is then a device-side assert. (:func:`logit_lens`

@@ -2,9 +2,9 @@
 documentation have their bounds from here.
 
 A CPU, and a GPU's fp32 units, round each addition to nearest, and errors cancel. The accumulator of a tensor core drops what does
-not fit after every block of k, so each block loses up to an ulp towards zero, and what is lost adds up: a logit of D terms is sums of
-D/16 blocks. (Fasi et al., "Numerical behavior of NVIDIA tensor cores", PeerJ Comput. Sci. 2021. An A100 adds its blocks of 16 in two
-halves of 8, with a guard bit less than a Hopper.) Nothing on a CPU shows this but an emulation, which the tests have.
+not fit after every block of k, so each block loses up to an ulp towards zero, and what is lost adds up: a logit of D terms is
+sums of D/16 blocks. (Fasi et al., "Numerical behavior of NVIDIA tensor cores", PeerJ Comput. Sci. 2021. An A100 adds its blocks of
+16 in two halves of 8, with a guard bit less than a Hopper.) Nothing on a CPU shows this but an emulation, which the tests have.
 """
 
 from __future__ import annotations

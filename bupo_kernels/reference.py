@@ -1,4 +1,4 @@
-"""The oracle: plain torch, in any dtype up to float64, which materialises the logits. Tests and the self-check hold results against it."""
+"""The oracle: plain torch that materialises the logits, in any dtype up to float64, for the tests and the self-check."""
 
 import torch
 from torch import Tensor
