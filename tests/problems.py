@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from bupo_kernels import numerics, reference
-from bupo_kernels.backends.triton_.config import interpreted
 from bupo_kernels.numerics import CONTRACT, contract, entropy_factor
+from bupo_kernels.selfcheck.problems import error_of_e, roundoff
 
 # ---- the error model: where every tolerance comes from, on any CPU
 
@@ -197,12 +197,6 @@ def leaves(case: Case) -> tuple[Tensor, ...]:
     return tuple(x for x in operands if x is not None and x.requires_grad)
 
 
-def roundoff(dtype: torch.dtype, backend: str) -> float:
-    """Of a tile that a kernel stores: half an eps; a whole one where Triton's interpreter stores bf16, which it truncates."""
-    truncated = dtype == torch.bfloat16 and backend.startswith("triton") and interpreted()
-    return torch.finfo(dtype).eps * (1 if truncated else 0.5)
-
-
 def assert_values(ours, case: Case) -> None:
     """Within the contract of the float64 oracle, whatever the logits."""
     if case.targets.numel() == 0:
@@ -225,12 +219,11 @@ def assert_stored_gradients(got: Sequence[Tensor], case: Case, upstream: Sequenc
         if (mask := case.options.get("mask")) is not None:
             counts = counts & mask
         stored = torch.float32 if backend == "torch" and case.hidden.device.type == "cpu" else case.hidden.dtype
-        of_e = roundoff(torch.bfloat16, backend) * (1 + 2**-6) if backend == "triton:cached" else 0.0  # of log p: −ln(1 − of_e)
         found = numerics.gradients(
             *(case.hidden, case.weight, case.targets, counts, upstream, options),
             stored=stored,
             roundoff=roundoff(stored, backend),
-            of_e=of_e,
+            of_e=error_of_e(backend),
             logit_error=contract_of(case),
         )
     operands = {"hidden": case.hidden, "weight": case.weight, "bias": case.options.get("bias")}

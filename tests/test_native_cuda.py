@@ -2,6 +2,7 @@
 
 import emulation
 import pytest
+import tensor_cores
 import torch
 from problems import (
     OPTIONS,
@@ -21,6 +22,7 @@ from bupo_kernels import PolicyObjective, dispatch, explain, linear_logprobs, li
 from bupo_kernels.backends import compiled
 from bupo_kernels.backends.base import Problem
 from bupo_kernels.dispatch import choose
+from bupo_kernels.selfcheck import decision
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 OBJECTIVES = {
@@ -49,6 +51,7 @@ def on_gpu(emulated, monkeypatch):
         def __getattr__(self, name):
             return lambda **arguments: calls.append(name) or getattr(emulated, name)(**arguments)
 
+    tensor_cores.mocked(monkeypatch)
     monkeypatch.setattr(compiled, "cuda", Counted)
     monkeypatch.setattr(dispatch.NATIVE_CUDA, "why_not_default", lambda problem: None)
     monkeypatch.setitem(dispatch.BACKENDS, "native", lambda problem: dispatch.NATIVE_CUDA)
@@ -116,12 +119,13 @@ def test_without_gradients_no_dz_is_written(on_gpu):
     assert plan.flops_forward == 2 * 5 * 60 * 8
 
 
-def test_a_gpu_takes_them_where_they_were_built_and_only_when_asked(monkeypatch):
+def test_a_gpu_takes_them_where_they_were_built_and_proven(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(compiled, "cuda", lambda: object())
     problem = Problem(4, 4, 20, 8, torch.bfloat16, torch.device("cuda"), True, True, False, False, 2**20)
     assert dispatch.NATIVE_CUDA.why_not(problem, None) is None
-    assert "never yet measured" in choose(problem)[3]["native"]
+    monkeypatch.setattr(decision, "why_not", lambda variant, device: f"{variant.name} is wrong here")
+    assert choose(problem)[3]["native"] == "native bfloat16 is wrong here"
     assert choose(problem, "native")[0] == "native"
     with pytest.raises(ValueError, match="instruction set: avx2 given, accepted is none on cuda"):
         choose(problem, "native:avx2")

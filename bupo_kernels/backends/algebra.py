@@ -50,6 +50,12 @@ def of_all_rows(part: Statistics, rows: Tensor, count: int) -> Statistics:
     return whole
 
 
+def of_active_rows(part: Statistics, active: Tensor) -> Statistics:  # [N] each, [N] bool
+    """Return the statistics of all rows, of which those that are not active have lost what ``part`` has of them."""
+    idle = Statistics.empty(len(active), part.m.dtype, part.m.device)
+    return Statistics(*(torch.where(active, some, none) for some, none in zip(part, idle, strict=True)))
+
+
 class Results(NamedTuple):
     """The results of N rows, [N] each; 0 on rows that are not active."""
 

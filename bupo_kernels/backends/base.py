@@ -10,8 +10,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from bupo_kernels.backends.algebra import Coefficients, Statistics, of_all_rows
-from bupo_kernels.backends.gradients import GradientTile
+from bupo_kernels.backends.algebra import Coefficients, Statistics, of_active_rows, of_all_rows
+from bupo_kernels.backends.gradients import GradientTile, product_dtype
 
 
 class TooSmall(ValueError):
@@ -77,6 +77,11 @@ class Problem:
     def statistics_dtype(self) -> torch.dtype:
         """The dtype of statistics and sums: fp32, and float64 for float64 operands."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """The dtype of the operands of a library's product, and of the dz that it takes."""
+        return product_dtype(self.dtype, self.device)
 
     @property
     def needs_grad(self) -> bool:
@@ -153,6 +158,11 @@ class PolicyRows(NamedTuple):
     tiles: Iterator[GradientTile] | None  # of the dz of these k
 
 
+def is_captured(device: torch.device) -> bool:
+    """Return whether what runs on ``device`` becomes part of a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Backend(ABC):
     """An implementation of the ops, importable everywhere. ``dispatch.py`` asks whether it can run a problem, and with what plan;
     ``engine.py`` then has it stream statistics and tiles of dz. Its methods hold no state: plans and caches are the caller's.
@@ -169,6 +179,11 @@ class Backend(ABC):
 
     def why_not_default(self, problem: Problem) -> str | None:
         """Return the reason ``backend="auto"`` passes this backend over although it could run ``problem``, or None."""
+        return None
+
+    def predicted_share(self, problem: Problem) -> float | None:
+        """Return the share of the rate of bare 16-bit products that a forward is expected to reach on an H100, counted and not
+        measured; None where there is no such expectation."""
         return None
 
     @abstractmethod
@@ -202,8 +217,13 @@ class Backend(ABC):
     ) -> tuple[Statistics, Cache]:
         """Return the :class:`Statistics` of all rows, and the cache of the first ``plan.cached_rows`` that are active.
 
-        Off the CPU an implementation that is the default must not wait for the device.
+        This one waits for the device to say which rows are active, but where a CUDA graph is captured, which nothing may wait in:
+        there it takes all of them.
         """
+        if is_captured(active.device):
+            everything = torch.arange(len(active), device=active.device)
+            part, cache = self.row_statistics(operands, everything, plan, with_entropy=with_entropy, keep=False)
+            return of_active_rows(part, active), cache
         rows = active.nonzero().squeeze(1)
         part, cache = self.row_statistics(operands, rows, plan, with_entropy=with_entropy, keep=False)
         return of_all_rows(part, rows, len(active)), cache

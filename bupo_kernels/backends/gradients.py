@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -14,11 +15,31 @@ from bupo_kernels.backends.compiled import present
 PRODUCT_ROWS = 4096
 
 
+def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype that operands of ``dtype`` are multiplied in: their own where the library's product of 16-bit operands on
+    ``device`` keeps its fp32 sum (``torch.mm(out_dtype=)``, on tensor cores), and else fp32, to which upcasting is exact."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return dtype if dtype == wide or keeps_fp32_sums(device) else wide
+
+
+@functools.cache
+def keeps_fp32_sums(device: torch.device) -> bool:
+    """Return whether ``torch.mm`` on ``device`` multiplies 16-bit operands into an fp32 result, at more than the rate of fp32:
+    on NVIDIA GPUs from compute capability 8.0 on, before which there are no bf16 products; and on GPUs of AMD and Intel."""
+    key = {"cuda": "CUDA", "xpu": "XPU"}.get(device.type)  # torch calls AMD's cuda too
+    if key is None or not torch._C._dispatch_has_kernel_for_dispatch_key("aten::mm.dtype", key):
+        return False
+    return key == "XPU" or bool(torch.version.hip) or torch.cuda.get_device_capability(device) >= (8, 0)
+
+
 def accumulate_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:  # [m, n] += [m, k] @ [k, n]
     """Add a product to an fp32 (or float64) ``total`` without rounding it first; or put the ``first`` one there, rounded to the
-    dtype of ``total``."""
+    dtype of ``total``.
+
+    (``addmm`` with an ``out_dtype`` would save a pass over the sum, but what it accepts has changed with torch's releases.)
+    """
     dtype = torch.promote_types(a.dtype, torch.float32)
-    if a.dtype != dtype and a.is_cuda:
+    if product_dtype(a.dtype, a.device) != dtype:
         if first and total.dtype == dtype:
             torch.mm(a, b, out_dtype=dtype, out=total)
             return
@@ -27,7 +48,6 @@ def accumulate_(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:  # [m
             product = torch.mm(a[block], b, out_dtype=dtype)
             total[block].copy_(product) if first else total[block].add_(product)
         return
-    # Where no library product keeps its fp32 accumulator: upcasting 16-bit operands is exact.
     a, b = a.to(dtype), b.to(dtype)
     if not first:
         total.addmm_(a, b)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bupo_kernels.backends import algebra
 from bupo_kernels.backends.base import Operands, Tile
-from bupo_kernels.backends.gradients import accumulate_
+from bupo_kernels.backends.gradients import accumulate_, product_dtype
 from bupo_kernels.backends.quantised import is_plain, rows_of
 from bupo_kernels.backends.tile_loop import CPU_TILE, DEVICE_TILE, SMALL_TILE
 from bupo_kernels.backends.torch_ import target_column, to_logits_
@@ -67,20 +67,21 @@ class LensLoop:
         self.compares = bool(set(outputs) & {"kl_to_final", "kl_from_final", "pairwise_kl"})
         self.rules_out = self.compares and operands.bias is not None and bool((operands.bias == -math.inf).any())
         self.dtype = torch.promote_types(operands.hidden.dtype, torch.float32)
+        self.product_dtype = product_dtype(operands.hidden.dtype, operands.hidden.device)
         self.rows, self.tile = self._plan(count, memory_budget)
 
     def _plan(self, count: int, memory_budget: int) -> tuple[int, Tile]:
         """Return how many rows there may be at a time, and the tokens and columns of the largest tile within the budget. Raise
         ``ValueError`` where it holds not even the smallest."""
         policies, k, (vocab, width) = self.policies, self.top_k, self.operands.weight.shape
-        size, item = self.dtype.itemsize, self.operands.hidden.dtype.itemsize
-        copies = item < size if is_plain(self.operands.weight) else 2  # of a slice, as in tile_loop.memory
+        size, item, of_product = self.dtype.itemsize, self.operands.hidden.dtype.itemsize, self.product_dtype.itemsize
+        copies = item < of_product if is_plain(self.operands.weight) else 2  # of a slice, as in tile_loop.memory
         # A row has statistics and results, in float and int64, the top k twice, products of all pairs, indices and coordinates.
         per_row = policies * (10 * size + 2 * 8 + 2 * k * (size + 8)) + policies**2 * size * self.compares + 64
 
         def needed(rows: int, tokens: int, columns: int) -> int:
             logits = ((2 * policies + 3 * ("jsd" in self.outputs)) * size + policies * self.compares) * tokens * columns
-            hidden = policies * tokens * width * (size * (item < size) + 3 * item)
+            hidden = policies * tokens * width * (of_product * (item < of_product) + 3 * item)
             merged = tokens * policies * (4 * k * (size + 8) + 10 * size + policies * size * self.compares)
             return rows * per_row + logits + hidden + merged + 2 * columns * width * size * copies
 
@@ -107,7 +108,7 @@ class LensLoop:
         for start in range(0, vocab if count else 0, self.tile.columns):
             columns = slice(start, min(start + self.tile.columns, vocab))
             w = rows_of(weight, columns)
-            w = w if w.is_cuda else w.to(self.dtype)
+            w = w.to(self.product_dtype)
             b = None if bias is None else bias[columns].to(self.dtype)
             for first in range(0, count, self.tile.rows):
                 tokens = slice(first, min(first + self.tile.rows, count))

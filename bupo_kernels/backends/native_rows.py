@@ -21,9 +21,8 @@ from bupo_kernels.backends.compiled import ISAS, address, isas
 from bupo_kernels.backends.cpu_arguments import CoefficientArguments, ReadoutArguments, padded, up
 from bupo_kernels.backends.gradients import MatrixTile, accumulate_
 from bupo_kernels.backends.tile_loop import Block, RowKernels, TileLoop
-
-# Compute capabilities (x 10) on which `make gpu` has passed with the CUDA kernels and its result is committed: as in triton_.
-MEASURED: frozenset[int] = frozenset()
+from bupo_kernels.selfcheck import decision
+from bupo_kernels.selfcheck.decision import Variant
 
 
 def why_not_native(problem: Problem, strategy: str | None) -> str | None:
@@ -65,15 +64,13 @@ class NativeCuda(TileLoop):
     """fp32 and bf16 on a GPU: the library's product with an fp32 result, and row kernels in CUDA."""
 
     strategies = ISAS
+    passes = 1.4  # one reads the products; what they are written in is not all hidden behind the product
 
     def why_not(self, problem: Problem, strategy: str | None) -> str | None:
         return why_not_native(problem, strategy)
 
     def why_not_default(self, problem: Problem) -> str | None:
-        major, minor = torch.cuda.get_device_capability(problem.device)
-        if 10 * major + minor in MEASURED:
-            return None
-        return f"never yet measured on a GPU like this (cuda {major}.{minor}); backend='native' asks for it"
+        return decision.why_not(Variant("native", dtype_name(problem.dtype)), problem.device)
 
     def one_pass_plan(self, problem: Problem, strategy: str | None) -> TilePlan:
         """Plan as many whole rows at a time as the budget allows: fp32 products and dz, and dz again without the rows that have
@@ -86,9 +83,6 @@ class NativeCuda(TileLoop):
         memory = Memory(chunk * per_row, 0, 4 * problem.vocab * problem.width if in_parts else 0)
         tile = Tile(chunk, problem.vocab)
         return TilePlan(problem, "one pass, rows fused", tile, memory, problem.active_rows, chunk_rows=chunk, fused_rows=True)
-
-    def gradient_dtype(self, problem: Problem) -> torch.dtype:
-        return problem.dtype
 
     def row_kernels(self, plan: TilePlan) -> RowKernels:
         return CudaRows(_cuda())
@@ -126,9 +120,6 @@ class CpuRows:
 
     def __init__(self, isa: str):
         self.kernels = compiled.kernels(isa)
-
-    def dtypes(self, problem: Problem) -> tuple[torch.dtype, torch.dtype]:
-        return torch.float32, torch.float32
 
     def fold(self, block: Block, targets: Tensor, running: Statistics, with_entropy: bool) -> float:  # [r], [r] each
         """Leave logits, from which nothing is subtracted."""
@@ -168,18 +159,16 @@ class CpuRows:
         return dz
 
 
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return "bfloat16" for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 class CudaRows:
-    """The :class:`RowKernels` of :class:`NativeCuda`: fp32 products, dz in the operands' dtype. ``module`` is ``_C.cuda``."""
+    """The :class:`RowKernels` of :class:`NativeCuda`. ``module`` is ``_C.cuda``."""
 
     def __init__(self, module: ModuleType):
         self.module = module
-
-    def dtypes(self, problem: Problem) -> tuple[torch.dtype, torch.dtype]:
-        return problem.dtype, problem.dtype
 
     def fold(self, block: Block, targets: Tensor, running: Statistics, with_entropy: bool) -> float:  # [r], [r] each
         """Leave the products as they are."""
@@ -196,7 +185,7 @@ class CudaRows:
             **_addresses(coefficients._asdict(), dz),
             n=len(dz),
             gradient=address(dz, device=dz.device.type),
-            gradient_dtype=_dtype_name(dz),
+            gradient_dtype=dtype_name(dz.dtype),
             gradient_stride=dz.stride(0),
         )
         return dz
@@ -217,7 +206,8 @@ class CudaRows:
         bias = None if operands.bias is None else operands.bias.float()
         _alive, arguments = self._products(products, 0, operands.readout.rows(index, torch.float32), bias)
         del arguments["first_column"]
-        dz = torch.empty_like(products, dtype=problem.dtype) if problem.needs_grad and problem.dtype != products.dtype else products
+        apart = problem.needs_grad and problem.product_dtype != products.dtype
+        dz = torch.empty_like(products, dtype=problem.product_dtype) if apart else products
         found = {name: products.new_empty(len(products)) for name in ("loss", "logprob", "entropy")}
         found["used"] = products.new_empty(len(products), dtype=torch.bool)
         self.module.row_policy_loss(
@@ -226,7 +216,7 @@ class CudaRows:
             **_addresses(found, products),
             objective=objective,
             gradient=address(dz, device=dz.device.type) if problem.needs_grad else 0,
-            gradient_dtype=_dtype_name(dz),
+            gradient_dtype=dtype_name(dz.dtype),
             gradient_stride=dz.stride(0),
         )
         return found, dz, hidden
@@ -240,7 +230,7 @@ class CudaRows:
         per_row = temperature.reshape(-1).float().contiguous() if isinstance(temperature, Tensor) else None
         arguments = {
             "products": address(products, device=device),
-            "dtype": _dtype_name(products),
+            "dtype": dtype_name(products.dtype),
             "rows": len(products),
             "columns": products.shape[1],
             "stride": products.stride(0),

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -18,13 +18,15 @@ from torch import Tensor
 from bupo_kernels.backends.algebra import Coefficients, Statistics, lowest
 from bupo_kernels.backends.base import Backend, Cache, Memory, Operands, Problem, Readout, Tile, TilePlan
 from bupo_kernels.backends.compiled import present
-from bupo_kernels.backends.gradients import MatrixTile, accumulate_
+from bupo_kernels.backends.gradients import PRODUCT_ROWS, MatrixTile, accumulate_
 from bupo_kernels.backends.quantised import rows_of
 
 # The largest tiles worth having (rows, columns). On a CPU two fp32 tiles of 512 x 2048 are 8 MiB, which stays in a shared L3 while
 # the statistics sweep over what the GEMM has just written. Elsewhere they are large enough to fill a GPU, small against its memory.
 CPU_TILE = (512, 2048)
 DEVICE_TILE = (4096, 8192)
+# The rates that predictions are made with: bf16 and fp32 products at the clocks that a power limit leaves, and memory; a second.
+H100_FLOPS, H100_FP32_FLOPS, H100_BYTES = 700e12, 51e12, 3e12
 SMALL_TILE = 64  # rows, columns: below this products are slow, so slices are cut so that this many rows fit
 
 
@@ -37,17 +39,13 @@ class Block(NamedTuple):
     hidden: Tensor  # [r, D]
     bias: Tensor | None  # [c]
     tile: Tensor  # [r, c]: products, or what a fold left of them in the cache
-    scratch: Tensor  # [r, c] of the dtype of dz
+    scratch: Tensor  # [r, c]: for a fold of the dtype of the tile; for a gradient of that of dz
     readout: Readout  # of these rows
     maxima: Tensor | None  # [r]: what was subtracted from a tile that comes from the cache; None for products
 
 
 class RowKernels(Protocol):
     """The two kernels that work on the rows of a tile."""
-
-    def dtypes(self, problem: Problem) -> tuple[torch.dtype, torch.dtype]:
-        """Return the dtype of the products' operands and that of dz."""
-        ...
 
     def fold(
         self,
@@ -67,6 +65,15 @@ class RowKernels(Protocol):
 class TileLoop(Backend):
     """A backend that forms tiles by the library's product and leaves their rows to its :class:`RowKernels`."""
 
+    passes: ClassVar[float]  # over a tile of fp32 products that a forward makes on a GPU, beside the products
+
+    def predicted_share(self, problem: Problem) -> float | None:
+        if problem.device.type == "cpu" or problem.dtype.itemsize != 2:
+            return None
+        flops, bytes_moved = 2 * problem.width, 4 * self.passes  # a logit
+        rate = H100_FLOPS if problem.product_dtype == problem.dtype else H100_FP32_FLOPS
+        return (flops / H100_FLOPS) / (flops / rate + bytes_moved / H100_BYTES)
+
     @abstractmethod
     def row_kernels(self, plan: TilePlan) -> RowKernels:
         """Return the kernels that work on the rows of a tile."""
@@ -75,6 +82,9 @@ class TileLoop(Backend):
         problem.require_budget(memory(problem, Tile(1, 1)).working)
         tile = largest_tile(problem)
         return TilePlan(problem, "recompute" if problem.needs_grad else "statistics only", tile, memory(problem, tile))
+
+    def gradient_dtype(self, problem: Problem) -> torch.dtype:
+        return problem.product_dtype
 
     def one_pass_plan(self, problem: Problem, strategy: str | None) -> TilePlan:
         """Plan chunks of rows as high as the budget allows beside the tiles; their logits are kept, whole."""
@@ -108,7 +118,7 @@ class TileLoop(Backend):
             slices = -(-problem.vocab // plan.tile.columns)
             logits = present(torch.empty(len(rows) * problem.vocab, dtype=dtype, device=rows.device))
             cache = Cache(logits, torch.empty(len(rows), slices, dtype=dtype, device=rows.device))
-        for block in _products(operands, rows, plan, kernels, cache if keep else None):
+        for block in _products(operands, rows, plan, dtype, cache if keep else None):
             r = block.rows
             subtracted = kernels.fold(block, targets[r], Statistics(*(x[r] for x in statistics)), with_entropy)
             if keep:
@@ -124,27 +134,26 @@ class TileLoop(Backend):
         cache: Cache,
         cache_rows: Tensor | None,  # [n]
     ) -> Iterator[MatrixTile]:
-        kernels = self.row_kernels(plan)
+        kernels, of_dz = self.row_kernels(plan), self.gradient_dtype(plan.problem)
         blocks = (
-            _products(operands, rows, plan, kernels)
+            _products(operands, rows, plan, of_dz)
             if cache_rows is None
-            else _from_cache(operands, rows, plan, kernels, cache, cache_rows)
+            else _from_cache(operands, rows, plan, of_dz, cache, cache_rows)
         )
         for block in blocks:
             dz = kernels.gradient(block, coefficients.rows(block.rows))
             yield MatrixTile(block.columns, block.rows, dz, block.weight, block.hidden)
 
 
-def _blocks(operands: Operands, rows: Tensor, plan: TilePlan, kernels: RowKernels) -> Iterator[Block]:
+def _blocks(operands: Operands, rows: Tensor, plan: TilePlan, of_scratch: torch.dtype) -> Iterator[Block]:
     """Yield all tiles, slice by slice, with memory for the products and not yet formed."""
     hidden, weight, bias, _, readout = operands
     problem, tile, count, vocab = plan.problem, plan.tile, len(rows), weight.shape[0]
     if count == 0:
         return
-    of_operands, of_gradient = kernels.dtypes(problem)
+    of_operands = problem.product_dtype
     tile_buffer, scratch_buffer = (
-        torch.empty(tile.rows * tile.columns, dtype=dtype, device=hidden.device)
-        for dtype in (problem.statistics_dtype, of_gradient)
+        torch.empty(tile.rows * tile.columns, dtype=dtype, device=hidden.device) for dtype in (problem.statistics_dtype, of_scratch)
     )
     coordinates = operands.coordinates(rows)
     for start in range(0, vocab, tile.columns):
@@ -160,9 +169,11 @@ def _blocks(operands: Operands, rows: Tensor, plan: TilePlan, kernels: RowKernel
             yield Block(columns, block, w, h, b, z, scratch, readout.rows(index, problem.statistics_dtype), None)
 
 
-def _products(operands: Operands, rows: Tensor, plan: TilePlan, kernels: RowKernels, cache: Cache | None = None) -> Iterator[Block]:
+def _products(
+    operands: Operands, rows: Tensor, plan: TilePlan, of_scratch: torch.dtype, cache: Cache | None = None
+) -> Iterator[Block]:
     """Yield all tiles of products; in the memory of the ``cache``, if there is one."""
-    for block in _blocks(operands, rows, plan, kernels):
+    for block in _blocks(operands, rows, plan, of_scratch):
         if cache is not None:
             block = block._replace(tile=_slice_of(cache, block.columns)[block.rows])
         accumulate_(block.tile, block.hidden, block.weight.T, first=True)
@@ -170,10 +181,10 @@ def _products(operands: Operands, rows: Tensor, plan: TilePlan, kernels: RowKern
 
 
 def _from_cache(
-    operands: Operands, rows: Tensor, plan: TilePlan, kernels: RowKernels, cache: Cache, cache_rows: Tensor
+    operands: Operands, rows: Tensor, plan: TilePlan, of_scratch: torch.dtype, cache: Cache, cache_rows: Tensor
 ) -> Iterator[Block]:
     """Yield all tiles as the fold left them in the ``cache``: all its rows, where they lie, or a copy of some of them."""
-    for block in _blocks(operands, rows, plan, kernels):
+    for block in _blocks(operands, rows, plan, of_scratch):
         which: slice | Tensor = block.rows
         if len(cache_rows) == len(cache.offsets):
             block = block._replace(tile=_slice_of(cache, block.columns)[block.rows])
@@ -209,14 +220,14 @@ def largest_tile(problem: Problem) -> Tile:
 
 def memory(problem: Problem, tile: Tile) -> Memory:
     """Return what a call allocates with this tile; a test holds it against what the allocator saw."""
-    size = problem.statistics_dtype.itemsize
-    upcast = problem.dtype.itemsize < size
+    size, item, of_product = (dtype.itemsize for dtype in (problem.statistics_dtype, problem.dtype, problem.product_dtype))
+    narrow, upcast = item < size, item < of_product
     tile_bytes = tile.rows * tile.columns * size
     # The next block of rows (slice of W) is made while the last one is still held; so are rows of dH when they are put in place.
-    row_block = tile.rows * problem.width * size
+    row_block = tile.rows * problem.width * of_product
     # Of a quantised slice there are the numbers, and what its class needs to come by them.
     weight_slice = tile.columns * problem.width * size * (2 if problem.quantised else upcast)
-    gathered = tile.rows * problem.width * problem.dtype.itemsize * upcast
+    gathered = tile.rows * problem.width * item * upcast
     several_slices = problem.vocab > tile.columns
     several_tiles = several_slices or problem.active_rows > tile.rows
     rows = problem.active_rows + tile.rows
@@ -226,9 +237,13 @@ def memory(problem: Problem, tile: Tile) -> Memory:
     forward += rows * (6 * 8 + 10 * size)
     backward = 0
     if problem.needs_grad:
-        backward = (2 + problem.softcap) * tile_bytes + 2 * row_block + gathered + (1 + several_slices) * weight_slice
+        rounded = of_product < size  # dz is made in the dtype of the tile first, and products of it are, before they are added
+        backward = (2 + problem.softcap) * tile_bytes + rounded * tile.rows * tile.columns * of_product
+        backward += 2 * row_block + gathered + (1 + several_slices) * weight_slice
+        backward += rounded * min(PRODUCT_ROWS, max(tile.rows, tile.columns)) * problem.width * size
         backward += rows * (10 * 8 + 26 * size)
-        backward += weight_slice * problem.grad_weight  # fp32 sum of the slice's dW before it is rounded
+        # fp32 sum of the slice's dW before it is rounded
+        backward += tile.columns * problem.width * size * (2 if problem.quantised else narrow) * problem.grad_weight
         backward += tile.columns * size * 2 * problem.grad_bias
-    accumulator = problem.active_rows * problem.width * size if problem.grad_hidden and upcast else 0
+    accumulator = problem.active_rows * problem.width * size if problem.grad_hidden and narrow else 0
     return Memory(forward, backward, accumulator)

@@ -1,8 +1,9 @@
 """Row kernels in plain torch: the backend that runs wherever torch runs, and any dtype.
 
-Every product is taken between operands of the statistics' dtype (fp32; float64 for float64 inputs): a 16-bit operand is upcast tile
-by tile, which is exact, because torch has no portable 16-bit product that keeps its fp32 accumulator. On a GPU this runs at the
-fp32 rate of the library GEMM and follows ``torch.backends.cuda.matmul``'s TF32 setting (off by default).
+Where the library multiplies 16-bit operands into an fp32 result (``gradients.product_dtype``: GPUs with tensor cores), products are
+taken between those, at their rate, and dz is rounded to their dtype. Elsewhere torch has no 16-bit product that keeps its fp32 sum:
+a 16-bit operand is upcast tile by tile, which is exact. fp32 products follow ``torch.backends.cuda.matmul``'s TF32 setting (off by
+default). On a GPU some thirteen passes over the fp32 tiles come on top of the products.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ class Torch(TileLoop):
     """The tile loop with the row kernels of this file."""
 
     strategies = ("recompute",)
+    passes = 13
     reads_quantised = True
 
     def why_not(self, problem: Problem, strategy: str | None) -> str | None:
@@ -30,9 +32,6 @@ class Torch(TileLoop):
 
 class TorchRows:
     """The :class:`RowKernels` of :class:`Torch`."""
-
-    def dtypes(self, problem: Problem) -> tuple[torch.dtype, torch.dtype]:
-        return problem.statistics_dtype, problem.statistics_dtype
 
     def fold(self, block: Block, targets: Tensor, running: Statistics, with_entropy: bool) -> Tensor:  # [r], [r] each -> [r]
         """Leave logits less the maximum of their row in the tile, which is returned."""
@@ -59,16 +58,19 @@ class TorchRows:
         softcap_slope = None
         if readout.softcap is not None:
             softcap_slope = (z * (readout.temperature / readout.softcap)).square_().neg_().add_(1)  # 1 − tanh²
-        torch.exp(z.sub_(coefficients.m.unsqueeze(1)), out=dz)
+        exact = dz if dz.dtype == z.dtype else torch.empty_like(z)
+        torch.exp(z.sub_(coefficients.m.unsqueeze(1)), out=exact)
         if coefficients.slope is None:
-            dz.mul_(coefficients.constant.unsqueeze(1))
+            exact.mul_(coefficients.constant.unsqueeze(1))
         else:
             z.clamp_(min=LEAST_EXPONENT)
             slope = coefficients.slope.unsqueeze(1)
-            dz.mul_(torch.addcmul(coefficients.constant.unsqueeze(1), z, slope, value=-1, out=z))
+            exact.mul_(torch.addcmul(coefficients.constant.unsqueeze(1), z, slope, value=-1, out=z))
         column, inside = target_column(coefficients.targets, block.columns)
-        dz.scatter_(1, column, torch.where(inside, coefficients.on_target.unsqueeze(1), dz.gather(1, column)))
-        return dz if softcap_slope is None else dz.mul_(softcap_slope)
+        exact.scatter_(1, column, torch.where(inside, coefficients.on_target.unsqueeze(1), exact.gather(1, column)))
+        if softcap_slope is not None:
+            exact.mul_(softcap_slope)
+        return dz if exact is dz else dz.copy_(exact)
 
 
 def to_logits_(product: Tensor, bias: Tensor | None, readout: Readout) -> Tensor:  # [r, c], [c]

@@ -1,0 +1,114 @@
+"""``python -m bupo_kernels.selfcheck``: check every backend on every GPU (without one: on the CPU), and print a table.
+
+Verdicts of a GPU go on record, where ``backend="auto"`` reads them. The exit code is 1 where something is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+
+import torch
+
+from bupo_kernels.backends.base import Problem
+from bupo_kernels.dispatch import BACKENDS, default_memory_budget
+from bupo_kernels.selfcheck import records
+from bupo_kernels.selfcheck.card import Card
+from bupo_kernels.selfcheck.decision import Variant, checked
+from bupo_kernels.selfcheck.problems import check
+from bupo_kernels.selfcheck.records import Verdict
+
+DTYPES = ("bfloat16", "float16", "float32")
+HEADER = f"{'device':<32} {'variant':<24} {'verdict':<8} {'worst error / bound':>19} {'seconds':>8}"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
+    parser = argparse.ArgumentParser(prog="bupo check", description=(__doc__ or "").split(":", 1)[1].strip())
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what the command takes."""
+    parser.add_argument("--device", help="as in cuda:0; default: every GPU, or the CPU where there is none")
+    parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES, help="of the operands; default: all")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
+    parser.add_argument("--variant", type=Variant.named, help=argparse.SUPPRESS)  # these two: of the process of a self-check
+    parser.add_argument("--expect", help=argparse.SUPPRESS)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the command with these ``options`` and return its exit code."""
+    devices = _devices(options.device)
+    if options.variant:
+        print(json.dumps(_answer(options.variant, devices[0], options.expect)))
+        return 0
+    if not options.json:
+        print(HEADER, flush=True)
+    failed = 0
+    for device in devices:
+        card = Card.of(device)
+        for variant, reason in _variants(device, options.dtype):
+            verdict = None if reason else checked(variant, device, card) if device.type == "cuda" else check(variant, device)
+            failed += verdict is not None and not verdict.passed
+            row = {"device": f"{device} {card.name}", "variant": variant.name}
+            if options.json:
+                print(json.dumps({**row, "skipped": reason, "verdict": verdict and asdict(verdict)}), flush=True)
+            else:
+                print(_line(row["device"], variant.name, verdict, reason), flush=True)
+    if not options.json and any(device.type == "cuda" for device in devices):
+        print(f"on record in {records.folder() or 'the memory of this process: no folder can be written'}")
+    return 1 if failed else 0
+
+
+def _devices(wanted: str | None) -> list[torch.device]:
+    if wanted is None:
+        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
+    device = torch.device(wanted)
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
+        raise SystemExit(f"--device: {wanted} given, there are {torch.cuda.device_count()} CUDA devices and cpu")
+    return [torch.device("cuda", device.index or 0) if device.type == "cuda" else device]
+
+
+def _variants(device: torch.device, dtypes: Sequence[str]) -> Iterator[tuple[Variant, str | None]]:
+    """Yield every variant, with the reason why it cannot run here, if there is one."""
+    for backend, stands_for in BACKENDS.items():
+        for dtype in dtypes:
+            for softcap in (False, True) if backend == "triton" else (False,):
+                variant = Variant(backend, dtype, softcap)
+                problem = Problem(
+                    *(1, 1, 1, 64, variant.torch_dtype, device),
+                    grad_hidden=True,
+                    grad_weight=True,
+                    grad_bias=False,
+                    softcap=softcap,
+                    memory_budget=default_memory_budget(device),
+                )
+                yield variant, stands_for(problem).why_not(problem, None)
+
+
+def _line(device: str, variant: str, verdict: Verdict | None, reason: str | None) -> str:
+    if verdict is None:
+        return f"{device:<32} {variant:<24} {'–':<8} {reason}"
+    worst = "" if verdict.worst is None else f"{verdict.worst:.2f}"
+    line = f"{device:<32} {variant:<24} {'right' if verdict.passed else 'WRONG':<8} {worst:>19} {verdict.seconds:>8.1f}"
+    return line if verdict.passed else f"{line}  {verdict.reason}"
+
+
+def _answer(variant: Variant, device: torch.device, expected: str | None) -> dict[str, object]:
+    """Return the verdict as JSON for the process that asked; or "refused", where it is not this process that can find it."""
+    try:
+        torch.zeros(1, dtype=torch.float32, device=device)
+    except RuntimeError as error:  # exclusive mode, a MIG slice that is taken, no memory left
+        return {"refused": str(error).splitlines()[0]}
+    if expected is not None and Card.of(device).key != expected:
+        return {"refused": f"{device} is another card in a process of its own"}
+    return asdict(check(variant, device))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,212 @@
+"""The decision whether ``backend="auto"`` may take a GPU backend on the card at hand: made once a process, and then kept.
+
+It must not change after the first call that saw it: a traced graph has the shape of what one backend leaves for its backward. So
+where nothing may run (while torch traces, while a CUDA graph is captured, in a forked child), what no record vouches for is not
+taken, then or later in that process. ``BUPO_SELF_CHECK`` is ``1`` (check what no record vouches for), ``0`` (never check) or
+``again`` (check whatever the records say).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bupo_kernels.selfcheck import records
+from bupo_kernels.selfcheck.card import Card
+from bupo_kernels.selfcheck.records import Verdict
+
+CHECK = (sys.executable, "-m", "bupo_kernels.selfcheck")
+CHECK_SECONDS = 120  # that a check may take; about 15 are expected
+WAIT_SECONDS = 150  # for another process that is at it
+WISHES = ("0", "1", "again")
+
+log = logging.getLogger("bupo_kernels")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """The kernels that are checked together: those of a backend for operands of one dtype, with a softcap or without."""
+
+    backend: str  # "triton", "native" or "torch"
+    dtype: str  # "bfloat16"
+    softcap: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    @property
+    def name(self) -> str:
+        return f"{self.backend} {self.dtype}{' softcap' if self.softcap else ''}"
+
+    @staticmethod
+    def named(name: str) -> Variant:
+        """Return the variant of a ``name``. Raise ``ValueError`` where it is none."""
+        backend, dtype, *rest = name.split(" ")
+        if backend not in ("triton", "native", "torch") or not hasattr(torch, dtype) or rest not in ([], ["softcap"]):
+            raise ValueError(f"variant: {name!r} given, accepted are a backend, a dtype and perhaps softcap: 'triton bfloat16'")
+        return Variant(backend, dtype, bool(rest))
+
+
+_lock = threading.RLock()
+_decided: dict[tuple[str, str], Verdict] = {}  # (key of a card, name of a variant)
+_tiles: dict[str, Mapping[str, Any]] = {}  # by key of a card
+_forked = False
+
+
+def _note_fork() -> None:
+    global _forked, _lock
+    _forked, _lock = True, threading.RLock()  # another thread of the parent may have held it
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def why_not(variant: Variant, device: torch.device) -> str | None:
+    """Return the reason ``variant`` is not taken on ``device`` unasked, or None where it has proven itself there."""
+    verdict = decide(variant, device)
+    return None if verdict.passed else verdict.reason
+
+
+def decide(variant: Variant, device: torch.device) -> Verdict:
+    """Return the verdict that holds for ``variant`` on ``device`` in this process, checking it now where that has not been done.
+
+    Raise ``ValueError`` where ``BUPO_SELF_CHECK`` is something else than it accepts.
+    """
+    card = Card.of(device)
+    place = card.key, variant.name
+    with _lock:
+        if place not in _decided:
+            _decided[place] = _find_out(variant, device, card)
+        return _decided[place]
+
+
+def _find_out(variant: Variant, device: torch.device, card: Card) -> Verdict:
+    wish = os.environ.get("BUPO_SELF_CHECK", "1")
+    if wish not in WISHES:
+        raise ValueError(f"BUPO_SELF_CHECK: {wish!r} given, accepted are {', '.join(WISHES)}")
+    reason = _why_undecided(device)
+    if (wish != "again" or reason) and (known := records.read(card).verdicts.get(variant.name)):
+        return known
+    if wish == "0":
+        reason = "never checked on this card (BUPO_SELF_CHECK=0)"
+    if reason:
+        return Verdict(False, f"{reason}; `bupo check` finds out, or a first call outside of that", None, 0.0, time.time())
+    with records.alone(card, WAIT_SECONDS):
+        # Another rank may have found out while this one waited.
+        if wish != "again" and (known := records.read(card).verdicts.get(variant.name)):
+            return known
+        return checked(variant, device, card)
+
+
+def checked(variant: Variant, device: torch.device, card: Card) -> Verdict:
+    """Check ``variant`` now, whatever is known, write the verdict on record and return it."""
+    verdict = _in_a_process(variant, device, card)
+    records.write(card, verdicts={variant.name: verdict})
+    if verdict.passed:
+        worst = verdict.worst or 0.0
+        log.info("%s: right on %s, worst error %.2f of its bound (%.0f s)", variant.name, card.name, worst, verdict.seconds)
+    return verdict
+
+
+def _why_undecided(device: torch.device) -> str | None:
+    """Return why nothing can be found out now, or None."""
+    if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        return "first met while torch was tracing"
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "first met while a CUDA graph was captured"
+    return "first met in a forked process" if _forked else None
+
+
+def _in_a_process(variant: Variant, device: torch.device, card: Card) -> Verdict:
+    """Return what a process of its own finds, which may die of a kernel that faults; where that gets no context on the device, what
+    this one finds."""
+    started = time.perf_counter()
+
+    def failed(reason: str) -> Verdict:
+        return Verdict(False, reason, None, time.perf_counter() - started, time.time())
+
+    found = _run([*CHECK, "--device", str(device), "--variant", variant.name, "--expect", card.key], CHECK_SECONDS)
+    if found is None:
+        return failed(f"the check did not end within {CHECK_SECONDS} s")
+    code, output, errors = found
+    last = (errors.strip().splitlines() or ["without a word"])[-1][:300]
+    try:
+        answer = json.loads(output.strip().splitlines()[-1])
+        if "refused" not in answer:
+            return Verdict.from_json(answer)
+    except (ValueError, IndexError, TypeError):
+        died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        return failed(f"the process of the check died of {died}: {last}")
+    log.info("%s: checked in this process, since another got no context: %s", variant.name, answer["refused"])
+    from bupo_kernels.selfcheck.problems import check  # calls the ops, which come here
+
+    return check(variant, device)
+
+
+def _run(command: list[str], seconds: float) -> tuple[int, str, str] | None:
+    """Return exit code, output and errors of a command; None where it did not end in time, and was killed with its children."""
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "BUPO_SELF_CHECK": "0"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        try:
+            output, errors = process.communicate(timeout=seconds)
+        except BaseException as error:  # a time-out, Ctrl-C
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return None
+    return process.returncode, output, errors
+
+
+def tiles(device: torch.device) -> Mapping[str, Any]:
+    """Return the tiles that ``bupo tune`` found for ``device``: those on record when this process first asked."""
+    card = Card.of(device)
+    with _lock:
+        if card.key not in _tiles:
+            _tiles[card.key] = records.read(card).tiles
+        return _tiles[card.key]
+
+
+def decisions(device: torch.device) -> dict[str, Any]:
+    """Return what this process has decided about ``device``, as JSON: what a run needs to be repeated bit for bit."""
+    card = Card.of(device)
+    with _lock:
+        passed = {name: verdict.passed for (key, name), verdict in sorted(_decided.items()) if key == card.key}
+        return {"card": card.key, "name": card.name, "passed": passed, "tiles": dict(tiles(device))}
+
+
+def pin(device: torch.device, decided: Mapping[str, Any]) -> str | None:
+    """Decide as another process has ``decided``, and return None; or the reason why that cannot be, having changed nothing."""
+    card = Card.of(device)
+    if decided["card"] != card.key:
+        return f"kernels were chosen on {decided['name']}, and this is {card.name}, or has other software"
+    with _lock:
+        for name, passed in decided["passed"].items():
+            here = _decided.get((card.key, name))
+            if here is not None and here.passed != passed:
+                return f"{name} was {'' if passed else 'not '}taken there, and here it is {'' if here.passed else 'not '}taken"
+        if card.key in _tiles and dict(_tiles[card.key]) != dict(decided["tiles"]):
+            return "this process has begun with other tiles"
+        for name, passed in decided["passed"].items():
+            reason = "" if passed else "the run was begun without it"
+            _decided.setdefault((card.key, name), Verdict(passed, reason, None, 0.0, time.time()))
+        _tiles[card.key] = dict(decided["tiles"])
+    return None
