@@ -1,4 +1,4 @@
-"""The self-check without a GPU: its problems on the CPU, its records and decisions with processes that stand for what a driver does."""
+"""The self-check without a GPU: its problems on the CPU, records and decisions with processes that stand for a driver."""
 
 import json
 import multiprocessing
@@ -214,6 +214,7 @@ def test_the_process_that_checks_is_the_one_that_asks_for_the_device_or_refuses(
     assert json.loads(capsys.readouterr().out) == {"refused": "cpu is another card in a process of its own"}
 
 
+@pytest.mark.broad  # imports torch
 def test_a_real_process_finds_a_real_verdict():
     verdict = decision.decide(Variant("torch", "float32"), CPU)
     assert verdict.passed, verdict.reason
@@ -418,6 +419,7 @@ print(decision.why_not(decision.Variant("native", "float32"), torch.device("cpu"
 """
 
 
+@pytest.mark.broad  # twice
 def test_of_two_processes_at_once_one_checks(driver, tmp_path):
     runs = driver(f"time.sleep(2); {says()}")
     script = DECIDE.format(driver=str(tmp_path / "driver.py"))
@@ -432,7 +434,9 @@ def test_of_two_processes_at_once_one_checks(driver, tmp_path):
 def test_who_waits_in_vain_goes_on_alone_and_a_lock_of_the_dead_is_free(driver, monkeypatch, tmp_path):
     runs = driver(says())
     folder = records.folder()
-    hold = "import sys, time; from filelock import FileLock; FileLock(sys.argv[1]).acquire(); print('held', flush=True); time.sleep(60)"
+    hold = (
+        "import sys, time; from filelock import FileLock; FileLock(sys.argv[1]).acquire(); print('held', flush=1); time.sleep(60)"
+    )
     holder = subprocess.Popen(
         [sys.executable, "-c", hold, str(folder / f"{Card.of(CPU).key}.lock")], stdout=subprocess.PIPE, text=True
     )
@@ -477,7 +481,7 @@ def test_a_process_decides_as_another_did(driver, monkeypatch):
 
 
 def test_the_table_has_every_variant_with_its_verdict(small, monkeypatch, capsys):
-    monkeypatch.setattr(problems, "WIDTHS", (64,))
+    monkeypatch.setattr(problems, "WIDTHS", (43,))
     assert command.main(["--device", "cpu", "--dtype", "float32"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["device", "variant", "verdict", "worst", "error", "/", "bound", "seconds"]
