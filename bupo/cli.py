@@ -1,4 +1,4 @@
-"""The command line: ``bupo train | evaluate | analyze | bench | export | demo | env``."""
+"""The command line: ``bupo train | evaluate | analyze | bench | export | demo | check | env``."""
 
 from __future__ import annotations
 
@@ -224,6 +224,19 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--output", type=Path, help="new folder (default runs/demo-POLICY-seedSEED, numbered if taken)")
     demo.set_defaults(do=_demo)
 
+    check = commands.add_parser(
+        "check",
+        help="whether the kernels are right on this machine's GPUs",
+        description="Holds every backend against float64 on small problems, on every GPU (without one: on the CPU), and prints a "
+        'table. Verdicts of a GPU go on record, where backend="auto" reads them; it checks by itself what has no record. The exit '
+        "code is 1 where something is wrong.",
+    )
+    check.add_argument("--device", help="as in cuda:0 (default: every GPU, or the CPU where there is none)")
+    dtypes = ("bfloat16", "float16", "float32")
+    check.add_argument("--dtype", nargs="+", default=list(dtypes), choices=dtypes, help="of the operands (default all)")
+    check.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
+    check.set_defaults(do=_check)
+
     env = commands.add_parser(
         "env",
         help="versions, devices, what was built, and which backend runs what here",
@@ -343,6 +356,16 @@ def _demo(options: argparse.Namespace) -> int:
     before, after = demo(folder, options.policy, options.seed)
     print(f"before  {before}\nafter   {after}")
     return 0
+
+
+def _check(options: argparse.Namespace) -> int:
+    from bupo_kernels.selfcheck.__main__ import check_devices, devices_of
+
+    try:
+        devices = devices_of(options.device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    return check_devices(devices, options.dtype, as_json=options.json)
 
 
 def _env(options: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ import torch
 from bupo.tables import columns
 from bupo_kernels.backends.base import Problem
 from bupo_kernels.dispatch import default_memory_budget, make_plan
+from bupo_kernels.selfcheck.decision import only_records
 
 PACKAGES = ("bupo-kernels", "torch", "triton", "transformers", "liger-kernel")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -159,7 +160,8 @@ def _call(device: torch.device, dtype: torch.dtype, kind: str) -> dict[str, Any]
     level = log.level
     log.setLevel(logging.ERROR)  # A backend passed over is logged once, and here it is printed.
     try:
-        plan = make_plan(problem, one_pass=one_pass)
+        with only_records():
+            plan = make_plan(problem, one_pass=one_pass)
     finally:
         log.setLevel(level)
     names = {"device": device.type, "dtype": str(dtype).removeprefix("torch."), "call": kind}

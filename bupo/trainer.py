@@ -29,6 +29,7 @@ from bupo.distributed import Termination, World, as_forward, full, process_group
 from bupo.errors import ConfigError
 from bupo.evaluation import Accuracy, evaluate
 from bupo.guard import PerplexityGuard
+from bupo.kernels import keep_to_kernels, kernels_in_use
 from bupo.model import export, export_type, keep_base, load_model, load_tokenizer, make_optimizer
 from bupo.monitor import RunFolder
 from bupo.output import FolderLock
@@ -126,7 +127,7 @@ def take_steps(setup: Setup, run: RunFolder, termination: Termination) -> list[A
             first = samples[: config.rollout.samples], rewards[0].tolist(), advantages[0].tolist()
             run.log_episodes(step, policy.phase, episodes.examples[0], episodes.responses, *first)
 
-        state, stop = {"schedule": setup.schedule.state_dict()}, termination.requested()
+        state, stop = {"schedule": setup.schedule.state_dict(), "kernels": kernels_in_use(world)}, termination.requested()
         if stop or step == config.steps or due(step, config.checkpoints.every):
             setup.checkpoints.save(step, model, optimizer, state)
         if due(step, config.evaluation.every) and not stop:
@@ -193,6 +194,8 @@ def prepare(config: TrainConfig, world: World, lock: FolderLock, pool: RewardPoo
         state = checkpoints.newest(lambda step: checkpoints.load(step, model, optimizer))
         last = state["step"]
         schedule.load_state_dict(state["schedule"])
+        if "kernels" in state:  # which earlier versions did not write
+            keep_to_kernels(state["kernels"], world)
     with world.agree():
         rollout = configured_rollout(config, model, tokenizer, world)
     return Setup(

@@ -228,7 +228,7 @@ def test_a_real_process_finds_a_real_verdict():
 def test_BUPO_SELF_CHECK_says_when(driver, monkeypatch):
     runs = driver(says())
     monkeypatch.setenv("BUPO_SELF_CHECK", "0")
-    assert "never checked on this card (BUPO_SELF_CHECK=0); `bupo check` finds out" in decision.why_not(VARIANT, CPU)
+    assert "not checked on this card (BUPO_SELF_CHECK=0); `bupo check` does it" in decision.why_not(VARIANT, CPU)
     monkeypatch.setattr(decision, "_decided", {})
     records.write(Card.of(CPU), verdicts={VARIANT.name: Verdict(**RIGHT)})
     assert decision.why_not(VARIANT, CPU) is None
@@ -253,7 +253,7 @@ def test_a_forked_process_checks_nothing_and_keeps_to_that(driver):
     queue = context.Queue()
     process = context.Process(target=asked_in_a_fork, args=(queue,))
     process.start()
-    assert queue.get(timeout=60).startswith("first met in a forked process; `bupo check` finds out")
+    assert queue.get(timeout=60).startswith("not checked, being met first in a forked process; `bupo check` does it")
     process.join()
     assert runs_of(runs) == 0
     assert decision.why_not(VARIANT, CPU) is None  # the parent does
@@ -262,12 +262,12 @@ def test_a_forked_process_checks_nothing_and_keeps_to_that(driver):
 def test_where_fake_tensors_or_a_graph_are_made_the_fallback_is_taken_and_kept(driver, monkeypatch):
     runs = driver(says())
     with FakeTensorMode():
-        assert decision.why_not(VARIANT, CPU).startswith("first met while torch was tracing")
-    assert decision.why_not(VARIANT, CPU).startswith("first met while torch was tracing")
+        assert decision.why_not(VARIANT, CPU).startswith("not checked, being met first while torch was tracing")
+    assert decision.why_not(VARIANT, CPU).startswith("not checked, being met first while torch was tracing")
     other = replace(VARIANT, dtype="bfloat16")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     monkeypatch.setattr(Card, "of", staticmethod(lambda device: CARD))
-    assert decision.why_not(other, torch.device("cuda")).startswith("first met while a CUDA graph was captured")
+    assert decision.why_not(other, torch.device("cuda")).startswith("not checked, being met first while a CUDA graph was captured")
     assert runs_of(runs) == 0
 
 
@@ -293,7 +293,7 @@ def test_compiled_first_and_eager_later_take_the_same_backend(driver, monkeypatc
     plan = explain(hidden, weight, targets)
     assert plan.backend == "torch"
     if "native" in plan.why_not and "were not built" not in plan.why_not["native"]:
-        assert plan.why_not["native"].startswith("first met while torch was tracing")
+        assert plan.why_not["native"].startswith("not checked, being met first while torch was tracing")
     assert torch.equal(compiled(hidden), linear_logprobs(hidden, weight, targets).logprobs)
     assert runs_of(runs) == 0
 
@@ -498,6 +498,9 @@ def test_the_table_has_every_variant_with_its_verdict(small, monkeypatch, capsys
     assert (last["variant"], last["verdict"]["passed"]) == ("torch float32", False)
 
 
-def test_a_device_that_is_not_there_is_refused():
-    with pytest.raises(SystemExit, match="--device: cuda:7 given, there are"):
+def test_a_device_that_is_not_there_is_refused(capsys):
+    with pytest.raises(ValueError, match=r"--device: 'cuda:7' given, accepted are .*cpu"):
+        command.devices_of("cuda:7")
+    with pytest.raises(SystemExit):
         command.main(["--device", "cuda:7"])
+    assert "--device: 'cuda:7' given" in capsys.readouterr().err

@@ -27,51 +27,53 @@ HEADER = f"{'device':<32} {'variant':<24} {'verdict':<8} {'worst error / bound':
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    parser = argparse.ArgumentParser(prog="bupo check", description=(__doc__ or "").split(":", 1)[1].strip())
-    add_arguments(parser)
-    return run(parser.parse_args(arguments))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what the command takes."""
+    parser = argparse.ArgumentParser(prog="python -m bupo_kernels.selfcheck", description=__doc__.split(":", 1)[1].strip())
     parser.add_argument("--device", help="as in cuda:0; default: every GPU, or the CPU where there is none")
     parser.add_argument("--dtype", nargs="+", default=list(DTYPES), choices=DTYPES, help="of the operands; default: all")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
     parser.add_argument("--variant", type=Variant.named, help=argparse.SUPPRESS)  # these two: of the process of a self-check
     parser.add_argument("--expect", help=argparse.SUPPRESS)
-
-
-def run(options: argparse.Namespace) -> int:
-    """Run the command with these ``options`` and return its exit code."""
-    devices = _devices(options.device)
+    options = parser.parse_args(arguments)
+    try:
+        devices = devices_of(options.device)
+    except ValueError as error:
+        parser.error(str(error))
     if options.variant:
         print(json.dumps(_answer(options.variant, devices[0], options.expect)))
         return 0
-    if not options.json:
+    return check_devices(devices, options.dtype, as_json=options.json)
+
+
+def check_devices(devices: Sequence[torch.device], dtypes: Sequence[str], *, as_json: bool) -> int:
+    """Check every variant on ``devices``, print a line for each as it is found, and return 1 where one is wrong."""
+    if not as_json:
         print(HEADER, flush=True)
     failed = 0
     for device in devices:
         card = Card.of(device)
-        for variant, reason in _variants(device, options.dtype):
+        for variant, reason in _variants(device, dtypes):
             verdict = None if reason else checked(variant, device, card) if device.type == "cuda" else check(variant, device)
             failed += verdict is not None and not verdict.passed
-            row = {"device": f"{device} {card.name}", "variant": variant.name}
-            if options.json:
-                print(json.dumps({**row, "skipped": reason, "verdict": verdict and asdict(verdict)}), flush=True)
+            name = f"{device} {card.name}"
+            if as_json:
+                found = {"device": name, "variant": variant.name, "skipped": reason, "verdict": verdict and asdict(verdict)}
+                print(json.dumps(found), flush=True)
             else:
-                print(_line(row["device"], variant.name, verdict, reason), flush=True)
-    if not options.json and any(device.type == "cuda" for device in devices):
+                print(_line(name, variant.name, verdict, reason), flush=True)
+    if not as_json and any(device.type == "cuda" for device in devices):
         print(f"on record in {records.folder() or 'the memory of this process: no folder can be written'}")
     return 1 if failed else 0
 
 
-def _devices(wanted: str | None) -> list[torch.device]:
+def devices_of(wanted: str | None) -> list[torch.device]:
+    """Return the devices to check, for None every GPU or else the CPU. Raise ``ValueError`` where there is none by that name."""
+    gpus = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     if wanted is None:
-        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())] or [torch.device("cpu")]
-    device = torch.device(wanted)
-    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()):
-        raise SystemExit(f"--device: {wanted} given, there are {torch.cuda.device_count()} CUDA devices and cpu")
-    return [torch.device("cuda", device.index or 0) if device.type == "cuda" else device]
+        return gpus or [torch.device("cpu")]
+    there = {str(device): device for device in (*gpus, torch.device("cpu"))} | ({"cuda": gpus[0]} if gpus else {})
+    if wanted not in there:
+        raise ValueError(f"--device: {wanted!r} given, accepted are {', '.join(there)}")
+    return [there[wanted]]
 
 
 def _variants(device: torch.device, dtypes: Sequence[str]) -> Iterator[tuple[Variant, str | None]]:

@@ -16,7 +16,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ _lock = threading.RLock()
 _decided: dict[tuple[str, str], Verdict] = {}  # (key of a card, name of a variant)
 _tiles: dict[str, Mapping[str, Any]] = {}  # by key of a card
 _forked = False
+_only_records = False
 
 
 def _note_fork() -> None:
@@ -73,6 +75,18 @@ def _note_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_note_fork)
+
+
+@contextmanager
+def only_records() -> Iterator[None]:
+    """Within it nothing is checked and nothing decided: to say what would run costs nothing."""
+    global _only_records
+    with _lock:
+        before, _only_records = _only_records, True
+        try:
+            yield
+        finally:
+            _only_records = before
 
 
 def why_not(variant: Variant, device: torch.device) -> str | None:
@@ -89,9 +103,15 @@ def decide(variant: Variant, device: torch.device) -> Verdict:
     card = Card.of(device)
     place = card.key, variant.name
     with _lock:
+        if _only_records and place not in _decided:
+            return records.read(card).verdicts.get(variant.name) or _undecided("not yet checked on this card")
         if place not in _decided:
             _decided[place] = _find_out(variant, device, card)
         return _decided[place]
+
+
+def _undecided(reason: str) -> Verdict:
+    return Verdict(False, f"{reason}; `bupo check` does it, or a first call outside of that", None, 0.0, time.time())
 
 
 def _find_out(variant: Variant, device: torch.device, card: Card) -> Verdict:
@@ -102,9 +122,9 @@ def _find_out(variant: Variant, device: torch.device, card: Card) -> Verdict:
     if (wish != "again" or reason) and (known := records.read(card).verdicts.get(variant.name)):
         return known
     if wish == "0":
-        reason = "never checked on this card (BUPO_SELF_CHECK=0)"
+        reason = "not checked on this card (BUPO_SELF_CHECK=0)"
     if reason:
-        return Verdict(False, f"{reason}; `bupo check` finds out, or a first call outside of that", None, 0.0, time.time())
+        return _undecided(reason)
     with records.alone(card, WAIT_SECONDS):
         # Another rank may have found out while this one waited.
         if wish != "again" and (known := records.read(card).verdicts.get(variant.name)):
@@ -125,10 +145,10 @@ def checked(variant: Variant, device: torch.device, card: Card) -> Verdict:
 def _why_undecided(device: torch.device) -> str | None:
     """Return why nothing can be found out now, or None."""
     if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
-        return "first met while torch was tracing"
+        return "not checked, being met first while torch was tracing"
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return "first met while a CUDA graph was captured"
-    return "first met in a forked process" if _forked else None
+        return "not checked, being met first while a CUDA graph was captured"
+    return "not checked, being met first in a forked process" if _forked else None
 
 
 def _in_a_process(variant: Variant, device: torch.device, card: Card) -> Verdict:
