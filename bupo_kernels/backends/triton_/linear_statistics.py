@@ -141,7 +141,14 @@ def linear_statistics(
     """Return the partials [splits, 4, N] of the first ``active_rows`` rows of ``launch``, and fill the ``cache``."""
     hidden, weight = launch.operands.hidden, launch.operands.weight
     softcap = launch.operands.readout.softcap is not None
-    config = statistics_config(hidden.dtype, launch.target, regular=launch.regular, softcap=softcap, cache=cache is not None)
+    config = statistics_config(
+        hidden.dtype,
+        launch.target,
+        width=hidden.shape[-1],
+        regular=launch.regular,
+        softcap=softcap,
+        cache=cache is not None,
+    )
     n, split = len(launch.rows), split_columns(weight.shape[0])
     splits = triton.cdiv(weight.shape[0], split)
     partials = torch.empty(splits, 4, n, dtype=torch.float32, device=hidden.device)
