@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bupo_kernels.backends.base import Operands
-from bupo_kernels.backends.triton_.config import KernelConfig, Target, interpreted, precision
+from bupo_kernels.backends.triton_.config import COLUMN_UNIT, KernelConfig, Target, interpreted, precision
 
 # The interpreter stores bf16 as integers and multiplies them as such; on the GPU this is False and compiled away.
 INTERPRETED = tl.constexpr(interpreted())
@@ -33,6 +33,9 @@ LEAST_EXPONENT = tl.constexpr(-1e4)
 ALIGNMENT = tl.constexpr(8)
 # Elements. They are a whole number of steps of any kernel, so that nothing along D is masked. Every model's width is a multiple.
 WIDTH_UNIT = 64
+# Columns. A split is a multiple, and thus whole blocks; the kernel is told how many, since a number of columns that is not compiled
+# in would not be known to be a multiple of 16.
+SPLIT_UNIT = tl.constexpr(COLUMN_UNIT)
 
 
 @triton.jit
