@@ -1,5 +1,5 @@
-"""No compilation in the middle of a run: what Triton specialises its kernels on is the same whatever the numbers of rows, active rows,
-columns and slices. The launches are real but for the last step, for GPUs that need not be there."""
+"""No compilation in the middle of a run: what Triton specialises its kernels on is the same whatever the numbers of rows, columns
+and slices. The launches are real but for the last step, for GPUs that need not be there."""
 
 import json
 import os

@@ -251,8 +251,8 @@ def tiles_from(table: object) -> tuple[tuple[str, KernelConfig], ...]:
     return tuple(sorted(tiles, key=lambda item: item[0]))
 
 
-def _chosen(
-    kernel: str, dtype: torch.dtype, target: Target, *, width: int, regular: bool, softcap: bool, cache: bool
+def chosen(
+    kernel: str, dtype: torch.dtype, target: Target, *, width: int, regular: bool, softcap: bool, cache: bool = False
 ) -> KernelConfig:
     """Return the tile that was measured to be the fastest, where there is one and it fits, else the default."""
     tuned = dict(target.tiles).get(key_of(kernel, dtype, regular=regular, softcap=softcap, cache=cache, width=width))
@@ -283,12 +283,12 @@ def statistics_config(
     ``width`` is D, ``regular`` that of ``product.regular``; ``cache`` says whether the epilogue also stores E (see
     ``linear_statistics.py``).
     """
-    return _chosen(STATISTICS, dtype, target, width=width, regular=regular, softcap=softcap, cache=cache)
+    return chosen(STATISTICS, dtype, target, width=width, regular=regular, softcap=softcap, cache=cache)
 
 
 def gradient_config(dtype: torch.dtype, target: Target, *, width: int, regular: bool, softcap: bool) -> KernelConfig:
     """Return the configuration of ``gradient_recompute_kernel``."""
-    return _chosen(GRADIENT, dtype, target, width=width, regular=regular, softcap=softcap, cache=False)
+    return chosen(GRADIENT, dtype, target, width=width, regular=regular, softcap=softcap)
 
 
 def precision(dtype: torch.dtype, target: Target, allow_tf32: bool) -> str:
