@@ -11,7 +11,6 @@ import pytest
 
 pytest.importorskip("triton")
 from bupo_kernels.backends.triton_ import compile as ahead
-from bupo_kernels.backends.triton_ import config
 
 # What the tensor cores of each are driven with, and the bytes of shared memory that a block may have.
 TARGETS = {

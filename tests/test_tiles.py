@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -64,9 +65,21 @@ def test_candidates_fit_and_agree_on_what_the_kernels_rely_on(target):
             assert config.COLUMN_UNIT % tile.columns == 0
             assert tile.depth in (16, 32, 64)  # rows that need no mask along D are whole steps of it
             assert config.exponents_per_row(1000) >= config.padded(1000) // tile.columns
-    # The recomputed logits are those of the forward: in fp32 the order of the sums depends on the depth.
-    fp32 = [config.candidates(kernel, FP32, target, **flags) for kernel, dtype, flags in EVERY if dtype == FP32]
-    assert {tile.depth for tiles in fp32 for tile in tiles} == {32}
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.kind} {target.arch}")
+def test_the_backward_recomputes_in_fp32_with_the_depth_of_the_forward(target):
+    # The order of the sums depends on it, and so do a logit's last bits.
+    for regular in (True, False):
+        of_both = [
+            config.candidates(kernel, FP32, target, **flags)
+            for kernel, dtype, flags in EVERY
+            if dtype == FP32 and flags["regular"] == regular
+        ]
+        assert len({tile.depth for tiles in of_both for tile in tiles}) == 1
+    key = config.key_of(STATISTICS, FP32, regular=True, softcap=False, cache=False, width=4096)
+    deeper = replace(target, tiles=((key, KernelConfig(64, 64, 64, 8, 2)),))
+    assert config.statistics_config(FP32, deeper, width=4096, regular=True, softcap=False) == config.FP32
 
 
 def test_the_first_that_fits_is_the_default():
@@ -175,10 +188,6 @@ BAD = {
     "a depth that widths are no multiple of": ({KEY: FINE | {"depth": 128}}, "depth: 128 given"),
     "no warps": ({KEY: FINE | {"warps": 0}}, "warps: 0 given"),
     "no stages": ({KEY: FINE | {"stages": 0}}, "stages: 0 given"),
-    "a depth with other sums": (
-        {KEY.replace("bfloat16", "float32"): FINE | {"depth": 64}},
-        "float32, regular, D > 3072: depth: 64 given, accepted are 32",
-    ),
 }
 
 

@@ -137,18 +137,19 @@ def _compiling(target: GPUTarget) -> Iterator[list[tuple[str, str, Any]]]:
             triton.runtime.driver.set_active(before)
 
 
-ROWS, COLUMNS = 64, 1024  # of the launches; no kernel knows them
+ROWS, COLUMNS = 64, 1024  # of the launches
+RAGGED = 1061  # a vocabulary that is no multiple of 16: Triton tells kernels apart by that
 
 
 def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(*shape, dtype=dtype, device="cpu")
 
 
-def _operands(dtype: torch.dtype, *, width: int = 512, all_options: bool = False, shift: int = 0) -> Operands:
+def _operands(dtype: torch.dtype, *, width: int = 512, vocab: int = COLUMNS, all_options: bool = False, shift: int = 0) -> Operands:
     """Return hidden rows and a weight that start ``shift`` elements into their memory."""
     hidden = _zeros(ROWS * width + 16, dtype=dtype)[shift : ROWS * width + shift].view(ROWS, width)
-    weight = _zeros(COLUMNS * width + 16, dtype=dtype)[shift : COLUMNS * width + shift].view(COLUMNS, width)
-    bias = _zeros(COLUMNS) if all_options else None
+    weight = _zeros(vocab * width + 16, dtype=dtype)[shift : vocab * width + shift].view(vocab, width)
+    bias = _zeros(vocab) if all_options else None
     temperature = torch.ones(ROWS, dtype=torch.float32, device="cpu") if all_options else 0.7
     readout = Readout(temperature, 1.0, 30.0 if all_options else None)
     return Operands(hidden, weight, bias, _zeros(ROWS, dtype=torch.int64), readout)
@@ -160,8 +161,8 @@ def _coefficients(with_entropy: bool) -> Coefficients:
 
 
 def _cache() -> Cache:
-    width = config.exponents_per_row(COLUMNS)
-    return Cache(_zeros(ROWS, COLUMNS, dtype=torch.bfloat16), _zeros(ROWS, width, dtype=torch.int32))
+    e, exponents = config.padded(RAGGED), config.exponents_per_row(RAGGED)
+    return Cache(_zeros(ROWS, e, dtype=torch.bfloat16), _zeros(ROWS, exponents, dtype=torch.int32))
 
 
 Case = tuple[str, Callable[[], object], int]  # its name, its launch, and what config.shared_bytes says of it
@@ -214,12 +215,12 @@ class Work:
     gpu: GPUTarget
     target: config.Target
     dtypes: tuple[str, ...]
-    entropies: tuple[bool, ...] = (True,)
-    tuning: bool = False
+    everything: bool = False  # without entropy too, and for ragged vocabularies
+    tuning: bool = False  # the tiles that may be tuned for, instead of the defaults
 
     def cases(self) -> Iterator[Case]:
         """Yield what is to be compiled, always in the same order."""
-        for with_entropy, name in itertools.product(self.entropies, self.dtypes):
+        for with_entropy, name in itertools.product((True, False) if self.everything else (True,), self.dtypes):
             dtype, ending = getattr(torch, name), "" if with_entropy else ", no entropy"
             kinds = {
                 "": _operands(dtype),
@@ -227,6 +228,12 @@ class Work:
                 ", ragged width": _operands(dtype, width=520),
                 ", odd, all options": _operands(dtype, width=509, shift=1, all_options=True),
             }
+            if self.everything:
+                kinds |= {
+                    ", ragged vocabulary": _operands(dtype, vocab=RAGGED),
+                    ", all options, ragged vocabulary": _operands(dtype, vocab=RAGGED, all_options=True),
+                    ", both ragged": _operands(dtype, width=509, vocab=RAGGED),
+                }
             for kind, operands in kinds.items():
                 for case, launch, bound in _products(self.target, operands, with_entropy, self.tuning):
                     yield name + kind + case + ending, launch, bound
@@ -321,7 +328,7 @@ def faults(row: Compiled, *, tuning: bool = False) -> list[str]:
     """Return what is wrong with a compiled kernel, in sentences; [] where all is well. For ``tuning`` a tile may be slow."""
     target = work_for(row.target).target
     # On 12.x ptxas calls something before each copy by TMA and leaves it 8 bytes; no register is in them.
-    frame = 8 if target.has_tma and not target.reads_shared else 0
+    frame = 8 if target.tma_to_registers else 0
     found = []
     if row.shared > target.shared:
         found.append(f"it asks for {row.shared} bytes of shared memory, and a block may have {target.shared}")
@@ -341,7 +348,7 @@ def faults(row: Compiled, *, tuning: bool = False) -> list[str]:
 def instruction_budget(row: Compiled) -> int:
     """Return how many instructions a default kernel may have; another tile has other numbers."""
     target = work_for(row.target).target
-    unit = f"{target.matrix_unit}, TMA" if target.has_tma and not target.reads_shared else target.matrix_unit
+    unit = f"{target.matrix_unit}, TMA" if target.tma_to_registers else target.matrix_unit
     dtype, _, case = row.case.partition(", ")
     kind = "irregular" if "ragged" in case or "odd" in case else case
     name = ", ".join(part for part in (row.kernel, "fp32" if dtype == "float32" else "16 bit", kind) if part)
@@ -356,7 +363,7 @@ def local_work(device: torch.device) -> Work:
 
     with torch.cuda.device(device):
         gpu = triton.runtime.driver.active.get_current_target()
-    return Work("local", gpu, target_of(device), DTYPE_NAMES, entropies=(True, False))
+    return Work("local", gpu, target_of(device), DTYPE_NAMES, everything=True)
 
 
 def precompile(device: torch.device, jobs: int | None = None) -> int:

@@ -84,11 +84,17 @@ class Target:
         """Whether the matrix unit takes its operands from shared memory, not from registers."""
         return self.matrix_unit in ("wgmma", "tcgen05")
 
+    @property
+    def tma_to_registers(self) -> bool:
+        """Whether tiles come by TMA and then go to the matrix unit through registers, as on 12.x."""
+        return self.has_tma and not self.reads_shared
+
 
 STATISTICS, GRADIENT = "linear_statistics", "gradient_recompute"  # the kernels with a product
 
 FP32 = KernelConfig(128, 64, 32, 8, 3)
 FP32_SMALL = KernelConfig(64, 64, 32, 8, 3)
+FP32_SHALLOW = KernelConfig(64, 64, 16, 8, 3)  # on 12.x addresses of a depth of 32 spill
 SMALL = KernelConfig(128, 64, 64, 8, 3)  # epilogues with many live values for each logit
 IRREGULAR = KernelConfig(128, 64, 32, 8, 3)  # addresses that take a register each
 AMPERE = KernelConfig(128, 128, 32, 8, 3)
@@ -98,8 +104,7 @@ BLACKWELL_STATISTICS = KernelConfig(256, 64, 64, 8, 4)
 BLACKWELL_SOFTCAP = KernelConfig(128, 64, 64, 4, 4)
 SMALLEST = KernelConfig(64, 64, 32, 4, 2)
 
-# In order of what may be measured first. All in fp32 have one depth: three TF32 products are added for each step of it, so a
-# logit's last bits depend on the depth. In 16 bit they do not, as each instruction takes 16 elements of D whatever the tile.
+# In order of what may be measured first.
 OTHERS_FP32: tuple[KernelConfig, ...] = (
     FP32,
     FP32_SMALL,
@@ -160,7 +165,10 @@ def _default(kernel: str, target: Target, *, sixteen_bit: bool, regular: bool, s
     """Return the configuration that is preferred where it fits."""
     statistics, tensor_memory = kernel == STATISTICS, target.matrix_unit == "tcgen05"
     if not sixteen_bit:
-        return FP32_SMALL if statistics and (not regular or (softcap and tensor_memory)) else FP32
+        if not regular and target.tma_to_registers:
+            return FP32_SHALLOW
+        many_values = softcap and (tensor_memory or target.tma_to_registers)
+        return FP32_SMALL if statistics and (not regular or many_values) else FP32
     if not regular:
         return IRREGULAR
     if softcap and not statistics:
@@ -179,21 +187,29 @@ def candidates(
     kernel: str, dtype: torch.dtype, target: Target, *, regular: bool, softcap: bool, cache: bool = False
 ) -> tuple[KernelConfig, ...]:
     """Return the configurations of ``kernel`` that ``target`` has the shared memory for, the default first; () where none fits."""
-    sixteen_bit = dtype != torch.float32
-    preferred = _default(kernel, target, sixteen_bit=sixteen_bit, regular=regular, softcap=softcap, cache=cache)
-    if not sixteen_bit:
+    preferred = _default(kernel, target, sixteen_bit=dtype != torch.float32, regular=regular, softcap=softcap, cache=cache)
+    if dtype == torch.float32:
         others = OTHERS_FP32
     elif not regular:
         others = OTHERS_IRREGULAR
     else:
         others = OTHERS_FROM_SHARED if target.reads_shared else OTHERS_FROM_REGISTERS
     groups = tuple(replace(preferred, group=group) for group in (4, 16))
-    fitting = [
-        tile
-        for tile in (preferred, *others, *groups)
-        if shared_bytes(kernel, tile, dtype, target, regular=regular, cache=cache) <= target.shared
-    ]
-    return tuple(dict.fromkeys(fitting))
+    serving = (tile for tile in (preferred, *others, *groups) if _serves(tile, kernel, dtype, target, preferred, regular, cache))
+    return tuple(dict.fromkeys(serving))
+
+
+def _serves(
+    tile: KernelConfig, kernel: str, dtype: torch.dtype, target: Target, preferred: KernelConfig, regular: bool, cache: bool
+) -> bool:
+    """Tell whether a tile fits the target, and sums along D in the order that all tiles for the dtype do.
+
+    In 16 bit that holds for all of them, as each instruction takes 16 elements of D. In fp32 three TF32 products are added for each
+    step of D, so that a logit's last bits depend on the depth.
+    """
+    if dtype == torch.float32 and tile.depth != preferred.depth:
+        return False
+    return shared_bytes(kernel, tile, dtype, target, regular=regular, cache=cache) <= target.shared
 
 
 def key_of(kernel: str, dtype: torch.dtype, *, regular: bool, softcap: bool, cache: bool, width: int) -> str:
@@ -244,9 +260,9 @@ def tiles_from(table: object) -> tuple[tuple[str, KernelConfig], ...]:
         if not isinstance(tile, dict) or set(tile) != set(names):
             raise ValueError(f"tiles: {key}: {tile!r} given, accepted is a table of {', '.join(names)}")
         for name in names:
-            accepted = ACCEPTED[name] if name != "depth" or "float32" not in key else (FP32.depth,)
-            if type(tile[name]) is not int or tile[name] not in accepted:
-                raise ValueError(f"tiles: {key}: {name}: {tile[name]!r} given, accepted are {', '.join(map(str, accepted))}")
+            if type(tile[name]) is not int or tile[name] not in ACCEPTED[name]:
+                accepted = ", ".join(map(str, ACCEPTED[name]))
+                raise ValueError(f"tiles: {key}: {name}: {tile[name]!r} given, accepted are {accepted}")
         tiles.append((key, KernelConfig(**tile)))
     return tuple(sorted(tiles, key=lambda item: item[0]))
 
@@ -254,14 +270,12 @@ def tiles_from(table: object) -> tuple[tuple[str, KernelConfig], ...]:
 def chosen(
     kernel: str, dtype: torch.dtype, target: Target, *, width: int, regular: bool, softcap: bool, cache: bool = False
 ) -> KernelConfig:
-    """Return the tile that was measured to be the fastest, where there is one and it fits, else the default."""
-    tuned = dict(target.tiles).get(key_of(kernel, dtype, regular=regular, softcap=softcap, cache=cache, width=width))
-    if tuned and shared_bytes(kernel, tuned, dtype, target, regular=regular, cache=cache) <= target.shared:
-        return tuned
+    """Return the tile that was measured to be the fastest, where there is one that serves, else the default."""
     fitting = candidates(kernel, dtype, target, regular=regular, softcap=softcap, cache=cache)
     if not fitting:
         raise ValueError(_too_little(target))
-    return fitting[0]
+    tuned = dict(target.tiles).get(key_of(kernel, dtype, regular=regular, softcap=softcap, cache=cache, width=width))
+    return tuned if tuned and _serves(tuned, kernel, dtype, target, fitting[0], regular, cache) else fitting[0]
 
 
 def _too_little(target: Target) -> str:

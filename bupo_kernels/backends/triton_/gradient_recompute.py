@@ -18,7 +18,7 @@ from bupo_kernels.backends.triton_.product import LEAST_EXPONENT, Launch, in_ord
 DTYPES = {"torch.float32": tl.float32, "torch.bfloat16": tl.bfloat16, "torch.float16": tl.float16}
 
 
-@triton.jit(do_not_specialize=["maximum", "constant", "slope", "dz_target", "slice_columns", "n", "V"])
+@triton.jit(do_not_specialize=["maximum", "constant", "slope", "dz_target", "slice_columns", "n"])
 def gradient_recompute_kernel(
     hidden,
     offsets,  # [n] int64

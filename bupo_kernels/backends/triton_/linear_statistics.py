@@ -31,7 +31,7 @@ from bupo_kernels.backends.triton_.product import (
 )
 
 
-@triton.jit(do_not_specialize=["active_rows", "exponent_stride", "cached_rows", "N", "V", "split_units"])
+@triton.jit(do_not_specialize=["active_rows", "exponent_stride", "cached_rows", "N", "splits", "split_units"])
 def linear_statistics_kernel(
     hidden,
     offsets,  # [N] int64: where each row starts, the active ones first
@@ -54,6 +54,7 @@ def linear_statistics_kernel(
     N,
     V,
     D,
+    splits,
     split_units,  # columns of a split, in units of SPLIT_UNIT
     WITH_ENTROPY: tl.constexpr,
     CACHE: tl.constexpr,
@@ -70,8 +71,6 @@ def linear_statistics_kernel(
 ):
     active_count = tl.load(active_rows).to(tl.int32)  # no call has 2³¹ rows; element offsets are 64 bit
     row_blocks = tl.cdiv(active_count, BLOCK_N)
-    split_columns = split_units * SPLIT_UNIT
-    splits = tl.cdiv(V, split_columns)
     for item in tl.range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
         block, split = in_order(item, row_blocks, splits, GROUP)
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -86,7 +85,8 @@ def linear_statistics_kernel(
         s = tl.zeros((BLOCK_N,), tl.float32)
         t = tl.zeros((BLOCK_N,), tl.float32)
         z_y = tl.zeros((BLOCK_N,), tl.float32)
-        for first in tl.range(split * split_columns, tl.minimum(V, (split + 1) * split_columns), BLOCK_V):
+        start = split * split_units * SPLIT_UNIT
+        for first in tl.range(start, tl.minimum(V, start + split_units * SPLIT_UNIT), BLOCK_V):
             product = product_tile(
                 hidden,
                 offset,
@@ -168,6 +168,7 @@ def linear_statistics(
         active_rows=active_rows,
         partials=partials,
         N=n,
+        splits=splits,
         split_units=split // SPLIT_UNIT.value,
         WITH_ENTROPY=with_entropy,
         CACHE=cache is not None,

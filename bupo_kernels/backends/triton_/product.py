@@ -146,6 +146,12 @@ def store_tile(
         tl.store(target + (rows * stride)[:, None] + columns[None, :], tile, mask=stored[:, None])
 
 
+# Triton's key for a kernel on disk tells the globals of a function it calls only if that one's own key was asked for before, so the
+# keys would depend on which kernel a process launches first. (The interpreter has no keys.)
+for helper in (in_order, tanh_and_slope, product_tile, readout, store_tile):
+    getattr(helper, "cache_key", None)
+
+
 def regular(hidden: Tensor, weight: Tensor) -> bool:
     """Tell whether rows of both are contiguous, start on multiples of 16 bytes and need no mask. All others run too, but slower."""
     return hidden.shape[-1] % WIDTH_UNIT == 0 and all(
