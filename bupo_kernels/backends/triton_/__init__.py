@@ -35,7 +35,10 @@ def target_of(device: torch.device) -> config.Target:
     properties = torch.cuda.get_device_properties(device)
     kind = "hip" if torch.version.hip else "cuda"
     arch = 0 if kind == "hip" else 10 * properties.major + properties.minor
-    return config.Target(kind, arch, properties.multi_processor_count)
+    shared = config.shared_memory(kind, arch)
+    if kind == "cuda":  # before torch 2.6 it does not say
+        shared = getattr(properties, "shared_memory_per_block_optin", shared)
+    return config.Target(kind, arch, properties.multi_processor_count, shared)
 
 
 class Triton(Backend):
@@ -55,7 +58,9 @@ class Triton(Backend):
         target = target_of(problem.device)
         if target.kind == "cuda" and target.arch < 80:
             return f"device: compute capability {target.arch / 10} given, accepted is 8.0 and newer"
-        return config.why_not_cached(problem.dtype, problem.softcap) if strategy == "cached" else None
+        if strategy == "cached" and (why := config.why_not_cached(problem.dtype, problem.softcap)):
+            return why
+        return config.why_not_fitting(problem.dtype, target, problem.softcap)
 
     def why_not_default(self, problem: Problem) -> str | None:
         if config.interpreted():
@@ -131,7 +136,7 @@ class Triton(Backend):
             from_cache = int((cache_rows < len(cache.values)).sum())
             as_written = regular(operands.hidden, operands.weight)
             exponent_columns = config.statistics_config(
-                problem.dtype, target, regular=as_written, softcap=False, cache=True
+                problem.dtype, target, width=width, regular=as_written, softcap=False, cache=True
             ).columns
         columns_of_dz = min(plan.tile.columns, config.padded(vocab))
         dz = torch.empty(min(plan.tile.rows, n), columns_of_dz, dtype=self.gradient_dtype(problem), device=rows.device)

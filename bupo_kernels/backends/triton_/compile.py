@@ -1,20 +1,29 @@
 """Ahead-of-time compilation of every default configuration, without a GPU, and a table of the resources: ``make kernels``.
 
 The launches are the real ones, on small tensors, with a driver that only knows the target and a ``run`` that compiles instead of
-launching, so that each specialisation is compiled as a GPU would get it. A stack frame means spilled registers.
+launching, so that each specialisation is compiled as a GPU would get it. ``faults`` says what no kernel may have. What is compiled
+lies in Triton's cache as if the launches had been made: ``precompile`` fills it for the GPU that is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
+import pickle
 import re
+import struct
 import subprocess
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, replace
 from functools import partial
+from io import StringIO
+from multiprocessing import get_context
 from typing import Any
 from unittest import mock
 
@@ -33,15 +42,25 @@ from bupo_kernels.backends.triton_.merge import merge
 from bupo_kernels.backends.triton_.product import Launch
 
 TARGETS = {  # name -> what Triton calls it
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
+    **{f"sm_{arch}": GPUTarget("cuda", arch, 32) for arch in (80, 86, 89, 90, 100, 103, 120, 121)},
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+# Those that run the code of another one, within limits of their own: one dtype says that they do.
+TWINS = ("sm_86", "sm_89", "sm_103", "sm_121")
+DTYPE_NAMES = ("bfloat16", "float16", "float32")
+
+# How many instructions each kernel had when it was last compiled for each unit, the most of its cases.
+UNITS = ("mma.sync", "mma.sync, TMA", "wgmma", "tcgen05", "mfma")
+BUDGETS: dict[str, tuple[int, ...]] = {}
+
 MATRIX_INSTRUCTION = {
     "cuda": re.compile(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*?(m\d+n\d+k\d+|kind::\w+)"),
     "hip": re.compile(r"(v_mfma)_(\w+)"),
 }
+# What ptxas says of a kernel, and of a wait that it had to add to wgmma, which then no longer runs beside anything else.
+FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+REGISTERS = re.compile(r"Used (\d+) registers")
+SERIALISED = re.compile(r"\(C75\d\d\)[^\n]*")
 
 
 @dataclass(frozen=True)
@@ -53,36 +72,48 @@ class Compiled:
     case: str
     config: str
     registers: int
-    spills: int  # bytes of the stack frame (NVIDIA: there is nothing else on it), or registers (AMD)
+    stack: int  # bytes
+    spills: int  # bytes written and read (NVIDIA), or registers (AMD)
     shared: int  # bytes
+    bound: int  # bytes: what config.shared_bytes says of it
+    instructions: int
+    warnings: str  # of ptxas, that wgmma is serialised; "" without
     instruction: str  # that the tensor cores run; "" without
 
     def __str__(self) -> str:
-        row = f"{self.target:<7} {self.kernel:<18} {self.case:<28} {self.config:<30} {self.registers:>4} {self.spills:>6}"
-        return f"{row} {self.shared / 1024:>4.0f} KiB  {self.instruction}"
+        return _row(
+            *(self.target, self.kernel, self.case, self.config),
+            *(self.registers, self.stack, self.spills, f"{self.shared / 1024:.0f} KiB", self.instructions, self.instruction),
+        )
 
 
-HEADER = f"{'target':<7} {'kernel':<18} {'case':<28} {'configuration':<30} {'regs':>4} {'spills':>6} {'shared':>8}  tensor cores"
+def _row(target: str, kernel: str, case: str, configuration: str, *numbers: object) -> str:
+    registers, stack, spills, shared, instructions, instruction = numbers
+    what = f"{target:<7} {kernel:<18} {case:<34} {configuration:<33}"
+    return f"{what} {registers:>4} {stack:>5} {spills:>6} {shared:>7} {instructions:>7}  {instruction}"
+
+
+HEADER = _row("target", "kernel", "case", "configuration", "regs", "stack", "spills", "shared", "instr.", "tensor cores")
 
 
 class _Driver:
     """The part of a driver that compiling needs."""
 
-    def __init__(self, target: str):
+    def __init__(self, target: GPUTarget):
         self.target = target
 
     def get_current_target(self) -> GPUTarget:
-        return TARGETS[self.target]
+        return self.target
 
     def get_current_device(self) -> str:
-        return self.target  # Triton holds compiled kernels by device
+        return str(self.target)  # Triton holds compiled kernels by device
 
     def get_current_stream(self, device: str) -> int:
         return 0
 
 
 @contextmanager
-def _compiling(target: str) -> Iterator[list[tuple[str, str, Any]]]:
+def _compiling(target: GPUTarget) -> Iterator[list[tuple[str, str, Any]]]:
     """Compile launches for ``target`` within the context instead of running them. The list receives (kernel, configuration, binary)
     of each."""
     launch = triton.runtime.jit.JITFunction.run
@@ -106,94 +137,305 @@ def _compiling(target: str) -> Iterator[list[tuple[str, str, Any]]]:
             triton.runtime.driver.set_active(before)
 
 
+ROWS, COLUMNS = 64, 1024  # of the launches
+RAGGED = 1061  # a vocabulary that is no multiple of 16: Triton tells kernels apart by that
+
+
 def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(*shape, dtype=dtype, device="cpu")
 
 
-def _operands(dtype: torch.dtype, *, width: int = 512, all_options: bool = False, shift: int = 0) -> Operands:
-    """Return 64 rows and 1024 columns, which start ``shift`` elements into their memory."""
-    rows, vocab = 64, 1024
-    hidden = _zeros(rows * width + 16, dtype=dtype)[shift : rows * width + shift].view(rows, width)
+def _operands(dtype: torch.dtype, *, width: int = 512, vocab: int = COLUMNS, all_options: bool = False, shift: int = 0) -> Operands:
+    """Return hidden rows and a weight that start ``shift`` elements into their memory."""
+    hidden = _zeros(ROWS * width + 16, dtype=dtype)[shift : ROWS * width + shift].view(ROWS, width)
     weight = _zeros(vocab * width + 16, dtype=dtype)[shift : vocab * width + shift].view(vocab, width)
     bias = _zeros(vocab) if all_options else None
-    temperature = torch.ones(rows, dtype=torch.float32, device="cpu") if all_options else 0.7
+    temperature = torch.ones(ROWS, dtype=torch.float32, device="cpu") if all_options else 0.7
     readout = Readout(temperature, 1.0, 30.0 if all_options else None)
-    return Operands(hidden, weight, bias, _zeros(rows, dtype=torch.int64), readout)
+    return Operands(hidden, weight, bias, _zeros(ROWS, dtype=torch.int64), readout)
 
 
-def cases(name: str) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Yield (case, launch) of every kernel and configuration that runs by default."""
+def _coefficients(with_entropy: bool) -> Coefficients:
+    floats = _zeros(ROWS)
+    return Coefficients(floats, floats, floats if with_entropy else None, floats, _zeros(ROWS, dtype=torch.int64))
+
+
+def _cache() -> Cache:
+    e, exponents = config.padded(RAGGED), config.exponents_per_row(RAGGED)
+    return Cache(_zeros(ROWS, e, dtype=torch.bfloat16), _zeros(ROWS, exponents, dtype=torch.int32))
+
+
+Case = tuple[str, Callable[[], object], int]  # its name, its launch, and what config.shared_bytes says of it
+
+
+def _products(target: config.Target, operands: Operands, with_entropy: bool, tuning: bool) -> Iterator[Case]:
+    """Yield the cases of the kernels with a product: what runs by default or, for ``tuning``, what else may."""
+    width, dtype, softcap = operands.hidden.shape[-1], operands.hidden.dtype, operands.readout.softcap is not None
+    rows, active_rows = torch.arange(ROWS, device="cpu"), _zeros(1, dtype=torch.int64)
+    regular = Launch(operands, rows, target).regular
+    for kernel, stored in ((config.STATISTICS, False), (config.STATISTICS, True), (config.GRADIENT, False)):
+        if stored and config.why_not_cached(dtype, softcap):
+            continue
+        flags = {"regular": regular, "softcap": softcap, "cache": stored}
+        default = config.chosen(kernel, dtype, target, width=width, **flags)
+        tiles = config.candidates(kernel, dtype, target, **flags)[1:] if tuning else (default,)
+        for tile in tiles:
+            tuned = replace(target, tiles=((config.key_of(kernel, dtype, width=width, **flags), tile),))
+            launch = Launch(operands, rows, tuned)
+            run: Callable[[], object]
+            if kernel == config.GRADIENT:
+                dz = _zeros(ROWS, COLUMNS, dtype=dtype)
+                run = partial(gradient_recompute, launch, _coefficients(with_entropy), dz, slice(0, COLUMNS))
+            else:
+                cache = _cache() if stored else None
+                run = partial(linear_statistics, launch, active_rows, with_entropy=with_entropy, cache=cache)
+            bound = config.shared_bytes(kernel, tile, dtype, target, regular=regular, cache=stored)
+            yield ", E stored" * stored, run, bound
+
+
+def _others(target: config.Target, dtype: torch.dtype, with_entropy: bool) -> Iterator[Case]:
+    """Yield the cases of the kernels without a product."""
+    rows = torch.arange(ROWS, device="cpu")
+    if dtype == torch.float32:
+        count = _zeros(1, dtype=torch.int64)
+        yield "", partial(merge, _zeros(4, 4, ROWS), count, rows, _zeros(4, ROWS), with_entropy=with_entropy), 0
+        return
+    for regular in (True, False):
+        columns = config.statistics_config(dtype, target, width=512, regular=regular, softcap=False, cache=True).columns
+        dz, coefficients = _zeros(ROWS, COLUMNS, dtype=dtype), _coefficients(with_entropy)
+        run = partial(gradient_cached, _cache(), columns, rows, coefficients, dz, slice(0, COLUMNS))
+        yield "" if regular else ", ragged width", run, 0
+
+
+@dataclass(frozen=True)
+class Work:
+    """The cases of a target that are to be compiled."""
+
+    name: str
+    gpu: GPUTarget
+    target: config.Target
+    dtypes: tuple[str, ...]
+    everything: bool = False  # without entropy too, and for ragged vocabularies
+    tuning: bool = False  # the tiles that may be tuned for, instead of the defaults
+
+    def cases(self) -> Iterator[Case]:
+        """Yield what is to be compiled, always in the same order."""
+        for with_entropy, name in itertools.product((True, False) if self.everything else (True,), self.dtypes):
+            dtype, ending = getattr(torch, name), "" if with_entropy else ", no entropy"
+            kinds = {
+                "": _operands(dtype),
+                ", all options": _operands(dtype, all_options=True),
+                ", ragged width": _operands(dtype, width=520),
+                ", odd, all options": _operands(dtype, width=509, shift=1, all_options=True),
+            }
+            if self.everything:
+                kinds |= {
+                    ", ragged vocabulary": _operands(dtype, vocab=RAGGED),
+                    ", all options, ragged vocabulary": _operands(dtype, vocab=RAGGED, all_options=True),
+                    ", both ragged": _operands(dtype, width=509, vocab=RAGGED),
+                }
+            for kind, operands in kinds.items():
+                for case, launch, bound in _products(self.target, operands, with_entropy, self.tuning):
+                    yield name + kind + case + ending, launch, bound
+            if not self.tuning:
+                for case, launch, bound in _others(self.target, dtype, with_entropy):
+                    yield name + case + ending, launch, bound
+
+    def compile(self, case: int, *, inspect: bool) -> Compiled | None:
+        """Compile one of the cases into Triton's cache, and return its row of the table if it is to be looked at."""
+        name, launch, bound = next(itertools.islice(self.cases(), case, None))
+        with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), redirect_stdout(StringIO()) as log:
+            # ptxas says nothing of a kernel that Triton finds in its cache.
+            triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = inspect
+            with _compiling(self.gpu) as compiled:
+                launch()
+        ((kernel, configuration, binary),) = compiled
+        if not inspect:
+            return None
+        read = _resources_amd(binary.asm["amdgcn"]) if self.gpu.backend == "hip" else resources(log.getvalue(), binary.asm["cubin"])
+        assembly = binary.asm["amdgcn" if self.gpu.backend == "hip" else "ptx"]
+        found = sorted({" ".join(parts) for parts in MATRIX_INSTRUCTION[self.gpu.backend].findall(assembly)})
+        return Compiled(
+            target=self.name,
+            kernel=kernel,
+            case=name,
+            config=configuration,
+            shared=binary.metadata.shared,
+            bound=bound,
+            instruction=", ".join(found),
+            **read,
+        )
+
+
+def work_for(name: str, *, brief: bool = False, tuning: bool = False) -> Work:
+    """Return all that runs by default on a target. ``brief`` takes bfloat16 alone where a target has the code of another."""
     gpu = TARGETS[name]
     target = config.Target(gpu.backend, gpu.arch if gpu.backend == "cuda" else 0, processors=132)
-    rows, active_rows, floats = torch.arange(64, dtype=torch.int64, device="cpu"), _zeros(1, dtype=torch.int64) + 64, _zeros(64)
-    coefficients = Coefficients(floats, floats, floats, floats, rows)
-    cache = Cache(_zeros(64, 1024, dtype=torch.bfloat16), _zeros(64, 16, dtype=torch.int32))
-
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        kinds = {
-            "": _operands(dtype),
-            ", all options": _operands(dtype, all_options=True),
-            ", ragged width": _operands(dtype, width=520),
-            ", odd strides": _operands(dtype, width=509, shift=1),
-            ", odd, all options": _operands(dtype, width=509, shift=1, all_options=True),
-        }
-        for kind, operands in kinds.items():
-            case, launch = str(dtype).removeprefix("torch.") + kind, Launch(operands, rows, target)
-            statistics = partial(linear_statistics, launch, active_rows, with_entropy=True)
-            yield case, statistics
-            if config.why_not_cached(dtype, softcap=operands.readout.softcap is not None) is None:
-                yield f"{case}, E stored", partial(statistics, cache=cache)
-            dz = _zeros(64, 1024, dtype=dtype)
-            yield case, partial(gradient_recompute, launch, coefficients, dz, slice(0, 1024))
-
-    partials, merged = _zeros(4, 4, 64), _zeros(4, 64)
-    yield "float32", partial(merge, partials, active_rows, rows, merged, with_entropy=True)
-    columns = config.statistics_config(torch.bfloat16, target, regular=True, softcap=False, cache=True).columns
-    dz = _zeros(64, 1024, dtype=torch.bfloat16)
-    yield "bfloat16", partial(gradient_cached, cache, columns, rows, coefficients, dz, slice(0, 1024))
+    return Work(name, gpu, target, DTYPE_NAMES[:1] if brief and name in TWINS else DTYPE_NAMES, tuning=tuning)
 
 
-def compile_all(targets: Iterable[str] = TARGETS) -> Iterator[Compiled]:
-    """Compile every case for each of the ``targets``, and yield the rows of the table."""
-    for target in targets:
-        for case, launch in cases(target):
-            with _compiling(target) as compiled:
-                launch()
-            ((kernel, configuration, binary),) = compiled
-            yield Compiled(target, kernel, case, configuration, *_resources(binary, TARGETS[target].backend))
+def compile_all(works: Sequence[Work], jobs: int, *, inspect: bool = True) -> Iterator[Compiled | None]:
+    """Compile the cases of all ``works`` in as many processes, and yield the rows of the table in order."""
+    each = [(work, case) for work in works for case in range(sum(1 for _ in work.cases()))]
+    if jobs == 1:
+        yield from (work.compile(case, inspect=inspect) for work, case in each)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        yield from pool.map(partial(_compile, inspect=inspect), *zip(*each, strict=True))
 
 
-def _resources(binary: Any, backend: str) -> tuple[int, int, int, str]:
-    """Return registers, spills, shared bytes and matrix instruction."""
-    if backend == "hip":
-        text, fields = binary.asm["amdgcn"], (r"\.vgpr_count", r"\.vgpr_spill_count")
-    else:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(binary.asm["cubin"])
-            file.flush()
-            tool = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", file.name]
-            text = subprocess.run(tool, capture_output=True, text=True, check=True).stdout
-        fields = r"\bREG", r"\bSTACK"
-    registers, spills = (int(re.findall(rf"{field}: *(\d+)", text)[0]) for field in fields)
-    assembly = binary.asm["amdgcn" if backend == "hip" else "ptx"]
-    found = sorted({" ".join(parts) for parts in MATRIX_INSTRUCTION[backend].findall(assembly)})
-    return registers, spills, binary.metadata.shared, ", ".join(found)
+def _compile(work: Work, case: int, *, inspect: bool) -> Compiled | None:
+    torch.set_num_threads(1)
+    return work.compile(case, inspect=inspect)
 
 
-def main() -> None:
+def resources(log: str, cubin: bytes) -> dict[str, Any]:
+    """Return what a row of the table has of ptxas and its machine code."""
+    stack, stores, loads = (int(number) for number in FRAME.findall(log)[0])
+    return {
+        "registers": int(REGISTERS.findall(log)[0]),
+        "stack": stack,
+        "spills": stores + loads,
+        "instructions": code_bytes(cubin) // 16,
+        "warnings": "; ".join(SERIALISED.findall(log)),
+    }
+
+
+def _resources_amd(assembly: str) -> dict[str, Any]:
+    found = {
+        name: int(re.findall(rf"{field}: *(\d+)", assembly)[0])
+        for name, field in (
+            ("registers", r"\.vgpr_count"),
+            ("stack", r"\.private_segment_fixed_size"),
+            ("spills", r"\.vgpr_spill_count"),
+        )
+    }
+    return found | {"instructions": len(re.findall(r"^\t[a-z]\w+(?:\s|$)", assembly, re.MULTILINE)), "warnings": ""}
+
+
+def code_bytes(cubin: bytes) -> int:
+    """Return the size of the machine code in a cubin, an ELF file of 64 bits. An instruction has 16 bytes from 7.0 on; the last
+    few only fill a line."""
+    (table,) = struct.unpack_from("<Q", cubin, 0x28)
+    entry, count, names = struct.unpack_from("<3H", cubin, 0x3A)
+    # Of a section: name, type, flags, address, offset, size.
+    sections = [struct.unpack_from("<IIQQQQ", cubin, table + i * entry) for i in range(count)]
+    strings = sections[names][4]
+    return sum(size for name, _, _, _, _, size in sections if cubin[strings + name :].startswith(b".text."))
+
+
+def faults(row: Compiled, *, tuning: bool = False) -> list[str]:
+    """Return what is wrong with a compiled kernel, in sentences; [] where all is well. For ``tuning`` a tile may be slow."""
+    target = work_for(row.target).target
+    # On 12.x ptxas calls something before each copy by TMA and leaves it 8 bytes; no register is in them.
+    frame = 8 if target.tma_to_registers else 0
+    found = []
+    if row.shared > target.shared:
+        found.append(f"it asks for {row.shared} bytes of shared memory, and a block may have {target.shared}")
+    if row.shared > row.bound:
+        found.append(f"it asks for {row.shared} bytes of shared memory, and config.shared_bytes says {row.bound}")
+    if tuning:
+        return found
+    if row.spills or row.stack > frame:
+        found.append(f"it has spilled: {row.stack} bytes of stack, accepted are {frame}, and {row.spills} moved")
+    if row.warnings:
+        found.append(f"ptxas serialises its products: {row.warnings}")
+    if row.instructions > (budget := instruction_budget(row)):
+        found.append(f"it has {row.instructions} instructions, and {budget} were measured, with 5 % to spare")
+    return found
+
+
+def instruction_budget(row: Compiled) -> int:
+    """Return how many instructions a default kernel may have; another tile has other numbers."""
+    target = work_for(row.target).target
+    unit = f"{target.matrix_unit}, TMA" if target.tma_to_registers else target.matrix_unit
+    dtype, _, case = row.case.partition(", ")
+    kind = "irregular" if "ragged" in case or "odd" in case else case
+    name = ", ".join(part for part in (row.kernel, "fp32" if dtype == "float32" else "16 bit", kind) if part)
+    return BUDGETS[name][UNITS.index(unit)] * 21 // 20
+
+
+def local_work(device: torch.device) -> Work:
+    """Return what the first calls on a GPU of this machine launch."""
+    if not torch.cuda.is_available():
+        raise RuntimeError(f"device: {device} given, accepted is a GPU of this machine, and there is none or no driver for it")
+    from bupo_kernels.backends.triton_ import target_of
+
+    with torch.cuda.device(device):
+        gpu = triton.runtime.driver.active.get_current_target()
+    return Work("local", gpu, target_of(device), DTYPE_NAMES, everything=True)
+
+
+def precompile(device: torch.device, jobs: int | None = None) -> int:
+    """Compile into Triton's cache what the first calls on a GPU launch, and return how many kernels that were. 16 cores take
+    seconds for what one call after the other waits minutes for."""
+    return fill(local_work(device), jobs)
+
+
+def fill(work: Work, jobs: int | None = None) -> int:
+    """Compile ``work`` into Triton's cache, and return how many kernels that were. The processes are those of a child that knows
+    nothing of the caller's program and has no GPU."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", f"from {Work.__module__} import _fill; _fill()"]
+    done = subprocess.run(command, input=pickle.dumps((work, jobs)), env=environment, capture_output=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"the kernels for {work.gpu} cannot be compiled:\n{done.stderr.decode(errors='replace')}")
+    return int(done.stdout)
+
+
+def _fill() -> None:
+    work, jobs = pickle.load(sys.stdin.buffer)
+    print(sum(1 for _ in compile_all([work], jobs or _cores(), inspect=False)))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(
         description="Compile every default kernel configuration ahead of time and print its resources."
     )
-    parser.add_argument("--target", nargs="*", default=list(TARGETS), choices=TARGETS, help="default: all of them")
+    names = ", ".join(TARGETS)
+    parser.add_argument("--target", nargs="*", default=list(TARGETS), metavar="TARGET", help=f"local, or of {names}; default: all")
+    parser.add_argument("--jobs", type=int, default=_cores(), help="processes; default: one a core")
+    parser.add_argument("--brief", action="store_true", help="bfloat16 alone for " + ", ".join(TWINS))
+    parser.add_argument("--candidates", action="store_true", help="the tiles that may be tuned for, instead of the defaults")
+    parser.add_argument("--fill", action="store_true", help="Triton's cache, and print no table; as local always does")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
     options = parser.parse_args()
     if config.interpreted():
         parser.error("TRITON_INTERPRET: 1 given, accepted is unset: the interpreter compiles nothing")
+    if options.jobs < 1:
+        parser.error(f"--jobs: {options.jobs} given, accepted are 1 and more")
+    for name in set(options.target) - {*TARGETS, "local"}:
+        parser.error(f"--target: {name} given, accepted are {names} and local")
+    if "local" in options.target:
+        if not torch.cuda.is_available():
+            parser.error(f"--target: local given, accepted here are {names}: there is no GPU, or no driver for it")
+        works = [local_work(torch.device("cuda", torch.cuda.current_device()))]
+    else:
+        works = [work_for(name, brief=options.brief, tuning=options.candidates) for name in options.target]
+    start = time.perf_counter()
+    if options.fill or "local" in options.target:
+        count = sum(1 for _ in compile_all(works, options.jobs, inspect=False))
+        print(f"{count} kernels in Triton's cache after {time.perf_counter() - start:.1f} s")
+        return 0
     if not options.json:
         print(f"Triton {triton.__version__}\n{HEADER}")
-    for compiled in compile_all(options.target):
-        print(json.dumps(asdict(compiled)) if options.json else compiled, flush=True)
+    wrong = 0
+    for row in compile_all(works, options.jobs):
+        if row is not None:
+            found = faults(row, tuning=options.candidates)
+            wrong += bool(found)
+            print(json.dumps(asdict(row)) if options.json else row, flush=True)
+            for fault in found:
+                print(f"{row.target}, {row.kernel}, {row.case}: {fault}", file=sys.stderr, flush=True)
+    if not options.json:
+        print(f"{wrong} kernels with faults, after {time.perf_counter() - start:.0f} s")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,8 @@
-"""Every number that the Triton kernels run with, as pure functions of (kernel, dtype, architecture).
+"""Every number that the Triton kernels run with, as pure functions of the kernel, the dtype and what the GPU has.
 
-``make kernels`` compiles each of these for each target and prints registers, spills, shared memory and the matrix instruction;
-the tests hold that nothing spills. No configuration here has been timed on a GPU yet: they follow from the cost model below.
+``make kernels`` compiles each of these for each target and prints registers, spills, shared memory and the matrix instruction; the
+tests hold that nothing spills and all of it fits. No configuration here has been timed on a GPU yet: the defaults follow from the
+cost model below, and ``candidates`` has what else may be faster on a given card.
 
 A tile of rows x columns does rows · columns / (rows + columns) FLOP for each byte it pulls from L2 in 16 bit: 85 for 256 x 128,
 51 for 256 x 64, 64 for 128 x 128. A Hopper at 700 TFLOP/s needs about 100 FLOP per byte from an L2 of 7 TB/s, so the widest tile
@@ -11,8 +12,10 @@ in TF32, and bound by arithmetic.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 
@@ -22,17 +25,15 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@dataclass(frozen=True)
-class Target:
-    """The GPU that a kernel is compiled for, as far as configurations depend on it."""
-
-    kind: str  # "cuda" or "hip"
-    arch: int  # compute capability x 10, or 0 for hip
-    processors: int  # persistent programs: one for each multiprocessor
-
-    @property
-    def has_tma(self) -> bool:
-        return self.kind == "cuda" and self.arch >= 90
+def shared_memory(kind: str, arch: int) -> int:
+    """Return the bytes of shared memory that a block may ask for, by compute capability x 10; 48 KiB where it is not known."""
+    if kind == "hip":
+        return 65536
+    if arch in (86, 89) or arch // 10 == 12:
+        return 101376
+    if arch in (80, 87):
+        return 166912
+    return 232448 if arch // 10 in (9, 10) else 49152
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,50 @@ class KernelConfig:
         return f"{self.rows} x {self.columns} x {self.depth}, {self.warps} warps, {self.stages} stages"
 
 
+@dataclass(frozen=True)
+class Target:
+    """The GPU that a kernel is compiled for, as far as configurations depend on it.
+
+    A process has one for each device and never another: the backward reads E in the blocks that the forward wrote.
+    """
+
+    kind: str  # "cuda" or "hip"
+    arch: int  # compute capability x 10, or 0 for hip
+    processors: int  # persistent programs: one for each multiprocessor
+    shared: int = 0  # bytes of shared memory that a block may ask for; 0 stands for those of the architecture
+    tiles: tuple[tuple[str, KernelConfig], ...] = ()  # (key_of(…), the fastest that was measured for it)
+
+    def __post_init__(self) -> None:
+        if self.shared == 0:
+            object.__setattr__(self, "shared", shared_memory(self.kind, self.arch))
+
+    @property
+    def has_tma(self) -> bool:
+        return self.kind == "cuda" and self.arch >= 90
+
+    @property
+    def matrix_unit(self) -> str:
+        """The family of instructions that products compile to."""
+        if self.kind == "hip":
+            return "mfma"
+        return {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(self.arch // 10, "mma.sync")
+
+    @property
+    def reads_shared(self) -> bool:
+        """Whether the matrix unit takes its operands from shared memory, not from registers."""
+        return self.matrix_unit in ("wgmma", "tcgen05")
+
+    @property
+    def tma_to_registers(self) -> bool:
+        """Whether tiles come by TMA and then go to the matrix unit through registers, as on 12.x."""
+        return self.has_tma and not self.reads_shared
+
+
+STATISTICS, GRADIENT = "linear_statistics", "gradient_recompute"  # the kernels with a product
+
 FP32 = KernelConfig(128, 64, 32, 8, 3)
 FP32_SMALL = KernelConfig(64, 64, 32, 8, 3)
+FP32_SHALLOW = KernelConfig(64, 64, 16, 8, 3)  # on 12.x addresses of a depth of 32 spill
 SMALL = KernelConfig(128, 64, 64, 8, 3)  # epilogues with many live values for each logit
 IRREGULAR = KernelConfig(128, 64, 32, 8, 3)  # addresses that take a register each
 AMPERE = KernelConfig(128, 128, 32, 8, 3)
@@ -59,35 +102,207 @@ HOPPER = KernelConfig(128, 128, 64, 8, 4)
 HOPPER_STATISTICS = KernelConfig(256, 128, 64, 8, 4)
 BLACKWELL_STATISTICS = KernelConfig(256, 64, 64, 8, 4)
 BLACKWELL_SOFTCAP = KernelConfig(128, 64, 64, 4, 4)
+SMALLEST = KernelConfig(64, 64, 32, 4, 2)
+
+# In order of what may be measured first.
+OTHERS_FP32: tuple[KernelConfig, ...] = (
+    FP32,
+    FP32_SMALL,
+    KernelConfig(64, 128, 32, 8, 3),
+    KernelConfig(64, 64, 32, 4, 3),
+    SMALLEST,
+)
+OTHERS_IRREGULAR: tuple[KernelConfig, ...] = (KernelConfig(128, 64, 64, 8, 3), AMPERE, KernelConfig(64, 128, 32, 8, 3), SMALLEST)
+OTHERS_FROM_SHARED: tuple[KernelConfig, ...] = (
+    HOPPER,
+    KernelConfig(128, 128, 64, 8, 3),
+    KernelConfig(128, 256, 64, 8, 3),
+    KernelConfig(128, 256, 32, 8, 6),
+    KernelConfig(128, 256, 64, 16, 3),
+    HOPPER_STATISTICS,
+    KernelConfig(256, 128, 64, 8, 3),
+    KernelConfig(256, 128, 32, 8, 6),
+    BLACKWELL_STATISTICS,
+    BLACKWELL_SOFTCAP,
+    SMALL,
+    AMPERE,
+    SMALLEST,
+)
+OTHERS_FROM_REGISTERS: tuple[KernelConfig, ...] = (
+    AMPERE,
+    KernelConfig(128, 128, 32, 8, 4),
+    KernelConfig(128, 128, 64, 8, 3),
+    KernelConfig(128, 256, 32, 8, 3),
+    KernelConfig(256, 128, 32, 8, 3),
+    KernelConfig(128, 64, 64, 4, 3),
+    KernelConfig(128, 64, 32, 4, 4),
+    KernelConfig(64, 128, 32, 4, 4),
+    SMALL,
+    SMALLEST,
+)
 
 
-def statistics_config(dtype: torch.dtype, target: Target, *, regular: bool, softcap: bool, cache: bool = False) -> KernelConfig:
+def shared_bytes(kernel: str, tile: KernelConfig, dtype: torch.dtype, target: Target, *, regular: bool, cache: bool = False) -> int:
+    """Return a bound of the shared memory that a block of ``kernel`` asks for, after what Triton 3.6 allocates.
+
+    A step of D has a buffer for each stage where the matrix unit reads shared memory, and for each but one where the operands pass
+    through registers. So do those that are split for three TF32 products, and both parts of W's then need room of their own.
+    Barriers take 16 bytes a stage. The tile that is stored lies beside the buffers for TMA, and where they were for pointers.
+    """
+    item, pipelined = dtype.itemsize, max(tile.stages - 1, 1)
+    step = (tile.rows + tile.columns) * tile.depth * item
+    operands = pipelined * step
+    if target.reads_shared and dtype == torch.float32:
+        operands = max(tile.stages * step, operands + 2 * tile.columns * tile.depth * item)  # one TF32 product; three
+    elif target.reads_shared and regular:
+        operands = tile.stages * step
+    operands += 16 * tile.stages
+    stored = tile.rows * tile.columns * (item if kernel == GRADIENT else 2 if cache else 0)
+    return operands + stored if target.has_tma and regular else max(operands, stored)
+
+
+def _default(kernel: str, target: Target, *, sixteen_bit: bool, regular: bool, softcap: bool, cache: bool) -> KernelConfig:
+    """Return the configuration that is preferred where it fits."""
+    statistics, tensor_memory = kernel == STATISTICS, target.matrix_unit == "tcgen05"
+    if not sixteen_bit:
+        if not regular and target.tma_to_registers:
+            return FP32_SHALLOW
+        many_values = softcap and (tensor_memory or target.tma_to_registers)
+        return FP32_SMALL if statistics and (not regular or many_values) else FP32
+    if not regular:
+        return IRREGULAR
+    if softcap and not statistics:
+        return SMALL
+    if not target.reads_shared:
+        return AMPERE
+    if not statistics or cache:
+        return HOPPER
+    if softcap:
+        return BLACKWELL_SOFTCAP if tensor_memory else HOPPER
+    return BLACKWELL_STATISTICS if tensor_memory else HOPPER_STATISTICS
+
+
+@functools.cache
+def candidates(
+    kernel: str, dtype: torch.dtype, target: Target, *, regular: bool, softcap: bool, cache: bool = False
+) -> tuple[KernelConfig, ...]:
+    """Return the configurations of ``kernel`` that ``target`` has the shared memory for, the default first; () where none fits."""
+    preferred = _default(kernel, target, sixteen_bit=dtype != torch.float32, regular=regular, softcap=softcap, cache=cache)
+    if dtype == torch.float32:
+        others = OTHERS_FP32
+    elif not regular:
+        others = OTHERS_IRREGULAR
+    else:
+        others = OTHERS_FROM_SHARED if target.reads_shared else OTHERS_FROM_REGISTERS
+    groups = tuple(replace(preferred, group=group) for group in (4, 16))
+    serving = (tile for tile in (preferred, *others, *groups) if _serves(tile, kernel, dtype, target, preferred, regular, cache))
+    return tuple(dict.fromkeys(serving))
+
+
+def _serves(
+    tile: KernelConfig, kernel: str, dtype: torch.dtype, target: Target, preferred: KernelConfig, regular: bool, cache: bool
+) -> bool:
+    """Tell whether a tile fits the target, and sums along D in the order that all tiles for the dtype do.
+
+    In 16 bit that holds for all of them, as each instruction takes 16 elements of D. In fp32 three TF32 products are added for each
+    step of D, so that a logit's last bits depend on the depth.
+    """
+    if dtype == torch.float32 and tile.depth != preferred.depth:
+        return False
+    return shared_bytes(kernel, tile, dtype, target, regular=regular, cache=cache) <= target.shared
+
+
+def key_of(kernel: str, dtype: torch.dtype, *, regular: bool, softcap: bool, cache: bool, width: int) -> str:
+    """Return the name of what a measured tile is for. It must not name the number of rows: no row may depend on the others."""
+    flags = ["regular" if regular else "irregular"] + ["softcap"] * softcap + ["E stored"] * cache
+    bucket = "D <= 1536" if width <= 1536 else "D <= 3072" if width <= 3072 else "D > 3072"
+    return ", ".join([kernel, str(dtype).removeprefix("torch."), *flags, bucket])
+
+
+# What a measured tile may have. ``columns`` divide COLUMN_UNIT, and ``depth`` divides the WIDTH_UNIT of product.py.
+ACCEPTED: dict[str, tuple[int, ...]] = {
+    "rows": (64, 128, 256),
+    "columns": (64, 128, 256),
+    "depth": (16, 32, 64),
+    "warps": (4, 8, 16),
+    "stages": tuple(range(1, 9)),
+    "group": tuple(range(1, 65)),
+}
+
+
+@functools.cache
+def _keys() -> frozenset[str]:
+    flags = (False, True)
+    dtypes = (torch.bfloat16, torch.float16, torch.float32)
+    return frozenset(
+        key_of(kernel, dtype, regular=regular, softcap=softcap, cache=cache, width=width)
+        for kernel, dtype, regular, softcap, cache, width in itertools.product(
+            (STATISTICS, GRADIENT), dtypes, flags, flags, flags, (1, 2000, 4000)
+        )
+    )
+
+
+def tiles_to_json(tiles: tuple[tuple[str, KernelConfig], ...]) -> dict[str, dict[str, int]]:
+    """Return ``Target.tiles`` as what ``json.dumps`` takes."""
+    return {key: asdict(tile) for key, tile in tiles}
+
+
+def tiles_from(table: object) -> tuple[tuple[str, KernelConfig], ...]:
+    """Return the ``Target.tiles`` that ``tiles_to_json`` made the ``table`` of. Raise ``ValueError`` for anything else, since it is
+    read from a file."""
+    if not isinstance(table, dict):
+        raise ValueError(f"tiles: {type(table).__name__} given, accepted is a table of tiles by key")
+    tiles = []
+    for key, tile in table.items():
+        if not isinstance(key, str) or key not in _keys():
+            raise ValueError(f"tiles: key {key!r} given, accepted are those of key_of, like {min(_keys())!r}")
+        names = [field.name for field in fields(KernelConfig)]
+        if not isinstance(tile, dict) or set(tile) != set(names):
+            raise ValueError(f"tiles: {key}: {tile!r} given, accepted is a table of {', '.join(names)}")
+        for name in names:
+            if type(tile[name]) is not int or tile[name] not in ACCEPTED[name]:
+                accepted = ", ".join(map(str, ACCEPTED[name]))
+                raise ValueError(f"tiles: {key}: {name}: {tile[name]!r} given, accepted are {accepted}")
+        tiles.append((key, KernelConfig(**tile)))
+    return tuple(sorted(tiles, key=lambda item: item[0]))
+
+
+def chosen(
+    kernel: str, dtype: torch.dtype, target: Target, *, width: int, regular: bool, softcap: bool, cache: bool = False
+) -> KernelConfig:
+    """Return the tile that was measured to be the fastest, where there is one that serves, else the default."""
+    fitting = candidates(kernel, dtype, target, regular=regular, softcap=softcap, cache=cache)
+    if not fitting:
+        raise ValueError(_too_little(target))
+    tuned = dict(target.tiles).get(key_of(kernel, dtype, regular=regular, softcap=softcap, cache=cache, width=width))
+    return tuned if tuned and _serves(tuned, kernel, dtype, target, fitting[0], regular, cache) else fitting[0]
+
+
+def _too_little(target: Target) -> str:
+    return f"device: {target.shared} bytes of shared memory a block given, accepted is what the smallest tile takes"
+
+
+def why_not_fitting(dtype: torch.dtype, target: Target, softcap: bool) -> str | None:
+    """Return the reason why a kernel has no configuration that fits the target, or None."""
+    every = itertools.product((STATISTICS, GRADIENT), (False, True))
+    fits = all(candidates(kernel, dtype, target, regular=regular, softcap=softcap) for kernel, regular in every)
+    return None if fits else _too_little(target)
+
+
+def statistics_config(
+    dtype: torch.dtype, target: Target, *, width: int, regular: bool, softcap: bool, cache: bool = False
+) -> KernelConfig:
     """Return the configuration of ``linear_statistics_kernel``. It does not depend on the number of rows, nor does any result.
 
-    ``regular`` is that of ``product.regular``; ``cache`` says whether the epilogue also stores E (see ``linear_statistics.py``).
+    ``width`` is D, ``regular`` that of ``product.regular``; ``cache`` says whether the epilogue also stores E (see
+    ``linear_statistics.py``).
     """
-    if dtype == torch.float32:
-        return FP32 if regular and not (softcap and target.arch >= 100) else FP32_SMALL
-    if not regular:
-        return IRREGULAR
-    if target.arch < 90:
-        return AMPERE
-    if target.arch < 100:
-        return HOPPER if softcap or cache else HOPPER_STATISTICS
-    if softcap:
-        return BLACKWELL_SOFTCAP
-    return HOPPER if cache else BLACKWELL_STATISTICS
+    return chosen(STATISTICS, dtype, target, width=width, regular=regular, softcap=softcap, cache=cache)
 
 
-def gradient_config(dtype: torch.dtype, target: Target, *, regular: bool, softcap: bool) -> KernelConfig:
+def gradient_config(dtype: torch.dtype, target: Target, *, width: int, regular: bool, softcap: bool) -> KernelConfig:
     """Return the configuration of ``gradient_recompute_kernel``."""
-    if dtype == torch.float32:
-        return FP32
-    if not regular:
-        return IRREGULAR
-    if softcap:
-        return SMALL
-    return HOPPER if target.arch >= 90 else AMPERE
+    return chosen(GRADIENT, dtype, target, width=width, regular=regular, softcap=softcap)
 
 
 def precision(dtype: torch.dtype, target: Target, allow_tf32: bool) -> str:
@@ -102,6 +317,7 @@ def precision(dtype: torch.dtype, target: Target, allow_tf32: bool) -> str:
 
 # Columns of a vocabulary split are whole blocks of any kernel; slices of the backward too.
 COLUMN_UNIT = 256
+NARROWEST = min(ACCEPTED["columns"])
 
 
 def split_columns(vocab: int) -> int:
@@ -132,7 +348,7 @@ def padded(vocab: int) -> int:
 
 def exponents_per_row(vocab: int) -> int:
     """Return how many exponents a row of E has: one for each column block of the narrowest kernel."""
-    return padded(vocab) // min(config.columns for config in (AMPERE, HOPPER, IRREGULAR))
+    return padded(vocab) // NARROWEST
 
 
 # Columns of a slice in the backward. Wide slices read and write the fp32 sum of dH less often: a slice of S columns moves 2·4·N·D

@@ -16,7 +16,7 @@ from bupo_kernels.backends.base import Cache
 from bupo_kernels.backends.triton_.product import LN2, LOG2E, LOG2E_REST
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["cache_rows", "targets", "maximum", "constant", "slope", "dz_target", "exponent_stride", "n"])
 def gradient_cached_kernel(
     cache,  # [cached rows, cache_stride] bf16
     exponents,  # [cached rows, exponent_stride] int32, one for BLOCK_V columns
@@ -32,7 +32,6 @@ def gradient_cached_kernel(
     dz_stride,
     first_column,  # of the slice, a multiple of BLOCK_V
     n,
-    V,
     WITH_ENTROPY: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -41,7 +40,7 @@ def gradient_cached_kernel(
     within = rows < n
     first = first_column + tl.program_id(1) * BLOCK_V
     columns = first + tl.arange(0, BLOCK_V)
-    stored = within[:, None] & (columns < V)[None, :]
+    stored = within[:, None]  # columns are whole blocks: E is 0 past the vocabulary, and dz has room
     cache_row = tl.load(cache_rows + rows, mask=within, other=0)
     e = tl.load(cache + cache_row[:, None] * cache_stride + columns[None, :], mask=stored, other=0.0).to(tl.float32)
     k = tl.load(exponents + cache_row * exponent_stride + first // BLOCK_V, mask=within, other=0).to(tl.float32)
@@ -88,7 +87,6 @@ def gradient_cached(
         dz.stride(0),
         columns.start,
         n,
-        columns.stop,
         WITH_ENTROPY=slope is not None,
         BLOCK_N=rows,
         BLOCK_V=exponent_columns,

@@ -1,7 +1,8 @@
 """The gradient tile, recomputed: ``dz`` of rows × columns of a slice, in the dtype of the gradient GEMMs.
 
-The product is formed again with the tiles of the forward, so its logits are those that the statistics came from, bit for bit. The
-target column is not ``1 − p_y`` of a rounded p but the value that the row's fp32 log-prob gives.
+The product is formed again, in the order along D that it had in the forward whatever the tiles of the two (``config.candidates``),
+so its logits are those that the statistics came from, bit for bit. The target column is not ``1 − p_y`` of a rounded p but the
+value that the row's fp32 log-prob gives.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from bupo_kernels.backends.triton_.product import LEAST_EXPONENT, Launch, in_ord
 DTYPES = {"torch.float32": tl.float32, "torch.bfloat16": tl.bfloat16, "torch.float16": tl.float16}
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["maximum", "constant", "slope", "dz_target", "slice_columns", "n"])
 def gradient_recompute_kernel(
     hidden,
     offsets,  # [n] int64
@@ -102,8 +103,8 @@ def gradient_recompute(
     columns: slice,  # of the vocabulary, from a multiple of COLUMN_UNIT on
 ) -> None:
     """Write the gradients of the logits of ``launch``'s rows in some columns into ``dz``."""
-    hidden, readout = launch.operands.hidden, launch.operands.readout
-    config = gradient_config(hidden.dtype, launch.target, regular=launch.regular, softcap=readout.softcap is not None)
+    hidden, softcap = launch.operands.hidden, launch.operands.readout.softcap is not None
+    config = gradient_config(hidden.dtype, launch.target, width=hidden.shape[-1], regular=launch.regular, softcap=softcap)
     n, width = len(launch.rows), columns.stop - columns.start
     m, constant, slope, on_target, _ = coefficients
     gradient_recompute_kernel[launch.programs(config, triton.cdiv(width, config.columns))](

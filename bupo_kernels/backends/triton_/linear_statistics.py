@@ -22,6 +22,7 @@ from bupo_kernels.backends.triton_.product import (
     LOG2E,
     LOG2E_REST,
     LOWEST,
+    SPLIT_UNIT,
     Launch,
     in_order,
     product_tile,
@@ -30,7 +31,7 @@ from bupo_kernels.backends.triton_.product import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["active_rows", "exponent_stride", "cached_rows", "N", "splits", "split_units"])
 def linear_statistics_kernel(
     hidden,
     offsets,  # [N] int64: where each row starts, the active ones first
@@ -53,7 +54,8 @@ def linear_statistics_kernel(
     N,
     V,
     D,
-    SPLIT: tl.constexpr,  # columns of a split, a multiple of BLOCK_V
+    splits,
+    split_units,  # columns of a split, in units of SPLIT_UNIT
     WITH_ENTROPY: tl.constexpr,
     CACHE: tl.constexpr,
     ROW_SCALE: tl.constexpr,
@@ -69,7 +71,6 @@ def linear_statistics_kernel(
 ):
     active_count = tl.load(active_rows).to(tl.int32)  # no call has 2³¹ rows; element offsets are 64 bit
     row_blocks = tl.cdiv(active_count, BLOCK_N)
-    splits = tl.cdiv(V, SPLIT)
     for item in tl.range(tl.program_id(0), row_blocks * splits, tl.num_programs(0)):
         block, split = in_order(item, row_blocks, splits, GROUP)
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
@@ -84,7 +85,8 @@ def linear_statistics_kernel(
         s = tl.zeros((BLOCK_N,), tl.float32)
         t = tl.zeros((BLOCK_N,), tl.float32)
         z_y = tl.zeros((BLOCK_N,), tl.float32)
-        for first in tl.range(split * SPLIT, tl.minimum(V, (split + 1) * SPLIT), BLOCK_V):
+        start = split * split_units * SPLIT_UNIT
+        for first in tl.range(start, tl.minimum(V, start + split_units * SPLIT_UNIT), BLOCK_V):
             product = product_tile(
                 hidden,
                 offset,
@@ -141,7 +143,14 @@ def linear_statistics(
     """Return the partials [splits, 4, N] of the first ``active_rows`` rows of ``launch``, and fill the ``cache``."""
     hidden, weight = launch.operands.hidden, launch.operands.weight
     softcap = launch.operands.readout.softcap is not None
-    config = statistics_config(hidden.dtype, launch.target, regular=launch.regular, softcap=softcap, cache=cache is not None)
+    config = statistics_config(
+        hidden.dtype,
+        launch.target,
+        width=hidden.shape[-1],
+        regular=launch.regular,
+        softcap=softcap,
+        cache=cache is not None,
+    )
     n, split = len(launch.rows), split_columns(weight.shape[0])
     splits = triton.cdiv(weight.shape[0], split)
     partials = torch.empty(splits, 4, n, dtype=torch.float32, device=hidden.device)
@@ -159,7 +168,8 @@ def linear_statistics(
         active_rows=active_rows,
         partials=partials,
         N=n,
-        SPLIT=split,
+        splits=splits,
+        split_units=split // SPLIT_UNIT.value,
         WITH_ENTROPY=with_entropy,
         CACHE=cache is not None,
         **cached,

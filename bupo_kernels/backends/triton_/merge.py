@@ -9,7 +9,7 @@ from torch import Tensor
 from bupo_kernels.backends.triton_.product import LEAST_EXPONENT, LOWEST
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["active_rows", "splits", "N"])
 def merge_kernel(
     partials,  # [splits, 4, N] fp32: m, s, t, z_y
     active_rows,  # [1] int64: how many rows are active, the first ones

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bupo_kernels.backends.base import Operands
-from bupo_kernels.backends.triton_.config import KernelConfig, Target, interpreted, precision
+from bupo_kernels.backends.triton_.config import COLUMN_UNIT, KernelConfig, Target, interpreted, precision
 
 # The interpreter stores bf16 as integers and multiplies them as such; on the GPU this is False and compiled away.
 INTERPRETED = tl.constexpr(interpreted())
@@ -33,6 +33,9 @@ LEAST_EXPONENT = tl.constexpr(-1e4)
 ALIGNMENT = tl.constexpr(8)
 # Elements. They are a whole number of steps of any kernel, so that nothing along D is masked. Every model's width is a multiple.
 WIDTH_UNIT = 64
+# Columns. A split is a multiple, and thus whole blocks; the kernel is told how many, since a number of columns that is not compiled
+# in would not be known to be a multiple of 16.
+SPLIT_UNIT = tl.constexpr(COLUMN_UNIT)
 
 
 @triton.jit
@@ -141,6 +144,12 @@ def store_tile(
     else:
         columns = first_column + tl.arange(0, tile.shape[1])
         tl.store(target + (rows * stride)[:, None] + columns[None, :], tile, mask=stored[:, None])
+
+
+# Triton's key for a kernel on disk tells the globals of a function it calls only if that one's own key was asked for before, so the
+# keys would depend on which kernel a process launches first. (The interpreter has no keys.)
+for helper in (in_order, tanh_and_slope, product_tile, readout, store_tile):
+    getattr(helper, "cache_key", None)
 
 
 def regular(hidden: Tensor, weight: Tensor) -> bool:

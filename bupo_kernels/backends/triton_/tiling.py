@@ -99,11 +99,13 @@ def _largest_tile(fits: Callable[[Tile], bool], rows: int, vocab: int) -> Tile:
 
 
 def _kernels(problem: Problem, target: Target, cached: int) -> tuple[str, ...]:
-    kind = {"regular": True, "softcap": problem.softcap}
-    forward = config.statistics_config(problem.dtype, target, cache=cached > 0, **kind)
+    forward = config.statistics_config(
+        problem.dtype, target, width=problem.width, regular=True, softcap=problem.softcap, cache=cached > 0
+    )
     lines = [f"statistics {forward}, splits of {config.split_columns(problem.vocab)} columns"]
     if problem.needs_grad:
-        lines.append(f"gradient {config.gradient_config(problem.dtype, target, **kind)}")
+        backward = config.gradient_config(problem.dtype, target, width=problem.width, regular=True, softcap=problem.softcap)
+        lines.append(f"gradient {backward}")
     return tuple(lines)
 
 

@@ -1,0 +1,197 @@
+"""Which tiles Triton's kernels run with: what fits the GPU, what was measured for it, and what a file may say of that."""
+
+import itertools
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from bupo_kernels.backends import triton_
+from bupo_kernels.backends.triton_ import config
+from bupo_kernels.backends.triton_.config import GRADIENT, STATISTICS, KernelConfig, Target
+
+BF16, FP16, FP32 = DTYPES = torch.bfloat16, torch.float16, torch.float32
+TARGETS = [Target("cuda", arch, 132) for arch in (80, 86, 87, 89, 90, 100, 103, 120, 121)] + [Target("hip", 0, 304)]
+FLAGS = [dict(zip(("regular", "softcap", "cache"), flags, strict=True)) for flags in itertools.product((True, False), repeat=3)]
+EVERY = [
+    (kernel, dtype, flags)
+    for kernel, dtype, flags in itertools.product((STATISTICS, GRADIENT), DTYPES, FLAGS)
+    if not flags["cache"] or (kernel == STATISTICS and config.why_not_cached(dtype, flags["softcap"]) is None)
+]
+KEY = config.key_of(STATISTICS, BF16, regular=True, softcap=False, cache=False, width=4096)
+TILE = KernelConfig(64, 256, 32, 4, 2, group=3)
+
+
+SHARED = {
+    80: 166912,
+    86: 101376,
+    87: 166912,
+    89: 101376,
+    90: 232448,
+    100: 232448,
+    103: 232448,
+    110: 49152,
+    120: 101376,
+    121: 101376,
+}
+
+
+@pytest.mark.parametrize(("arch", "shared"), SHARED.items())
+def test_a_target_has_the_shared_memory_of_its_architecture_unless_it_says_otherwise(arch, shared):
+    assert Target("cuda", arch, 1).shared == shared
+    assert Target("cuda", arch, 1, 65536).shared == 65536
+    assert Target("hip", 0, 1).shared == 65536
+
+
+@pytest.mark.parametrize(("says", "shared"), [({"shared_memory_per_block_optin": 99 * 1024}, 99 * 1024), ({}, 101376)])
+def test_a_device_is_asked_for_its_shared_memory(monkeypatch, says, shared):
+    properties = SimpleNamespace(major=12, minor=0, multi_processor_count=170, **says)
+    monkeypatch.setattr(config, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert triton_.target_of.__wrapped__(torch.device("cuda", 0)) == Target("cuda", 120, 170, shared)
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.kind} {target.arch}")
+def test_candidates_fit_and_agree_on_what_the_kernels_rely_on(target):
+    for kernel, dtype, flags in EVERY:
+        about = {"regular": flags["regular"], "cache": flags["cache"]}
+        found = config.candidates(kernel, dtype, target, **flags)
+        assert len(found) == len(set(found)) > 1
+        assert config.chosen(kernel, dtype, target, width=4096, **flags) == found[0]
+        for tile in found:
+            assert config.shared_bytes(kernel, tile, dtype, target, **about) <= target.shared
+            assert config.COLUMN_UNIT % tile.columns == 0
+            assert tile.depth in (16, 32, 64)  # rows that need no mask along D are whole steps of it
+            assert config.exponents_per_row(1000) >= config.padded(1000) // tile.columns
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.kind} {target.arch}")
+def test_the_backward_recomputes_in_fp32_with_the_depth_of_the_forward(target):
+    # The order of the sums depends on it, and so do a logit's last bits.
+    for regular in (True, False):
+        of_both = [
+            config.candidates(kernel, FP32, target, **flags)
+            for kernel, dtype, flags in EVERY
+            if dtype == FP32 and flags["regular"] == regular
+        ]
+        assert len({tile.depth for tiles in of_both for tile in tiles}) == 1
+    key = config.key_of(STATISTICS, FP32, regular=True, softcap=False, cache=False, width=4096)
+    deeper = replace(target, tiles=((key, KernelConfig(64, 64, 64, 8, 2)),))
+    assert config.statistics_config(FP32, deeper, width=4096, regular=True, softcap=False) == config.FP32
+
+
+def test_the_first_that_fits_is_the_default():
+    assert config.statistics_config(BF16, Target("cuda", 90, 1), width=64, regular=True, softcap=False) == config.HOPPER_STATISTICS
+    small = Target("cuda", 90, 1, 101376)
+    tile = config.statistics_config(BF16, small, width=64, regular=True, softcap=False)
+    assert tile not in (config.HOPPER_STATISTICS, config.HOPPER)
+    assert config.shared_bytes(STATISTICS, tile, BF16, small, regular=True) <= 101376
+
+
+@pytest.mark.parametrize("arch", [120, 121])
+def test_a_card_with_99_kib_runs_16_bit_products_in_tiles_that_fit(arch):
+    target = Target("cuda", arch, 170)
+    assert (target.has_tma, target.matrix_unit) == (True, "mma.sync")
+    for cache in (False, True):
+        assert config.statistics_config(BF16, target, width=64, regular=True, softcap=False, cache=cache) == config.AMPERE
+    assert config.gradient_config(FP16, target, width=64, regular=True, softcap=False) == config.AMPERE
+
+
+@pytest.mark.parametrize(
+    ("arch", "statistics", "keeping_e", "with_softcap", "recompute"),
+    [
+        (80, "AMPERE", "AMPERE", "AMPERE", "AMPERE"),
+        (90, "HOPPER_STATISTICS", "HOPPER", "HOPPER", "HOPPER"),
+        (100, "BLACKWELL_STATISTICS", "HOPPER", "BLACKWELL_SOFTCAP", "HOPPER"),
+    ],
+)
+def test_defaults_follow_what_the_matrix_unit_reads(arch, statistics, keeping_e, with_softcap, recompute):
+    target, kind = Target("cuda", arch, 1), {"width": 4096, "regular": True}
+    for dtype in (BF16, FP16):
+        assert config.statistics_config(dtype, target, softcap=False, **kind) == getattr(config, statistics)
+        assert config.statistics_config(dtype, target, softcap=False, cache=True, **kind) == getattr(config, keeping_e)
+        assert config.statistics_config(dtype, target, softcap=True, **kind) == getattr(config, with_softcap)
+        assert config.gradient_config(dtype, target, softcap=False, **kind) == getattr(config, recompute)
+        assert config.gradient_config(dtype, target, softcap=True, **kind) == config.SMALL
+        irregular = {"width": 4096, "regular": False, "softcap": True}
+        assert config.statistics_config(dtype, target, **irregular) == config.IRREGULAR
+        assert config.gradient_config(dtype, target, **irregular) == config.IRREGULAR
+    for softcap in (False, True):
+        small = arch == 100 and softcap
+        assert config.statistics_config(FP32, target, softcap=softcap, **kind) == (config.FP32_SMALL if small else config.FP32)
+        assert config.gradient_config(FP32, target, softcap=softcap, **kind) == config.FP32
+
+
+def test_too_little_shared_memory_is_told():
+    target = Target("cuda", 90, 1, 16384)
+    reason = "device: 16384 bytes of shared memory a block given"
+    assert config.why_not_fitting(BF16, target, False).startswith(reason)
+    assert config.why_not_fitting(BF16, Target("cuda", 120, 1), True) is None
+    with pytest.raises(ValueError, match=reason):
+        config.gradient_config(BF16, target, width=64, regular=True, softcap=False)
+
+
+def test_keys_tell_everything_apart_that_a_tile_may_depend_on():
+    keys = [
+        config.key_of(kernel, dtype, width=width, **flags) for kernel, dtype, flags in EVERY for width in (1536, 1537, 3072, 3073)
+    ]
+    assert len(set(keys)) == 3 * len(EVERY)
+    assert KEY == "linear_statistics, bfloat16, regular, D > 3072"
+    assert config.key_of(GRADIENT, FP16, regular=False, softcap=True, cache=False, width=1) == (
+        "gradient_recompute, float16, irregular, softcap, D <= 1536"
+    )
+
+
+def test_a_measured_tile_is_taken_for_what_it_was_measured_for_and_nothing_else():
+    target, plain = Target("cuda", 90, 132, tiles=((KEY, TILE),)), Target("cuda", 90, 132)
+    assert config.statistics_config(BF16, target, width=4096, regular=True, softcap=False) == TILE
+    assert config.statistics_config(BF16, target, width=3072, regular=True, softcap=False) == config.HOPPER_STATISTICS
+    for kernel, dtype, flags in EVERY:
+        if (kernel, dtype, flags) != (STATISTICS, BF16, {"regular": True, "softcap": False, "cache": False}):
+            assert config.chosen(kernel, dtype, target, width=4096, **flags) == config.chosen(
+                kernel, dtype, plain, width=4096, **flags
+            )
+
+
+def test_a_measured_tile_that_does_not_fit_is_not_taken():
+    target = Target("cuda", 120, 170, tiles=((KEY, KernelConfig(256, 128, 64, 8, 4)),))
+    assert config.statistics_config(BF16, target, width=4096, regular=True, softcap=False) == config.AMPERE
+
+
+def test_tiles_survive_a_file():
+    tiles = tuple(sorted([(KEY, TILE), (KEY.replace("bfloat16", "float32"), config.FP32)]))
+    assert config.tiles_from(json.loads(json.dumps(config.tiles_to_json(tiles)))) == tiles
+    assert config.tiles_from({}) == ()
+    for kernel, dtype, flags in EVERY:
+        for tile in config.candidates(kernel, dtype, TARGETS[4], **flags):
+            table = {config.key_of(kernel, dtype, width=2048, **flags): tile}
+            assert config.tiles_from(config.tiles_to_json(tuple(table.items()))) == tuple(table.items())
+
+
+FINE = config.tiles_to_json(((KEY, TILE),))[KEY]
+BAD = {
+    "no table": (None, "NoneType given"),
+    "a list": ([KEY], "list given"),
+    "another key": ({"linear_statistics, bfloat16, N = 7": FINE}, "key 'linear_statistics, bfloat16, N = 7' given"),
+    "a key that is no text": ({1: FINE}, "key 1 given"),
+    "no tile": ({KEY: [128, 128, 32, 8, 3]}, r"\[128, 128, 32, 8, 3\] given"),
+    "a field too few": ({KEY: {name: FINE[name] for name in FINE if name != "group"}}, "accepted is a table of rows, columns"),
+    "a field too many": ({KEY: FINE | {"maxnreg": 255}}, "'maxnreg': 255} given"),
+    "text": ({KEY: FINE | {"rows": "128"}}, "rows: '128' given, accepted are 64, 128, 256"),
+    "a fraction": ({KEY: FINE | {"rows": 128.0}}, "rows: 128.0 given"),
+    "a truth": ({KEY: FINE | {"group": True}}, "group: True given"),
+    "no power of two": ({KEY: FINE | {"columns": 100}}, "columns: 100 given"),
+    "columns that exponents have no room for": ({KEY: FINE | {"columns": 32}}, "columns: 32 given"),
+    "columns that no split is a multiple of": ({KEY: FINE | {"columns": 512}}, "columns: 512 given"),
+    "a depth that widths are no multiple of": ({KEY: FINE | {"depth": 128}}, "depth: 128 given"),
+    "no warps": ({KEY: FINE | {"warps": 0}}, "warps: 0 given"),
+    "no stages": ({KEY: FINE | {"stages": 0}}, "stages: 0 given"),
+}
+
+
+@pytest.mark.parametrize(("table", "message"), BAD.values(), ids=BAD)
+def test_a_file_with_anything_else_is_refused(table, message):
+    with pytest.raises(ValueError, match=f"tiles: .*{message}"):
+        config.tiles_from(table)
