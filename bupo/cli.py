@@ -1,4 +1,4 @@
-"""The command line: ``bupo train | evaluate | analyze | bench | export | demo | check | env``."""
+"""The command line: ``bupo train | evaluate | analyze | bench | export | demo | check | tune | env``."""
 
 from __future__ import annotations
 
@@ -231,11 +231,29 @@ def _parser() -> argparse.ArgumentParser:
         'table. Verdicts of a GPU go on record, where backend="auto" reads them; it checks by itself what has no record. The exit '
         "code is 1 where something is wrong.",
     )
-    check.add_argument("--device", help="as in cuda:0 (default: every GPU, or the CPU where there is none)")
     dtypes = ("bfloat16", "float16", "float32")
+    check.add_argument("--device", help="as in cuda:0 (default: every GPU, or the CPU where there is none)")
     check.add_argument("--dtype", nargs="+", default=list(dtypes), choices=dtypes, help="of the operands (default all)")
     check.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")
     check.set_defaults(do=_check)
+
+    tune = commands.add_parser(
+        "tune",
+        help="the fastest tiles of the Triton kernels on this machine's GPU",
+        description="Times every tile that fits the GPU, in turns with the default and with what would run without Triton, and "
+        "puts the winners on record, where later processes find them; and where Triton is the slower, that it is. Some minutes, "
+        "most of them compiling. Nothing else should run on the GPU.",
+    )
+    tune.add_argument("--device", default="cuda:0", help="default cuda:0")
+    tune.add_argument("--dtype", nargs="+", default=["bfloat16"], choices=dtypes, help="of the operands (default bfloat16)")
+    tune.add_argument("--width", type=int, nargs="+", default=[1024, 2560, 4096], metavar="D", help="default 1024 2560 4096")
+    tune.add_argument("--vocab", type=int, default=151936, metavar="V", help="default 151936")
+    tune.add_argument("--rows", type=int, default=8192, metavar="N", help="of a call (default 8192); winners are for any number")
+    tune.add_argument("--rounds", type=int, default=7, metavar="N", help="timed turns of every tile (default 7)")
+    tune.add_argument("--out", type=Path, metavar="DIR", help="put all timings into DIR/<device>-tune.json")
+    tune.add_argument("--commit", help="of the code, where there is no git to ask")
+    tune.add_argument("--forget", action="store_true", help="take what was tuned off the record, and measure nothing")
+    tune.set_defaults(do=_tune)
 
     env = commands.add_parser(
         "env",
@@ -366,6 +384,35 @@ def _check(options: argparse.Namespace) -> int:
     except ValueError as error:
         raise ConfigError(str(error)) from None
     return check_devices(devices, options.dtype, as_json=options.json)
+
+
+def _tune(options: argparse.Namespace) -> int:
+    for name in ("width", "vocab", "rows", "rounds"):
+        for number in [given] if isinstance(given := getattr(options, name), int) else given:
+            if number < 1:
+                raise ConfigError(f"--{name}: {number} given, accepted are 1 and more")
+    import torch
+
+    from bupo.tune import forget, tune_command
+    from bupo_kernels.selfcheck.__main__ import devices_of
+
+    try:
+        (device,) = devices_of(options.device)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    if options.forget:
+        forget(device)
+        return 0
+    return tune_command(
+        device=device,
+        dtypes=[getattr(torch, name) for name in options.dtype],
+        widths=options.width,
+        vocab=options.vocab,
+        rows=options.rows,
+        rounds=options.rounds,
+        out=options.out,
+        commit=options.commit,
+    )
 
 
 def _env(options: argparse.Namespace) -> int:

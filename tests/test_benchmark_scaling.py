@@ -1,4 +1,4 @@
-"""``python -m benchmarks.scaling`` and ``python -m benchmarks.tune`` on sizes that take no time."""
+"""``python -m benchmarks.scaling`` on sizes that take no time."""
 
 import json
 import re
@@ -7,10 +7,9 @@ import time
 import pytest
 import torch
 
-from benchmarks import scaling, tune
+from benchmarks import scaling
 from benchmarks.scaling import AXES, SIZES, Point, Run, fit, main, measure, once
 from bupo.cost import Work, pass_flops
-from bupo_kernels.backends.triton_ import config
 
 CPU = torch.device("cpu")
 HEAD = ("linear_logprobs, forward", "linear_logprobs, forward+backward", "linear_policy_loss, forward+backward")
@@ -18,8 +17,7 @@ HEAD = ("linear_logprobs, forward", "linear_logprobs, forward+backward", "linear
 
 @pytest.fixture(autouse=True)
 def _no_rates(monkeypatch):
-    for module in (scaling, tune):  # seconds of products
-        monkeypatch.setattr(module, "rates", lambda device: {"copy_gb_per_s": 1.0})
+    monkeypatch.setattr(scaling, "rates", lambda device: {"copy_gb_per_s": 1.0})  # seconds of products
 
 
 def run(folder, *arguments):
@@ -160,33 +158,3 @@ def test_bad_arguments_are_refused(tmp_path, capsys, arguments, message):
     assert stopped.value.code == 2
     assert not list(tmp_path.iterdir())
     assert re.search(message, capsys.readouterr().err)
-
-
-@pytest.mark.broad
-@pytest.mark.skipif(not config.interpreted(), reason="Triton is not interpreted")
-def test_candidates_are_tried_in_place_of_the_default_and_put_back(tmp_path, monkeypatch, capsys):
-    pytest.importorskip("triton")
-    bad = config.KernelConfig(128, 100, 64, 8, 3)  # tiles are powers of two
-    monkeypatch.setattr(tune, "CANDIDATES", [config.KernelConfig(128, 256, 64, 8, 3), bad])
-    before = config.statistics_config, config.gradient_config
-    assert tune.main(["--device", "cpu", "--tiny", "--rounds", "1", "--commit", "abc", "--out", str(tmp_path)]) == 0
-    assert (config.statistics_config, config.gradient_config) == before
-    (path,) = tmp_path.iterdir()
-    assert path.name.endswith("-tune.json")
-    section = json.loads(path.read_text(encoding="utf-8"))["tune"]
-    assert section["machine"]["interpreted"]
-    rows = section["rows"]
-    assert [row["kernel"] for row in rows[::3]] == ["statistics", "statistics, keeping E", "recompute"]
-    for default, other, refused in zip(rows[::3], rows[1::3], rows[2::3], strict=True):
-        assert (default["config"], default["difference"]) == ("default", 0)
-        assert other["config"] == "128 x 256 x 64, 8 warps, 3 stages, group 8"
-        assert other["difference"] < 1e-5
-        assert refused["reason"]
-        assert "ms" not in refused
-    assert "128 x 100 x 64" in capsys.readouterr().out
-
-
-def test_tuning_on_a_cpu_is_refused_but_for_a_dry_run(capsys):
-    with pytest.raises(SystemExit):
-        tune.main(["--device", "cpu"])
-    assert "--device: cpu given, accepted is cuda, or cpu with TRITON_INTERPRET=1" in capsys.readouterr().err

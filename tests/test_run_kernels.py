@@ -9,7 +9,8 @@ from bupo_kernels.selfcheck import decision
 from bupo_kernels.selfcheck.card import Card
 
 CARD = Card("NVIDIA H100 80GB HBM3", "9.0", 132, "580.65 13000", "13.0", "2.11.0", "3.6.0", "abc")
-CHOSEN = {"card": CARD.key, "name": CARD.name, "passed": {"triton bfloat16": True, "native float32": False}, "tiles": {}}
+PASSED = {"triton bfloat16": True, "native float32": False}
+CHOSEN = {"card": CARD.key, "name": CARD.name, "passed": PASSED, "tiles": {}, "slower": {}}
 CPU, GPU = World(0, 1, torch.device("cpu")), World(0, 1, torch.device("cuda", 0))
 
 
@@ -18,7 +19,7 @@ def on_an_h100(monkeypatch, tmp_path):
     monkeypatch.setenv("BUPO_CACHE", str(tmp_path))
     monkeypatch.setattr(Card, "of", staticmethod(lambda device: CARD))
     monkeypatch.setattr(decision, "_decided", {})
-    monkeypatch.setattr(decision, "_tiles", {})
+    monkeypatch.setattr(decision, "_tuned", {})
 
 
 def test_a_run_that_goes_on_takes_what_it_was_begun_with(capsys):

@@ -35,7 +35,7 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("BUPO_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("BUPO_SELF_CHECK", raising=False)
     monkeypatch.setattr(decision, "_decided", {})
-    monkeypatch.setattr(decision, "_tiles", {})
+    monkeypatch.setattr(decision, "_tuned", {})
     monkeypatch.setattr(records, "_in_memory", {})
     monkeypatch.setattr(decision, "_forked", False)
 
@@ -230,7 +230,7 @@ def test_BUPO_SELF_CHECK_says_when(driver, monkeypatch):
     monkeypatch.setenv("BUPO_SELF_CHECK", "0")
     assert "not checked on this card (BUPO_SELF_CHECK=0); `bupo check` does it" in decision.why_not(VARIANT, CPU)
     monkeypatch.setattr(decision, "_decided", {})
-    records.write(Card.of(CPU), verdicts={VARIANT.name: Verdict(**RIGHT)})
+    records.add(Card.of(CPU), verdicts={VARIANT.name: Verdict(**RIGHT)})
     assert decision.why_not(VARIANT, CPU) is None
     assert runs_of(runs) == 0
     monkeypatch.setattr(decision, "_decided", {})
@@ -273,7 +273,7 @@ def test_where_fake_tensors_or_a_graph_are_made_the_fallback_is_taken_and_kept(d
 
 def test_a_record_decides_while_torch_traces(driver):
     runs = driver(says())
-    records.write(Card.of(CPU), verdicts={VARIANT.name: Verdict(**RIGHT)})
+    records.add(Card.of(CPU), verdicts={VARIANT.name: Verdict(**RIGHT)})
     with FakeTensorMode():
         assert decision.why_not(VARIANT, CPU) is None
     assert runs_of(runs) == 0
@@ -305,8 +305,8 @@ CARD = Card("NVIDIA H100 80GB HBM3", "9.0", 132, "580.65 13000", "13.0", "2.11.0
 
 
 def test_a_record_is_good_for_one_card_with_one_software():
-    records.write(CARD, verdicts={VARIANT.name: Verdict(**RIGHT)})
-    assert records.read(CARD) == Record({VARIANT.name: Verdict(**RIGHT)}, {})
+    records.add(CARD, verdicts={VARIANT.name: Verdict(**RIGHT)})
+    assert records.read(CARD) == Record({VARIANT.name: Verdict(**RIGHT)})
     for f in fields(Card):
         other = replace(CARD, **{f.name: 1 if f.type == "int" else "another"})
         assert records.read(other) == Record(), f.name
@@ -343,16 +343,16 @@ BROKEN = {
 
 @pytest.mark.parametrize("breaking", BROKEN.values(), ids=BROKEN)
 def test_a_record_that_is_not_whole_is_none_and_is_replaced(breaking):
-    path = records.write(CARD, verdicts={VARIANT.name: Verdict(**RIGHT)})
+    path = records.add(CARD, verdicts={VARIANT.name: Verdict(**RIGHT)})
     breaking(path)
     assert records.read(CARD) == Record()
-    again = records.write(CARD, verdicts={VARIANT.name: Verdict(**RIGHT)})
+    again = records.add(CARD, verdicts={VARIANT.name: Verdict(**RIGHT)})
     assert records.read(CARD).verdicts[VARIANT.name].passed
     assert again == (None if path.is_dir() else path)  # then it stays in memory
 
 
 def test_a_writer_that_is_stopped_leaves_the_old_record_whole(monkeypatch):
-    path = records.write(CARD, verdicts={"torch float32": Verdict(**RIGHT)})
+    path = records.add(CARD, verdicts={"torch float32": Verdict(**RIGHT)})
     before = path.read_bytes()
 
     def stopped(*_):
@@ -360,15 +360,15 @@ def test_a_writer_that_is_stopped_leaves_the_old_record_whole(monkeypatch):
 
     monkeypatch.setattr(os, "replace", stopped)
     with pytest.raises(KeyboardInterrupt):
-        records.write(CARD, verdicts={VARIANT.name: Verdict(**RIGHT)})
+        records.add(CARD, verdicts={VARIANT.name: Verdict(**RIGHT)})
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
 
 
 def test_tiles_and_verdicts_add_up():
-    records.write(CARD, verdicts={"torch float32": Verdict(**RIGHT)})
-    records.write(CARD, tiles={"statistics": {"rows": 128}})
-    records.write(CARD, verdicts={VARIANT.name: Verdict(**RIGHT)})
+    records.add(CARD, verdicts={"torch float32": Verdict(**RIGHT)})
+    records.add(CARD, tiles={"statistics": {"rows": 128}})
+    records.add(CARD, verdicts={VARIANT.name: Verdict(**RIGHT)})
     found = records.read(CARD)
     assert (set(found.verdicts), found.tiles) == ({"torch float32", VARIANT.name}, {"statistics": {"rows": 128}})
 
@@ -405,7 +405,7 @@ def test_a_temporary_folder_that_is_not_the_users_alone_is_not_taken(no_home, mo
         monkeypatch.setattr(os, "getuid", lambda: owner + 1)
         place.rename(no_home / f"bupo_kernels-{owner + 1}")
     assert records.folder() is None
-    assert records.write(CARD, verdicts={VARIANT.name: Verdict(**RIGHT)}) is None
+    assert records.add(CARD, verdicts={VARIANT.name: Verdict(**RIGHT)}) is None
     assert records.read(CARD).verdicts[VARIANT.name].passed  # in memory
     with records.alone(CARD, 1) as held:
         assert not held
@@ -455,23 +455,24 @@ def test_who_waits_in_vain_goes_on_alone_and_a_lock_of_the_dead_is_free(driver, 
 
 def test_a_process_decides_as_another_did(driver, monkeypatch):
     driver(says())
+    records.add(Card.of(CPU), tiles={"statistics": {"rows": 128}}, slower={"native float32, D <= 1536": "slower than torch"})
     assert decision.why_not(VARIANT, CPU) is None
-    records.write(Card.of(CPU), tiles={"statistics": {"rows": 128}})
+    assert decision.why_not(VARIANT, CPU, "D <= 1536") == "slower than torch"
     kept = json.loads(json.dumps(decision.decisions(CPU)))
     assert kept["passed"] == {VARIANT.name: True}
 
     monkeypatch.setattr(decision, "_decided", {})
-    monkeypatch.setattr(decision, "_tiles", {})
+    monkeypatch.setattr(decision, "_tuned", {})
     runs = driver(says(passed=False, reason="wrong today"))
-    records.write(Card.of(CPU), tiles={"statistics": {"rows": 64}})
+    records.add(Card.of(CPU), tiles={"statistics": {"rows": 64}})
     assert decision.pin(CPU, kept) is None
     assert decision.why_not(VARIANT, CPU) is None
-    assert decision.tiles(CPU) == {"statistics": {"rows": 128}}
+    assert decision.tuned(CPU).tiles == {"statistics": {"rows": 128}}
     assert runs_of(runs) == 1  # the first process's
     assert decision.decisions(CPU) == kept
 
     assert "is taken" in decision.pin(CPU, {**kept, "passed": {VARIANT.name: False}})
-    assert decision.pin(CPU, {**kept, "tiles": {}}) == "this process has begun with other tiles"
+    assert decision.pin(CPU, {**kept, "tiles": {}}) == "this process has begun with other results of `bupo tune`"
     assert decision.pin(CPU, {**kept, "card": "x", "name": "NVIDIA H200"}).startswith(
         "kernels were chosen on NVIDIA H200, and this"
     )

@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +11,7 @@ import torch
 from bupo_kernels.backends import triton_
 from bupo_kernels.backends.triton_ import config
 from bupo_kernels.backends.triton_.config import GRADIENT, STATISTICS, KernelConfig, Target
+from bupo_kernels.selfcheck.records import Record
 
 BF16, FP16, FP32 = DTYPES = torch.bfloat16, torch.float16, torch.float32
 TARGETS = [Target("cuda", arch, 132) for arch in (80, 86, 87, 89, 90, 100, 103, 120, 121)] + [Target("hip", 0, 304)]
@@ -50,7 +51,25 @@ def test_a_device_is_asked_for_its_shared_memory(monkeypatch, says, shared):
     properties = SimpleNamespace(major=12, minor=0, multi_processor_count=170, **says)
     monkeypatch.setattr(config, "interpreted", lambda: False)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    assert triton_.target_of.__wrapped__(torch.device("cuda", 0)) == Target("cuda", 120, 170, shared)
+    monkeypatch.setattr(triton_, "_targets", {})
+    monkeypatch.setattr(triton_.decision, "tuned", lambda device: Record())
+    assert triton_.target_of(torch.device("cuda", 0)) == Target("cuda", 120, 170, shared)
+
+
+def test_a_device_has_the_tiles_on_record_and_no_others(monkeypatch, caplog):
+    monkeypatch.setattr(config, "interpreted", lambda: False)
+    properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232448)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    key = config.key_of(config.STATISTICS, torch.bfloat16, regular=True, softcap=False, cache=False, width=4096)
+    tile = config.KernelConfig(128, 256, 64, 8, 3)
+    for tiles, found in (({key: asdict(tile)}, ((key, tile),)), ({key: {"rows": "many"}}, ())):
+        monkeypatch.setattr(triton_, "_targets", {})
+        monkeypatch.setattr(triton_.decision, "tuned", lambda device, tiles=tiles: Record(tiles=tiles))
+        assert triton_.target_of(torch.device("cuda", 0)).tiles == found
+    assert "what `bupo tune` has on record is not taken: tiles:" in caplog.text
+    with triton_.in_tiles(torch.device("cuda", 0), ((key, tile),)):
+        assert triton_.target_of(torch.device("cuda", 0)).tiles == ((key, tile),)
+    assert triton_.target_of(torch.device("cuda", 0)).tiles == ()
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.kind} {target.arch}")

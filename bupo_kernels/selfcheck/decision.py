@@ -26,7 +26,7 @@ import torch
 
 from bupo_kernels.selfcheck import records
 from bupo_kernels.selfcheck.card import Card
-from bupo_kernels.selfcheck.records import Verdict
+from bupo_kernels.selfcheck.records import Record, Verdict
 
 CHECK = (sys.executable, "-m", "bupo_kernels.selfcheck")
 CHECK_SECONDS = 120  # that a check may take; about 15 are expected
@@ -63,7 +63,7 @@ class Variant:
 
 _lock = threading.RLock()
 _decided: dict[tuple[str, str], Verdict] = {}  # (key of a card, name of a variant)
-_tiles: dict[str, Mapping[str, Any]] = {}  # by key of a card
+_tuned: dict[str, Record] = {}  # by key of a card: what `bupo tune` had found when this process first asked
 _forked = False
 _only_records = False
 
@@ -89,10 +89,16 @@ def only_records() -> Iterator[None]:
             _only_records = before
 
 
-def why_not(variant: Variant, device: torch.device) -> str | None:
-    """Return the reason ``variant`` is not taken on ``device`` unasked, or None where it has proven itself there."""
+def why_not(variant: Variant, device: torch.device, widths: str = "") -> str | None:
+    """Return the reason ``variant`` is not taken on ``device`` unasked, or None where it has proven itself there. ``widths`` names
+    those that are measured together."""
     verdict = decide(variant, device)
-    return None if verdict.passed else verdict.reason
+    return tuned(device).slower.get(slower_key(variant, widths)) if verdict.passed else verdict.reason
+
+
+def slower_key(variant: Variant, widths: str) -> str:
+    """Return the key of :class:`Record`'s ``slower``."""
+    return f"{variant.name}, {widths}"
 
 
 def decide(variant: Variant, device: torch.device) -> Verdict:
@@ -135,7 +141,7 @@ def _find_out(variant: Variant, device: torch.device, card: Card) -> Verdict:
 def checked(variant: Variant, device: torch.device, card: Card) -> Verdict:
     """Check ``variant`` now, whatever is known, write the verdict on record and return it."""
     verdict = _in_a_process(variant, device, card)
-    records.write(card, verdicts={variant.name: verdict})
+    records.add(card, verdicts={variant.name: verdict})
     if verdict.passed:
         worst = verdict.worst or 0.0
         log.info("%s: right on %s, worst error %.2f of its bound (%.0f s)", variant.name, card.name, worst, verdict.seconds)
@@ -196,13 +202,13 @@ def _run(command: list[str], seconds: float) -> tuple[int, str, str] | None:
     return process.returncode, output, errors
 
 
-def tiles(device: torch.device) -> Mapping[str, Any]:
-    """Return the tiles that ``bupo tune`` found for ``device``: those on record when this process first asked."""
+def tuned(device: torch.device) -> Record:
+    """Return what ``bupo tune`` found for ``device``: what was on record when this process first asked."""
     card = Card.of(device)
     with _lock:
-        if card.key not in _tiles:
-            _tiles[card.key] = records.read(card).tiles
-        return _tiles[card.key]
+        if card.key not in _tuned:
+            _tuned[card.key] = records.read(card)
+        return _tuned[card.key]
 
 
 def decisions(device: torch.device) -> dict[str, Any]:
@@ -210,12 +216,13 @@ def decisions(device: torch.device) -> dict[str, Any]:
     card = Card.of(device)
     with _lock:
         passed = {name: verdict.passed for (key, name), verdict in sorted(_decided.items()) if key == card.key}
-        return {"card": card.key, "name": card.name, "passed": passed, "tiles": dict(tiles(device))}
+        here = tuned(device)
+        return {"card": card.key, "name": card.name, "passed": passed, "tiles": dict(here.tiles), "slower": dict(here.slower)}
 
 
 def pin(device: torch.device, decided: Mapping[str, Any]) -> str | None:
     """Decide as another process has ``decided``, and return None; or the reason why that cannot be, having changed nothing."""
-    card = Card.of(device)
+    card, there = Card.of(device), Record(tiles=dict(decided["tiles"]), slower=dict(decided["slower"]))
     if decided["card"] != card.key:
         return f"kernels were chosen on {decided['name']}, and this is {card.name}, or has other software"
     with _lock:
@@ -223,10 +230,10 @@ def pin(device: torch.device, decided: Mapping[str, Any]) -> str | None:
             here = _decided.get((card.key, name))
             if here is not None and here.passed != passed:
                 return f"{name} was {'' if passed else 'not '}taken there, and here it is {'' if here.passed else 'not '}taken"
-        if card.key in _tiles and dict(_tiles[card.key]) != dict(decided["tiles"]):
-            return "this process has begun with other tiles"
+        if card.key in _tuned and (_tuned[card.key].tiles, _tuned[card.key].slower) != (there.tiles, there.slower):
+            return "this process has begun with other results of `bupo tune`"
         for name, passed in decided["passed"].items():
             reason = "" if passed else "the run was begun without it"
             _decided.setdefault((card.key, name), Verdict(passed, reason, None, 0.0, time.time()))
-        _tiles[card.key] = dict(decided["tiles"])
+        _tuned[card.key] = there
     return None

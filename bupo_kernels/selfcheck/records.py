@@ -60,10 +60,13 @@ class Record:
     """All that is known about a card."""
 
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)  # by the name of the variant
-    tiles: Mapping[str, Any] = field(default_factory=dict)  # by kernel: what `bupo tune` chose, as triton_.config reads it
+    # These two are found by `bupo tune`: tiles as triton_.config reads them, and of what is right but slow, what is faster.
+    tiles: Mapping[str, Any] = field(default_factory=dict)  # by kernel, dtype, kind of operands and widths
+    slower: Mapping[str, str] = field(default_factory=dict)  # by variant and widths
 
-    def updated(self, verdicts: Mapping[str, Verdict], tiles: Mapping[str, Any]) -> Record:
-        return Record({**self.verdicts, **verdicts}, {**self.tiles, **tiles})
+    def updated(self, other: Record) -> Record:
+        """Return the record with all that the ``other`` has put over it."""
+        return Record({**self.verdicts, **other.verdicts}, {**self.tiles, **other.tiles}, {**self.slower, **other.slower})
 
 
 _in_memory: dict[str, Record] = {}
@@ -106,20 +109,28 @@ def read(card: Card) -> Record:
             return remembered
         verdicts = {str(name): Verdict.from_json(values) for name, values in found["verdicts"].items()}
         believed = {name: verdict for name, verdict in verdicts.items() if verdict.holds}
-        return Record(believed, dict(found["tiles"])).updated(remembered.verdicts, remembered.tiles)
+        slower = {str(name): str(reason) for name, reason in found["slower"].items()}
+        return Record(believed, dict(found["tiles"]), slower).updated(remembered)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return remembered
 
 
-def write(card: Card, verdicts: Mapping[str, Verdict] | None = None, tiles: Mapping[str, Any] | None = None) -> Path | None:
-    """Add to the record of ``card``, and return its file; None where it stays in memory. A reader sees the old file or the new."""
-    record, place = read(card).updated(verdicts or {}, tiles or {}), folder()
+def add(card: Card, **found: Mapping[str, Any]) -> Path | None:
+    """Add what was ``found``, by the names of the fields of :class:`Record`, and return as :func:`write` does."""
+    return write(card, read(card).updated(Record(**found)))
+
+
+def write(card: Card, record: Record) -> Path | None:
+    """Put the ``record`` of ``card`` in the place of the one there is, and return its file; None where it stays in memory. A reader
+    sees the old file or the new."""
+    place = folder()
     if place is not None:
         whole = {
             "version": VERSION,
             "card": asdict(card),
             "verdicts": {name: asdict(verdict) for name, verdict in record.verdicts.items()},
             "tiles": dict(record.tiles),
+            "slower": dict(record.slower),
         }
         with suppress(OSError):
             return _replace(place / f"{card.key}.json", json.dumps(whole, indent=1))

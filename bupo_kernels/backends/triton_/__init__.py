@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,14 +25,37 @@ from bupo_kernels.backends.triton_ import config, tiling
 from bupo_kernels.selfcheck import decision
 from bupo_kernels.selfcheck.decision import Variant
 
+log = logging.getLogger("bupo_kernels")
+
 
 @functools.cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@functools.cache
+_targets: dict[torch.device, config.Target] = {}
+
+
 def target_of(device: torch.device) -> config.Target:
+    """Return the GPU as configurations depend on it: the same in every call of a process."""
+    if device not in _targets:
+        _targets[device] = _target(device)
+    return _targets[device]
+
+
+@contextmanager
+def in_tiles(device: torch.device, tiles: tuple[tuple[str, config.KernelConfig], ...]) -> Iterator[None]:
+    """Have other tiles on ``device``, to measure them. No backward may follow of a forward that was within it, nor the other way
+    round."""
+    before = target_of(device)
+    _targets[device] = replace(before, tiles=tiles)
+    try:
+        yield
+    finally:
+        _targets[device] = before
+
+
+def _target(device: torch.device) -> config.Target:
     if config.interpreted():
         return config.Target("cuda", 80, processors=3)  # several work items for each of few programs
     properties = torch.cuda.get_device_properties(device)
@@ -38,7 +64,15 @@ def target_of(device: torch.device) -> config.Target:
     shared = config.shared_memory(kind, arch)
     if kind == "cuda":  # before torch 2.6 it does not say
         shared = getattr(properties, "shared_memory_per_block_optin", shared)
-    return config.Target(kind, arch, properties.multi_processor_count, shared)
+    return config.Target(kind, arch, properties.multi_processor_count, shared, _tiles(device))
+
+
+def _tiles(device: torch.device) -> tuple[tuple[str, config.KernelConfig], ...]:
+    try:
+        return config.tiles_from(decision.tuned(device).tiles)
+    except ValueError as error:
+        log.warning("what `bupo tune` has on record is not taken: %s", error)
+        return ()
 
 
 class Triton(Backend):
@@ -65,7 +99,8 @@ class Triton(Backend):
     def why_not_default(self, problem: Problem) -> str | None:
         if config.interpreted():
             return "the interpreter is for tests; backend='triton' asks for it"
-        return decision.why_not(Variant("triton", str(problem.dtype).removeprefix("torch."), problem.softcap), problem.device)
+        variant = Variant("triton", str(problem.dtype).removeprefix("torch."), problem.softcap)
+        return decision.why_not(variant, problem.device, config.widths_of(problem.width))
 
     def predicted_share(self, problem: Problem) -> float | None:
         """By the cycles of a tile of 256 x 128 on a Hopper: 16·D of products, at 0.92 of the rate of the library's, then 5,042 of

@@ -215,8 +215,12 @@ def _serves(
 def key_of(kernel: str, dtype: torch.dtype, *, regular: bool, softcap: bool, cache: bool, width: int) -> str:
     """Return the name of what a measured tile is for. It must not name the number of rows: no row may depend on the others."""
     flags = ["regular" if regular else "irregular"] + ["softcap"] * softcap + ["E stored"] * cache
-    bucket = "D <= 1536" if width <= 1536 else "D <= 3072" if width <= 3072 else "D > 3072"
-    return ", ".join([kernel, str(dtype).removeprefix("torch."), *flags, bucket])
+    return ", ".join([kernel, str(dtype).removeprefix("torch."), *flags, widths_of(width)])
+
+
+def widths_of(width: int) -> str:
+    """Return the name of the widths that have their tiles together with ``width``."""
+    return "D <= 1536" if width <= 1536 else "D <= 3072" if width <= 3072 else "D > 3072"
 
 
 # What a measured tile may have. ``columns`` divide COLUMN_UNIT, and ``depth`` divides the WIDTH_UNIT of product.py.
