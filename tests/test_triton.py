@@ -30,15 +30,15 @@ pytest.importorskip("triton")
 DEVICE = device_of("triton")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDTH = 64  # rows of whole, aligned blocks: what TMA takes
-PATHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}
+PATHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}  # sm_120 takes the tiles of the first by the loads of the second
 
 
 @contextmanager
-def running_as(arch):
+def running_as(arch, tiles=()):
     """A GPU of that architecture, with 3 processors: several work items for each program."""
     with pytest.MonkeyPatch.context() as patch:
         if config.interpreted():
-            patch.setattr(triton_, "target_of", lambda device: config.Target("cuda", arch, 3))
+            patch.setattr(triton_, "target_of", lambda device: config.Target("cuda", arch, 3, tiles=tiles))
         yield
 
 
@@ -150,6 +150,25 @@ def test_the_cache_keeps_its_accuracy_far_from_zero(arch, offset):
     case.options = {"bias": torch.full((520,), offset, device=DEVICE)}
     with running_as(arch):
         check(case, "triton:cached")
+
+
+@pytest.mark.parametrize(("arch", "columns"), [(80, 64), (90, 256)])
+def test_measured_tiles_run_in_place_of_the_defaults(arch, columns):
+    # What shares an exponent of E follows the forward's tile, and the backward's may be another.
+    flags, other = {"regular": True, "softcap": False, "width": WIDTH}, 320 - columns
+    tiles = (
+        (config.key_of(config.STATISTICS, BF16, cache=False, **flags), config.KernelConfig(64, columns, 32, 4, 2)),
+        (config.key_of(config.STATISTICS, BF16, cache=True, **flags), config.KernelConfig(128, columns, 32, 8, 2)),
+        (config.key_of(config.GRADIENT, BF16, cache=False, **flags), config.KernelConfig(64, other, 64, 4, 2)),
+    )
+    for backend, rows, budget in (("triton", 20, None), ("triton:cached", 150, 400 * 1024)):
+        case = random_case(rows, 520, WIDTH, dtype=BF16, device=DEVICE)
+        with running_as(arch, tiles):
+            plan, _ = check(case, backend, memory_budget=budget)
+        if config.interpreted():
+            assert f"x {columns} x 32" in plan.tile_plan.kernels[0]
+            assert f"64 x {other} x 64" in plan.tile_plan.kernels[1]
+    assert plan.tile_plan.strategy == "cached and recompute"
 
 
 def test_targets_of_several_dimensions_and_a_transposed_weight():

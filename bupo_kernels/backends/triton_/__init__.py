@@ -62,7 +62,7 @@ def _target(device: torch.device) -> config.Target:
     kind = "hip" if torch.version.hip else "cuda"
     arch = 0 if kind == "hip" else 10 * properties.major + properties.minor
     shared = config.shared_memory(kind, arch)
-    if kind == "cuda":  # before torch 2.6 it does not say
+    if kind == "cuda":  # not every build of torch has this property
         shared = getattr(properties, "shared_memory_per_block_optin", shared)
     return config.Target(kind, arch, properties.multi_processor_count, shared, _tiles(device))
 
