@@ -1,8 +1,8 @@
 """``bupo tune``: which tiles of the Triton kernels are the fastest on this GPU, and whether its library's product is faster still.
 
 Every candidate of ``triton_.config`` that fits the card runs once in each round, beside the default and beside what would run
-without Triton (``torch.mm`` with an fp32 result, and row kernels), so that all see the same clocks; medians over the rounds. Winners
-go on record for the widths they were measured for, never for a number of rows: no row's result may depend on the others.
+without Triton (``torch.mm`` with an fp32 result, and row kernels), so that all see the same clocks; medians over the rounds.
+Winners go on record for the widths they were measured for, never for a number of rows: no row's result may depend on the others.
 """
 
 from __future__ import annotations

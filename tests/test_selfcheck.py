@@ -214,6 +214,11 @@ def test_the_process_that_checks_is_the_one_that_asks_for_the_device_or_refuses(
     assert json.loads(capsys.readouterr().out) == {"refused": "cpu is another card in a process of its own"}
 
 
+def test_a_program_that_can_start_no_other_checks_itself(monkeypatch, small):
+    monkeypatch.setattr(decision, "CHECK", ("", "-m", "bupo_kernels.selfcheck"))  # sys.executable of an embedded Python
+    assert decision.why_not(Variant("torch", "float32"), CPU) is None
+
+
 @pytest.mark.broad  # imports torch
 def test_a_real_process_finds_a_real_verdict():
     verdict = decision.decide(Variant("torch", "float32"), CPU)
@@ -271,6 +276,15 @@ def test_where_fake_tensors_or_a_graph_are_made_the_fallback_is_taken_and_kept(d
     assert runs_of(runs) == 0
 
 
+def test_under_fake_tensors_the_op_asks_nothing_to_run(driver, monkeypatch):
+    runs = driver(says())
+    monkeypatch.setattr(dispatch.NATIVE_CPU, "why_not_default", lambda problem: decision.why_not(VARIANT, problem.device))
+    with FakeTensorMode():
+        found = linear_logprobs(torch.randn(5, 8, requires_grad=True), torch.randn(11, 8), torch.arange(5))
+        assert found.logprobs.shape == (5,)
+    assert runs_of(runs) == 0
+
+
 def test_a_record_decides_while_torch_traces(driver):
     runs = driver(says())
     records.add(Card.of(CPU), verdicts={VARIANT.name: Verdict(**RIGHT)})
@@ -319,14 +333,11 @@ def test_the_key_follows_the_sources(monkeypatch, tmp_path):
     (package / "backends" / "a.py").write_text("x = 1")
     (package / "engine.py").write_text("")
     monkeypatch.setattr(cards, "PACKAGE", package)
-    cards._sources.cache_clear()
-    try:
-        first = Card.of(CPU).key
-        (package / "backends" / "a.py").write_text("x = 2")
-        cards._sources.cache_clear()
-        assert len({before.key, first, Card.of(CPU).key}) == 3
-    finally:
-        cards._sources.cache_clear()
+    of, sources = Card.of.__wrapped__, cards._sources.__wrapped__
+    monkeypatch.setattr(cards, "_sources", sources)
+    first = of(CPU).key
+    (package / "backends" / "a.py").write_text("x = 2")
+    assert len({before.key, first, of(CPU).key}) == 3
 
 
 BROKEN = {

@@ -32,6 +32,7 @@ class Card:
     sources: str  # hash of the kernels
 
     @staticmethod
+    @functools.cache  # every call of an op asks
     def of(device: torch.device) -> Card:
         """Return the card that ``device`` is. Nothing runs on it."""
         if device.type == "cuda":
@@ -46,7 +47,7 @@ class Card:
             processors = os.cpu_count() or 1
         return Card(name, capability, processors, driver, runtime, torch.__version__, _triton(), _sources())
 
-    @property
+    @functools.cached_property
     def key(self) -> str:
         """The name of its record's file."""
         facts = "\n".join(f"{name}={value}" for name, value in asdict(self).items())

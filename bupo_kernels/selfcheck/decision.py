@@ -165,16 +165,19 @@ def _in_a_process(variant: Variant, device: torch.device, card: Card) -> Verdict
     def failed(reason: str) -> Verdict:
         return Verdict(False, reason, None, time.perf_counter() - started, time.time())
 
-    found = _run([*CHECK, "--device", str(device), "--variant", variant.name, "--expect", card.key], CHECK_SECONDS)
-    if found is None:
-        return failed(f"the check did not end within {CHECK_SECONDS} s")
-    code, output, errors = found
-    last = (errors.strip().splitlines() or ["without a word"])[-1][:300]
+    answer: dict[str, Any]
     try:
+        found = _run([*CHECK, "--device", str(device), "--variant", variant.name, "--expect", card.key], CHECK_SECONDS)
+        if found is None:
+            return failed(f"the check did not end within {CHECK_SECONDS} s")
+        code, output, errors = found
         answer = json.loads(output.strip().splitlines()[-1])
         if "refused" not in answer:
             return Verdict.from_json(answer)
+    except OSError as error:  # a program that holds Python within itself has no interpreter to start
+        answer = {"refused": str(error)}
     except (ValueError, IndexError, TypeError):
+        last = (errors.strip().splitlines() or ["without a word"])[-1][:300]
         died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         return failed(f"the process of the check died of {died}: {last}")
     log.info("%s: checked in this process, since another got no context: %s", variant.name, answer["refused"])
