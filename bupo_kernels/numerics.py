@@ -51,6 +51,12 @@ def contract(
     return (CONTRACT * own / single + accumulator) * (1 + largest)
 
 
+def beside_dense(largest: Tensor, width: int, dense_error: Tensor, *, truncation: int) -> Tensor:  # [n], [] or [n] -> [n]
+    """Return the bound on the error of a log-prob beside that of dense logits from the same device, with fp32 sums and float64
+    statistics. It is the contract, and at most twice the dense error unless rounding to nearest explains more."""
+    return torch.minimum(contract(largest, width, truncation=truncation), torch.maximum(contract(largest), 2 * dense_error))
+
+
 def entropy_factor(vocab: int) -> float:
     """Return how many times the error of its log-probs an entropy can be off: it is Σ p (−log p), whose p move with log p."""
     return 2 * (1 + math.log(vocab))

@@ -81,7 +81,7 @@ def parts(options: argparse.Namespace) -> list[list[Part]]:
         [
             part(
                 "sanitizer",
-                60,
+                75,
                 [*memcheck, *test, "smallest"],
                 pytest=True,
                 why_not=None if sanitizer else "compute-sanitizer: neither on the PATH nor in CUDA_HOME/bin",
@@ -89,8 +89,8 @@ def parts(options: argparse.Namespace) -> list[list[Part]]:
             )
         ],
         [part("real size", 45, [*test, "telling"], pytest=True)],
-        [part("cuBLAS", 45, [*kernels, *size, *ours, *commit], results=one_size)],
-        [part("self-check", 40, [*python, "-m", "bupo_kernels.selfcheck"])],
+        [part("cuBLAS", 60, [*kernels, *size, *ours, *commit], results=one_size)],
+        [part("self-check", 60, [*python, "-m", "bupo_kernels.selfcheck"])],
         [part("benchmark", 210, [*timing, *commit])],
         [part("training step", 80, [*step, *commit], why_not=not_installed("pydantic"))],
         [part("tests", 60 * MINUTES, [*test, "gpu and not smallest and not telling", "--durations=10"], pytest=True)],

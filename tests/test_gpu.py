@@ -29,7 +29,9 @@ from benchmarks.inputs import Case as BenchmarkCase
 from benchmarks.kernels import measure
 from bupo_kernels import LensStatistics, PolicyObjective, explain, linear_logprobs, linear_policy_loss, numerics
 from bupo_kernels.backends import compiled
+from bupo_kernels.backends.gradients import accumulate_
 from bupo_kernels.numerics import Bounded
+from bupo_kernels.selfcheck.problems import error_of_e, roundoff
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -90,10 +92,10 @@ def float64_product(hidden: Tensor, weight: Tensor) -> Tensor:  # [n, D], [V, D]
 
 
 def dense_product(hidden: Tensor, weight: Tensor) -> Tensor:  # [n, D], [V, D] -> [n, V] fp32
-    """Logits as a dense product of the library gives them with fp32 sums, on tensor cores where operands are 16-bit."""
-    if hidden.is_cuda and hidden.dtype.itemsize == 2:
-        return torch.mm(hidden, weight.T, out_dtype=FP32)
-    return hidden.float() @ weight.float().T
+    """Logits as the library has them with fp32 sums: on tensor cores where operands are 16-bit and there are any."""
+    products = hidden.new_empty(len(hidden), len(weight), dtype=FP32)
+    accumulate_(products, hidden, weight.T, first=True)
+    return products
 
 
 class Exact(NamedTuple):
@@ -120,13 +122,13 @@ def exact(case: Case, rows: Tensor, columns: Tensor, product: Callable = float64
     return Exact(*map(torch.cat, zip(*blocks, strict=True)))
 
 
-def contract_of(case: Case, largest):
+def contract_at(case: Case, largest):  # float, or [n]
     """Bound the error of a log-prob, from max |z|: by the contract of the device where the case lies."""
     return numerics.contract(largest, case.hidden.shape[1], truncation=numerics.truncation(case.hidden.device))
 
 
-def exact_dz(case: Case, truth: Exact, rows: Tensor, columns: Tensor, upstream, cached: bool) -> Bounded:  # [n], [c]
-    """dz [n, c] of some rows and columns in float64, and how far a stored dz may be from it."""
+def exact_dz(case: Case, truth: Exact, rows: Tensor, columns: Tensor, upstream, backend: str, cached: bool) -> Bounded:  # [n], [c]
+    """dz [n, c] of some rows and columns in float64, and how far one may be from it that ``backend`` stores, maybe from E."""
     targets, dtype = case.targets[rows], case.hidden.dtype
     every = [g.double() * (case.targets != -100) for g in upstream]
     return numerics.logit_gradients(
@@ -134,9 +136,9 @@ def exact_dz(case: Case, truth: Exact, rows: Tensor, columns: Tensor, upstream, 
         truth.entropy.unsqueeze(1),
         columns == targets.unsqueeze(1),
         [g[rows].unsqueeze(1) for g in every],
-        roundoff=torch.finfo(dtype).eps / 2,
-        logit_error=contract_of(case, truth.largest.unsqueeze(1)),
-        of_e=torch.finfo(BF16).eps / 2 * cached,
+        roundoff=roundoff(dtype, backend),
+        logit_error=contract_at(case, truth.largest.unsqueeze(1)),
+        of_e=error_of_e("triton:cached") if cached else 0.0,
         half_step=numerics.half_fp16_step(every, len(case.weight)) if dtype == FP16 else 0.0,
     )
 
@@ -147,7 +149,7 @@ def assert_statistics(ours: list[Tensor], case: Case, rows: Tensor) -> None:
     counts = case.targets[rows] != -100
     truth, dense = (exact(case, rows, rows[:0], product) for product in (float64_product, dense_product))
     log_vocab = math.log(len(case.weight))
-    nearest, of_device = numerics.contract(truth.largest), contract_of(case, truth.largest)
+    largest, width, truncation = truth.largest, case.hidden.shape[1], numerics.truncation(case.hidden.device)
     factors = {"logprob": 1, "entropy": numerics.entropy_factor(len(case.weight)), "logsumexp": 1}
     bounds = {}
     for (name, factor), value in zip(factors.items(), ours, strict=True):
@@ -156,7 +158,8 @@ def assert_statistics(ours: list[Tensor], case: Case, rows: Tensor) -> None:
         assert (value[~counts] == 0).all()
         error = (value.double() - want).abs()[counts]
         of_dense = (getattr(dense, name) - want).abs().max()
-        bound = bounds[name] = torch.minimum(factor * of_device, (factor * nearest).clamp(min=2 * of_dense))[counts]
+        bound = factor * numerics.beside_dense(largest, width, of_dense / factor, truncation=truncation)[counts]
+        bounds[name] = bound
         assert (error <= bound).all(), f"{name}: {(error / bound).max():.3f} of its bound, {error.max():.2e} absolute"
     logprobs, entropy, logsumexp = (x[rows][counts] for x in ours)
     assert (logprobs <= 0).all()  # T04
@@ -204,15 +207,15 @@ def check(rows: int, vocab: int, width: int, dtype, device, backend: str, scale:
 
     everything = torch.arange(vocab, device=device)
     truth = exact(case, chosen, everything)
-    dz = exact_dz(case, truth, chosen, everything, upstream, cached)
+    dz = exact_dz(case, truth, chosen, everything, upstream, backend, cached)
     # Roundings of dz and of the result, that of E, and what the logits make of p.
-    of_logits = 8 * contract_of(case, truth.largest.max().item())
+    of_logits = 8 * contract_at(case, truth.largest.max().item())
     relative = torch.finfo(dtype).eps + torch.finfo(BF16).eps / 2 * cached + of_logits
     assert_gradient(d_hidden[chosen], dz, case.weight, relative, "dH")
     del truth, dz
 
     columns, everything = some([0, vocab - 1], vocab, device), torch.arange(rows, device=device)
-    dz = exact_dz(case, exact(case, everything, columns), everything, columns, upstream, cached)
+    dz = exact_dz(case, exact(case, everything, columns), everything, columns, upstream, backend, cached)
     assert_gradient(d_weight[columns], Bounded(dz.exact.T, dz.bound.T), case.hidden, relative, "dW")
 
 
@@ -379,7 +382,7 @@ def weight_gradient_errors(counts, vocab: int, width: int, device, backend: str,
         case, upstream = large_case(rows, vocab, width, BF16, device), random_upstream(rows, device)
         columns = some([0, vocab - 1], vocab, device)
         index = torch.arange(rows, device=device)
-        dz = exact_dz(case, exact(case, index, columns), index, columns, upstream, cached=False)
+        dz = exact_dz(case, exact(case, index, columns), index, columns, upstream, backend, cached=False)
         want = dz.exact.T @ case.hidden.detach().double()
         got = run(case, upstream, backend=backend, memory_budget=budget)[-1][columns]
         errors.append(((got.double() - want).norm() / want.norm()).item())
@@ -419,7 +422,7 @@ def test_fused_rows_of_a_policy_loss_are_those_of_triton(dtype, budget):
         results.append((loss, metrics.entropy, *torch.autograd.grad(loss, leaves(case))))
     # Gradients: two roundings of dz, of E and of the result. Ratios and dz of each are off by what eight log-probs may be.
     index = torch.arange(3000, device="cuda")
-    of_logits = 2 * 8 * contract_of(case, exact(case, index, index[:0]).largest.max().item())
+    of_logits = 2 * 8 * contract_at(case, exact(case, index, index[:0]).largest.max().item())
     for ours, want in zip(*results, strict=True):
         off, norm = apart(ours, want)
         assert off <= (3 * torch.finfo(dtype).eps + of_logits) * norm + of_logits

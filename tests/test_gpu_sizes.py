@@ -13,6 +13,7 @@ from test_numerics import truncated_product
 
 from bupo.measurement import peak_bytes
 from bupo_kernels import numerics
+from bupo_kernels.backends import gradients
 
 # Bytes that are free on cards of so many GB: some report less, with ECC or a screen, and each process has a context.
 FREE = {16: 15.0, 24: 21.8, 48: 44.0, 80: 78.0}
@@ -21,10 +22,17 @@ ALL = [*REAL, *(Size(*shape, BF16, *how) for *shape, backend, budget in OVERFLOW
 ALL += [Size(*case) for case in MEMORY]
 
 
+@pytest.fixture
+def tensor_cores(monkeypatch):
+    """Plans are those for a GPU that has them, also where torch could ask one and there is none."""
+    monkeypatch.setattr(gradients, "keeps_fp32_sums", lambda device: device.type == "cuda")
+
+
 def run_on(card: int) -> set[Size]:
     return {size for size in ALL if why_too_large(size, int(FREE[card] * GIB)) is None}
 
 
+@pytest.mark.usefixtures("tensor_cores")
 @pytest.mark.parametrize("card", FREE)
 def test_every_card_runs_each_backend_and_strategy_in_each_dtype_at_real_sizes(card):
     of_card = run_on(card) & set(REAL)
@@ -34,11 +42,13 @@ def test_every_card_runs_each_backend_and_strategy_in_each_dtype_at_real_sizes(c
     assert any(size[:3] == test_gpu.TELLING for size in of_card)
 
 
+@pytest.mark.usefixtures("tensor_cores")
 def test_a_larger_card_runs_all_that_a_smaller_one_does_and_more():
     runs = [run_on(card) for card in FREE]
     assert runs[0] < runs[1] < runs[2] <= runs[3] == set(ALL)
 
 
+@pytest.mark.usefixtures("tensor_cores")
 def test_a_card_that_is_too_small_is_told_what_is_missing():
     size = Size(65536, 151936, 1024, torch.float16, "triton:cached", 96 * GIB)
     assert device_memory(size) > 2 * size.rows * size.vocab  # its E
