@@ -118,9 +118,9 @@ class Running:
         name = part.name.replace(" ", "-")
         self.log, self.report = out / f"{name}.log", out / f"{name}.xml" if part.pytest else None
         self.prefix = b"" if alone else f"{part.name} | ".encode()
-        for path in (self.log, self.report):
-            if path is not None:
-                path.unlink(missing_ok=True)
+        self.log.write_bytes(b"")
+        if self.report is not None:
+            self.report.unlink(missing_ok=True)
         command = [*part.command, *(["--junitxml", str(self.report)] if self.report else [])]
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         environment = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **part.environment}
@@ -321,7 +321,9 @@ def run(stages: Sequence[Sequence[Part]], minutes: float, out: Path) -> int:
 def interrupts() -> Iterator[threading.Event]:
     """Tell by an event that this program was to end, so that nothing is left undone: what runs is ended and the summary printed."""
     event = threading.Event()
-    numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup asks for
+        numbers.append(signal.SIGHUP)
     before = {number: signal.signal(number, lambda *_: event.set()) for number in numbers}
     try:
         yield event

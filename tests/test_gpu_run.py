@@ -152,13 +152,15 @@ FAULTS = PASSES + "import os\ndef test_e(): os.kill(os.getpid(), 9)\n"
         (PASSES + SKIPS, "passed", "1 passed, 0 failed, 1 skipped"),
         (FAILS, "failed", "1 passed, 1 failed, 0 skipped; test_b: AssertionError: off by one"),
         (SKIPS, "skipped", "0 passed, 0 failed, 1 skipped; test_c: needs 80.0 GiB of device memory"),
-        (IS_SLOW, "timeout", "over its limit of 6 s; 1 passed, 1 failed, 0 skipped; test_d: over its limit of 6 s"),
+        (IS_SLOW, "timeout", "over its limit of 60 s; 1 passed, 1 failed, 0 skipped; test_d: over its limit of 60 s"),
         (FAULTS, "failed", r"killed by SIGKILL, no report: .*test_it.py::test_e"),
         ("", "failed", "exit code 5; 0 passed, 0 failed, 0 skipped: .*"),
     ],
     ids=["passes", "passes and skips", "fails", "skips", "is slow", "faults", "has no tests"],
 )
-def test_a_part_of_pytest_leaves_a_report_and_its_first_failure_in_the_summary(tmp_path, capfdbinary, text, verdict, reason):
+def test_a_part_of_pytest_leaves_a_report_and_its_first_failure_in_the_summary(
+    tmp_path, capfdbinary, monkeypatch, text, verdict, reason
+):
     (tmp_path / "test_it.py").write_text(text)
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     command = [
@@ -172,7 +174,9 @@ def test_a_part_of_pytest_leaves_a_report_and_its_first_failure_in_the_summary(t
         str(tmp_path / "test_it.py"),
     ]
     quickly = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    part = Part("some tests", command, 6 if text is IS_SLOW else 60, pytest=True, environment=quickly)
+    part = Part("some tests", command, 60, pytest=True, environment=quickly)
+    if text is IS_SLOW:  # its time is over as soon as it is in the test
+        monkeypatch.setattr(gpu.Running, "seconds", property(lambda self: 61.0 if b"test_d" in self.log.read_bytes() else 0.0))
     code = gpu.run([[part]], 1, tmp_path)
     (row,) = rows_of(capfdbinary.readouterr().out.decode()).values()
     assert row[0] == verdict
