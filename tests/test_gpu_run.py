@@ -177,7 +177,7 @@ def test_a_part_of_pytest_leaves_a_report_and_its_first_failure_in_the_summary(
     part = Part("some tests", command, 60, pytest=True, environment=quickly)
     if text is IS_SLOW:  # its time is over as soon as it is in the test
         monkeypatch.setattr(gpu.Running, "seconds", property(lambda self: 61.0 if b"test_d" in self.log.read_bytes() else 0.0))
-    code = gpu.run([[part]], 1, tmp_path)
+    code = gpu.run([[part]], 2, tmp_path)
     (row,) = rows_of(capfdbinary.readouterr().out.decode()).values()
     assert row[0] == verdict
     assert re.fullmatch(reason, row[2])
