@@ -8,6 +8,7 @@ import pytest
 import test_gpu
 import torch
 from gpu_sizes import GIB, Size, device_memory, oracle_bytes, size_of, why_too_large
+from problems import device_of
 from test_gpu import BF16, FP32, MEMORY, OVERFLOWS, SIZES, assert_statistics, check, exact, large_case
 from test_numerics import truncated_product
 
@@ -15,11 +16,11 @@ from bupo.measurement import peak_bytes
 from bupo_kernels import numerics
 from bupo_kernels.backends import gradients
 
-# Bytes that are free on cards of so many GB: some report less, with ECC or a screen, and each process has a context.
+DEVICE = device_of("triton")
+# GiB that are free on cards of so many GB: some report less, with ECC or a screen, and each process has a context.
 FREE = {16: 15.0, 24: 21.8, 48: 44.0, 80: 78.0}
 REAL = [Size(*case[:5], case[6]) for case in SIZES]
-ALL = [*REAL, *(Size(*shape, BF16, *how) for *shape, backend, budget in OVERFLOWS.values() for how in [(backend, budget)])]
-ALL += [Size(*case) for case in MEMORY]
+ALL = [*REAL, *(Size(*case[:3], BF16, *case[3:]) for case in OVERFLOWS.values()), *(Size(*case) for case in MEMORY)]
 
 
 @pytest.fixture
@@ -111,6 +112,38 @@ def test_what_make_gpu_runs_first_is_of_every_backend_and_strategy():
     assert {getattr(x, "values", (x,))[0] for x in marks_of(smallest, "parametrize")[0].args[1]} == every
     of_sizes = marks_of(test_gpu.test_values_and_gradients_at_real_sizes, "parametrize")[0].args[1]
     assert {case.values[4] for case in of_sizes if [mark.name for mark in case.marks] == ["telling"]} == every
+
+
+# ---- the oracle lets right results through and no others
+
+
+@pytest.mark.parametrize(
+    ("dtype", "backend"),
+    [(FP32, "torch"), (BF16, "torch"), (BF16, "triton:recompute"), (BF16, "triton:cached"), (torch.float16, "triton:cached")],
+    ids=str,
+)
+def test_statistics_and_gradients_that_are_right_pass(dtype, backend):
+    if backend != "torch":
+        pytest.importorskip("triton")
+    check(60, 300, 600, dtype, DEVICE, backend, test_gpu.PEAKED)  # operands of two parts of the oracle's width
+
+
+@pytest.mark.parametrize("of_norm", [False, True], ids=["one element", "all, a little"])
+@pytest.mark.parametrize(("index", "name"), [(3, "dH"), (4, "dW")])
+def test_a_gradient_that_is_off_by_more_than_its_roundings_does_not_pass(monkeypatch, index, name, of_norm):
+    right = test_gpu.run
+
+    def wrong(case, upstream, **options):
+        found = right(case, upstream, **options)
+        if of_norm:
+            found[index] *= 1 + 4 * torch.finfo(BF16).eps
+        else:  # in a row, or column, that is looked at
+            found[index][0, -1] += 1
+        return found
+
+    monkeypatch.setattr(test_gpu, "run", wrong)
+    with pytest.raises(AssertionError, match=f"{name}: .* (of its elementwise bound|off in norm)"):
+        check(60, 300, 600, BF16, "cpu", "torch")
 
 
 # ---- both clauses of the contract
