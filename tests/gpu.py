@@ -106,9 +106,6 @@ def compute_sanitizer() -> str | None:
     return shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path=str(Path(home, "bin")))
 
 
-# ---- one part
-
-
 class Running:
     """A part that was started. What it writes goes to the terminal and to its log."""
 
@@ -214,9 +211,6 @@ def described(code: int) -> str:
         return f"killed by signal {-code}"
 
 
-# ---- reports of pytest
-
-
 @dataclass(frozen=True)
 class Tests:
     """The counts of a report, and what went wrong first, or why the first was skipped."""
@@ -271,9 +265,6 @@ def write_report(path: Path, name: str, message: str, seconds: float) -> None:
     ElementTree.ElementTree(root).write(path, encoding="utf-8", xml_declaration=True)
 
 
-# ---- the benchmark of one size
-
-
 def times_of(folder: Path) -> tuple[bool, str]:
     """Whether anything of this library was measured, and its times over those of the bare products, from sections ``kernels`` (see
     benchmarks/records.py)."""
@@ -283,8 +274,6 @@ def times_of(folder: Path) -> tuple[bool, str]:
     measured = any(row.get("times_floor") for row in rows)
     return measured, "times of the bare products: " + ("; ".join(times) or "none")
 
-
-# ---- all of them
 
 WRITING = threading.Lock()
 

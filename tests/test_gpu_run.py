@@ -136,8 +136,6 @@ def test_an_interrupt_ends_what_runs_and_the_summary_comes_all_the_same(tmp_path
     assert not is_alive(int((tmp_path / "child").read_text()))
 
 
-# ---- parts that are pytest's
-
 PASSES = "def test_a(): pass\n"
 FAILS = PASSES + "def test_b():\n    assert 1 == 2, 'off by one'\n"
 SKIPS = "import pytest\n@pytest.mark.skip(reason='needs 80.0 GiB of device memory')\ndef test_c(): pass\n"
@@ -208,9 +206,6 @@ def test_the_summary_has_the_times_beside_the_bare_products(tmp_path, capfdbinar
     said = "forward, bupo_kernels triton: 1.25; forward, bupo_kernels native: not built"
     assert row[2] == f"times of the bare products: {said}"
     assert gpu.times_of(tmp_path / "nothing") == (False, "times of the bare products: none")
-
-
-# ---- which parts there are
 
 
 def parsed(*arguments: str) -> list[list[Part]]:

@@ -114,9 +114,6 @@ def test_what_make_gpu_runs_first_is_of_every_backend_and_strategy():
     assert {case.values[4] for case in of_sizes if [mark.name for mark in case.marks] == ["telling"]} == every
 
 
-# ---- the oracle lets right results through and no others
-
-
 @pytest.mark.parametrize(
     ("dtype", "backend"),
     [(FP32, "torch"), (BF16, "torch"), (BF16, "triton:recompute"), (BF16, "triton:cached"), (torch.float16, "triton:cached")],
@@ -144,9 +141,6 @@ def test_a_gradient_that_is_off_by_more_than_its_roundings_does_not_pass(monkeyp
     monkeypatch.setattr(test_gpu, "run", wrong)
     with pytest.raises(AssertionError, match=f"{name}: .* (of its elementwise bound|off in norm)"):
         check(60, 300, 600, BF16, "cpu", "torch")
-
-
-# ---- both clauses of the contract
 
 
 @pytest.fixture
