@@ -6,6 +6,8 @@ TRITON ?= triton==3.6.0
 POLICY ?= bupo
 SEED ?= 0
 RESULTS ?= benchmarks/results
+OUT ?= build/gpu
+MINUTES ?= 9
 COMMIT ?=
 JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
@@ -91,17 +93,11 @@ bench: ## everything in benchmarks/results/<device>.json and docs/benchmarks.md,
 	.venv-bench/bin/bupo bench --out $(RESULTS)
 	.venv-bench/bin/python -m benchmarks.report
 
-# On a machine with a GPU, from a checkout and with what is installed there; nothing from the network. Within nine minutes: the CUDA
-# build (one, on 16 cores), its tests (three), and as much of the benchmarks as the rest has room for, the most telling cases first.
-# COMMIT=... names the code where there is no git to ask. The training step needs pydantic.
-gpu: export PYTHONPATH := .
-gpu: ## the tests that need a GPU, then a representative benchmark
-	$(PYTHON) setup.py -q build_ext --inplace
-	timeout 180 $(PYTHON) -m pytest tests/test_gpu.py --durations=10; tests=$$?; \
-	if $(PYTHON) -c 'import pydantic'; then \
-	  $(PYTHON) -m bupo bench --out $(RESULTS) --minutes 1 $(if $(COMMIT),--commit $(COMMIT)) || tests=1; fi; \
-	$(PYTHON) -m benchmarks.kernels --out $(RESULTS) --minutes 3 --contenders '^(?!.*torch.compile)' $(if $(COMMIT),--commit $(COMMIT)) && \
-	exit $$tests
+# On a machine with a GPU, from a checkout and with what is installed there; nothing from the network. Logs, the summary and JUnit XML
+# go to OUT, numbers of the benchmarks to RESULTS. COMMIT=... names the code where there is no git to ask. In parts, each with a limit
+# of its own (tests/gpu.py --help): builds, the smallest problem, one real size, the benchmark, and as many tests as time is left for.
+gpu: ## what there is to find out on a GPU, the most telling first: MINUTES=9
+	$(PYTHON) tests/gpu.py --minutes $(MINUTES) --out $(OUT) --results $(RESULTS) $(if $(COMMIT),--commit $(COMMIT))
 
 clean:
 	rm -rf .venv .venv-* build *.egg-info .pytest_cache .hypothesis .benchmarks bupo_kernels/*.so

@@ -51,6 +51,12 @@ def contract(
     return (CONTRACT * own / single + accumulator) * (1 + largest)
 
 
+def beside_dense(largest: Tensor, width: int, dense_error: Tensor, *, truncation: int) -> Tensor:  # [n], [] or [n] -> [n]
+    """Return the bound on the error of a log-prob beside that of dense logits from the same device, with fp32 sums and float64
+    statistics. It is the contract, and at most twice the dense error unless rounding to nearest explains more."""
+    return torch.minimum(contract(largest, width, truncation=truncation), torch.maximum(contract(largest), 2 * dense_error))
+
+
 def entropy_factor(vocab: int) -> float:
     """Return how many times the error of its log-probs an entropy can be off: it is Σ p (−log p), whose p move with log p."""
     return 2 * (1 + math.log(vocab))
@@ -61,6 +67,45 @@ class Bounded(NamedTuple):
 
     exact: Tensor
     bound: Tensor
+
+
+def logit_gradients(
+    log_p: Tensor,  # [n, c] float64: of some columns
+    entropy: Tensor,  # [n, 1] float64
+    on_target: Tensor,  # [n, c] bool: whether the column is the target of the row
+    upstream: Sequence[Tensor],  # [n, 1] float64 each: of logprobs, entropy and logsumexp
+    *,
+    roundoff: float,  # of storing dz
+    logit_error: float | Tensor,  # or [n, 1]
+    of_e: float = 0.0,
+    half_step: float | Tensor = 0.0,  # half the smallest step of a stored dz: half_fp16_step(...)
+) -> Bounded:
+    """Return dz, the gradient of ``Σ upstream · (logprobs, entropy, logsumexp)`` with respect to the logits of some columns, and
+    how far a stored dz may be from it. :func:`gradients` has the error model."""
+    g_lp, g_h, g_lse = upstream
+    p, spread, one = log_p.exp(), log_p + entropy, on_target.to(log_p.dtype)
+    dz = g_lp * (one - p) - g_h * p * spread + g_lse * p
+    b = 8 * logit_error
+    relative = b + of_e * (1 - one)  # the target's value does not come from E
+    error = roundoff * dz.abs() + p * relative * (g_lp.abs() + g_lse.abs() + g_h.abs() * (spread.abs() + 1))
+    error += p * b * g_h.abs() * (1 + entropy)  # of H
+    return Bounded(dz, error + half_step)
+
+
+def half_fp16_step(upstream: Sequence[Tensor], vocab: int) -> Tensor:
+    """Return half the smallest step of dz in fp16. Its scale depends on the largest dz that the ``upstream`` gradients of all rows
+    of a call, of logprobs, entropy and logsumexp, make possible."""
+    g_lp, g_h, g_lse = (g.double().abs() for g in upstream)
+    return 2.0**-36 * (g_lp + g_lse + g_h * (2 * math.log(vocab) + 1)).max()
+
+
+def product(d: Bounded, other: Tensor, dtype: torch.dtype) -> Bounded:  # [m, k], [k, n] float64 -> [m, n]
+    """Return ``d @ other`` as an fp32 sum gives it that is rounded to ``dtype`` once."""
+    rounded, single = torch.finfo(dtype), torch.finfo(torch.float32).eps
+    exact, magnitude = d.exact @ other, other.abs()
+    spent = d.bound @ magnitude + d.exact.shape[1] * single * (d.exact.abs() @ magnitude)
+    smallest_step = rounded.smallest_normal * rounded.eps
+    return Bounded(exact, spent * (1 + rounded.eps) + rounded.eps / 2 * exact.abs() + smallest_step)
 
 
 def gradients(
@@ -88,23 +133,20 @@ def gradients(
     * and are rounded once: u · |dH|
     """
     options = {k: v.double() if isinstance(v, Tensor) else v for k, v in options.items()}
-    rounded, single = torch.finfo(hidden.dtype), torch.finfo(torch.float32).eps
-    hidden, weight = hidden.double(), weight.double()
+    dtype, hidden, weight = hidden.dtype, hidden.double(), weight.double()
     z = reference.logits(hidden, weight, **options)
-    g_lp, g_h, g_lse = ((torch.zeros_like(z[:, 0]) if g is None else g.double() * counts).unsqueeze(1) for g in upstream)
+    g = [(torch.zeros_like(z[:, 0]) if g is None else g.double() * counts).unsqueeze(1) for g in upstream]
     log_p = z.log_softmax(1)
-    p = log_p.exp()
-    entropy = -(p * log_p).sum(1, keepdim=True)
-    one = torch.zeros_like(z).scatter_(1, targets.where(counts, 0).unsqueeze(1), 1)
-    dz = g_lp * (one - p) - g_h * p * (log_p + entropy) + g_lse * p
-
-    u, b = torch.finfo(stored).eps / 2 if roundoff is None else roundoff, 8 * logit_error
-    relative = b + of_e * (1 - one)  # the target's value does not come from E
-    spread = log_p + entropy
-    error = u * dz.abs() + p * relative * (g_lp.abs() + g_lse.abs() + g_h.abs() * (spread.abs() + 1))
-    error += p * b * g_h.abs() * (1 + entropy)  # of H
-    if stored == torch.float16:
-        error += 2.0**-36 * (g_lp.abs() + g_lse.abs() + g_h.abs() * (2 * math.log(len(weight)) + 1)).max()
+    dz, error = logit_gradients(
+        log_p,
+        -(log_p.exp() * log_p).sum(1, keepdim=True),
+        torch.zeros_like(z, dtype=torch.bool).scatter_(1, targets.where(counts, 0).unsqueeze(1), True),
+        g,
+        roundoff=torch.finfo(stored).eps / 2 if roundoff is None else roundoff,
+        logit_error=logit_error,
+        of_e=of_e,
+        half_step=half_fp16_step(g, len(weight)) if stored == torch.float16 else 0.0,
+    )
 
     # From dz to the gradient of the product.
     slope = torch.full_like(z, options.get("logit_scale", 1.0))
@@ -113,19 +155,12 @@ def gradients(
     if (softcap := options.get("softcap")) is not None:
         tanh = z * temperature / softcap
         slope = slope * (1 - tanh**2)
-        error += b * dz.abs()  # of the slope itself
+        error = error + 8 * logit_error * dz.abs()  # of the slope itself
     slope = slope / temperature
     dz, error = dz * slope, error * slope.abs()
-
-    def bounded(d: Tensor, of_d: Tensor, other: Tensor) -> Bounded:  # [m, k], [m, k], [k, n] -> [m, n]
-        exact = d @ other
-        spent = of_d @ other.abs() + d.shape[1] * single * (d.abs() @ other.abs())
-        smallest_step = rounded.smallest_normal * rounded.eps
-        return Bounded(exact, spent * (1 + rounded.eps) + rounded.eps / 2 * exact.abs() + smallest_step)
-
-    ones = dz.new_ones(len(dz), 1)
+    by_row, by_column, ones = Bounded(dz, error), Bounded(dz.T, error.T), dz.new_ones(len(dz), 1)
     return {
-        "hidden": bounded(dz, error, weight),
-        "weight": bounded(dz.T, error.T, hidden),
-        "bias": Bounded(*(x.squeeze(1) for x in bounded(dz.T, error.T, ones))),
+        "hidden": product(by_row, weight, dtype),
+        "weight": product(by_column, hidden, dtype),
+        "bias": Bounded(*(x.squeeze(1) for x in product(by_column, ones, dtype))),
     }

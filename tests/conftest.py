@@ -55,6 +55,10 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(config, items):
+    from gpu_sizes import size_of  # which imports the library, for which the environment is set by now
+
+    # Small problems first, after tests of none: when time runs out, or a kernel faults, the most is known.
+    items.sort(key=lambda item: size.work if (size := size_of(item)) else 0)
     if config.getoption("broad"):
         return
     broad = [item for item in items if item.get_closest_marker("broad")]

@@ -87,11 +87,12 @@ def first_of_the_largest(z: Tensor) -> Tensor:  # [..., V] -> [...]
     return torch.from_numpy(np.asarray(z.cpu().numpy().argmax(-1)))
 
 
-def assert_agrees(found: LensStatistics, lens: Lens, outputs=OUTPUTS, top_k: int = 0) -> None:
+def assert_agrees(found: LensStatistics, lens: Lens, outputs=OUTPUTS, top_k: int = 0, truncation: int = 0) -> None:
     """Exactly what was asked for is there: dtype, shape, 0 on masked rows, range, and each value within the error model.
 
-    A logit, and with it a log-prob and the logsumexp, is off by at most b = 2e-6 · (1 + max|z|), of each layer by itself (in
-    float64 by as many eps of that, and so is the oracle), or by twice what an fp32 dense product loses to cancellation. Entropy
+    A logit, and with it a log-prob and the logsumexp, is off by at most b, the contract (with the ``truncation`` of the device that
+    ``found`` is from) of each layer by itself (in float64 so is the oracle), or by twice what an fp32 dense product loses to
+    cancellation. Entropy
     is Σ p (−log p): twice that times (1 + H); a divergence twice that, of the worse of its two policies; a probability e^b − 1 of
     itself; an order is that of some logits within b of the true ones.
     """
@@ -115,7 +116,7 @@ def assert_agrees(found: LensStatistics, lens: Lens, outputs=OUTPUTS, top_k: int
     z, z_final = lens.logits()
     rounded = lens.logits(dtype)
     vocab, y = z.shape[-1], lens.targets[counts].expand(z.shape[:-1]).unsqueeze(-1)
-    unit = CONTRACT if dtype == torch.float32 else 2 * CONTRACT * torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+    unit = contract(0.0, lens.states.shape[-1], dtype=dtype, truncation=truncation) * (1 if dtype == torch.float32 else 2)
     b, b_final = (
         torch.maximum(unit * (1 + true.abs().amax((-2, -1))), 2 * (near.double() - true).abs().amax((-2, -1)))
         for true, near in zip((z, z_final), rounded, strict=True)
