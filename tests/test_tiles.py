@@ -179,6 +179,15 @@ def test_a_measured_tile_that_does_not_fit_is_not_taken():
     assert config.statistics_config(BF16, target, width=4096, regular=True, softcap=False) == config.AMPERE
 
 
+def test_no_more_warps_than_can_share_tensor_memory_are_taken():
+    wide = KernelConfig(128, 256, 64, 16, 3)
+    hopper, blackwell = (Target("cuda", arch, 132, tiles=((KEY, wide),)) for arch in (90, 100))
+    kind = {"regular": True, "softcap": False}
+    assert config.statistics_config(BF16, hopper, width=4096, **kind) == wide
+    assert config.statistics_config(BF16, blackwell, width=4096, **kind) == config.BLACKWELL_STATISTICS
+    assert wide not in config.candidates(STATISTICS, BF16, blackwell, **kind)
+
+
 def test_tiles_survive_a_file():
     tiles = tuple(sorted([(KEY, TILE), (KEY.replace("bfloat16", "float32"), config.FP32)]))
     assert config.tiles_from(json.loads(json.dumps(config.tiles_to_json(tiles)))) == tiles

@@ -352,6 +352,8 @@ def faults(row: Compiled, *, tuning: bool = False) -> list[str]:
         found.append(f"it asks for {row.shared} bytes of shared memory, and a block may have {target.shared}")
     if row.shared > row.bound:
         found.append(f"it asks for {row.shared} bytes of shared memory, and config.shared_bytes says {row.bound}")
+    if row.kernel in (config.STATISTICS, config.GRADIENT) and target.matrix_unit not in row.instruction:
+        found.append(f"its products run as {row.instruction or 'sums'}, and {target.matrix_unit} is there for them")
     if tuning:
         return found
     if row.spills or row.stack > frame:

@@ -154,7 +154,7 @@ def shared_bytes(kernel: str, tile: KernelConfig, dtype: torch.dtype, target: Ta
     operands = pipelined * step
     if target.reads_shared and dtype == torch.float32:
         operands = max(tile.stages * step, operands + 2 * tile.columns * tile.depth * item)  # one TF32 product; three
-    elif target.reads_shared and regular:
+    elif target.reads_shared:
         operands = tile.stages * step
     operands += 16 * tile.stages
     stored = tile.rows * tile.columns * (item if kernel == GRADIENT else 2 if cache else 0)
@@ -204,9 +204,12 @@ def _serves(
 ) -> bool:
     """Tell whether a tile fits the target, and sums along D in the order that all tiles for the dtype do.
 
-    In 16 bit that holds for all of them, as each instruction takes 16 elements of D. In fp32 three TF32 products are added for each
-    step of D, so that a logit's last bits depend on the depth.
+    In 16 bit all do that whose instruction is the same, as it takes as many elements of D whatever the tile: 16 warps cannot share
+    tensor memory, and would take another. In fp32 three TF32 products are added for each step of D, so that a logit's last bits
+    depend on the depth.
     """
+    if target.matrix_unit == "tcgen05" and tile.warps > 8:
+        return False
     if dtype == torch.float32 and tile.depth != preferred.depth:
         return False
     return shared_bytes(kernel, tile, dtype, target, regular=regular, cache=cache) <= target.shared
