@@ -19,9 +19,9 @@ float64 inputs are computed in float64 throughout. fp32 products follow torch's 
 (``torch.set_float32_matmul_precision``); the bound is for its default, ``"highest"``.
 
 Under ``torch.compile`` a call is one node, whatever the number of rows, and gives bit for bit what it gives without. Off the CPU
-``triton`` never waits for the device in the forward; ``native`` and ``torch`` wait once, to be told how many rows count, and in a CUDA
-graph take all of them. A target or a temperature out of range is then a device-side assert. (:func:`logit_lens`
-and :func:`linear_divergence`, which have no gradient, do wait, and are traced as the plain torch they are.)
+``triton`` never waits for the device in the forward; ``native`` and ``torch`` wait once, to be told how many rows count, and in a
+CUDA graph take all of them. A target or a temperature out of range is then a device-side assert. (:func:`logit_lens` and
+:func:`linear_divergence`, which have no gradient, do wait, and are traced as the plain torch they are.)
 
 A logit of −inf, by a ``bias`` of −inf or a product that overflows, is a column that cannot be chosen: its probability and its
 gradient are exactly 0, and ``0 · ln 0 = 0`` in entropies and divergences. A target there has log-prob −inf and the finite gradient

@@ -197,7 +197,8 @@ def _truth(case: Case) -> Truth:
     identity = torch.eye(VOCAB, dtype=torch.float64, device=device)
     dense = reference.linear_logprobs(products, identity, some.targets, **options)
     largest = reference.logits(some.hidden.double(), some.weight.double(), **options).abs().amax(1)
-    off = (exact[0] - dense[0]).abs().max()
+    logprob, entropy, logsumexp = ((a - b).abs().max() for a, b in zip(exact, dense, strict=True))
+    off = torch.stack([logprob, entropy / numerics.entropy_factor(VOCAB), logsumexp]).max()
     return Truth(*exact, numerics.beside_dense(largest, case.hidden.shape[1], off, truncation=numerics.truncation(device)))
 
 
