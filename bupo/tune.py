@@ -60,7 +60,7 @@ class Inputs:
 
 @dataclass
 class Timing:
-    """What became of one way to do the work of a kernel."""
+    """The times that one way to do the work of a kernel took, or why it was not timed."""
 
     name: str
     tile: KernelConfig | None  # None for what runs without Triton

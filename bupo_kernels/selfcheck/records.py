@@ -57,7 +57,7 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Record:
-    """All that is known about a card."""
+    """The facts that were found out about a card."""
 
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)  # by the name of the variant
     # These two are found by `bupo tune`: tiles as triton_.config reads them, and of what is right but slow, what is faster.

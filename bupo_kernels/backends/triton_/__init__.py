@@ -103,7 +103,7 @@ class Triton(Backend):
         return decision.why_not(variant, problem.device, config.widths_of(problem.width))
 
     def predicted_share(self, problem: Problem) -> float | None:
-        """By the cycles of a tile of 256 x 128 on a Hopper: 16·D of products, at 0.92 of the rate of the library's, then 5,042 of
+        """Count the cycles of a tile of 256 x 128 on a Hopper: 16·D of products, at 0.92 of the rate of the library's, then 5,042 of
         epilogue and some 900 until the next one's operands have come."""
         if problem.device.type == "cpu" or problem.dtype.itemsize != 2:
             return None
