@@ -124,7 +124,8 @@ def test_a_regression_of_five_percent_exceeds_the_budget(monkeypatch):
 
 
 SERIALISE = """
-import subprocess, sys, triton
+import subprocess, sys
+from triton.backends.nvidia.compiler import get_ptxas
 from bupo_kernels.backends.triton_ import compile as ahead
 work = ahead.work_for("sm_90")
 with ahead._compiling(work.gpu) as compiled:
@@ -132,7 +133,7 @@ with ahead._compiling(work.gpu) as compiled:
 ptx = compiled[0][2].asm["ptx"]
 for text in (ptx, "\\n".join(line for line in ptx.splitlines() if "wgmma.wait_group" not in line)):
     open(sys.argv[1], "w").write(text)
-    tool = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", sys.argv[1], "-o", sys.argv[1] + ".cubin"]
+    tool = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", sys.argv[1], "-o", sys.argv[1] + ".cubin"]
     log = subprocess.run(tool, check=True, capture_output=True, text=True).stderr
     print(ahead.resources(log, open(sys.argv[1] + ".cubin", "rb").read()))
 """
