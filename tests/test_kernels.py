@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("triton")
 from bupo_kernels.backends.triton_ import compile as ahead
+from bupo_kernels.backends.triton_ import config
 
 # What the tensor cores of each are driven with, and the bytes of shared memory that a block may have.
 TARGETS = {
@@ -123,16 +124,54 @@ def test_a_regression_of_five_percent_exceeds_the_budget(monkeypatch):
     assert ahead.faults(row(instructions=10**6)) == []
 
 
+def test_make_kernels_fails_where_a_gate_does_and_says_which(monkeypatch, capsys):
+    monkeypatch.setattr(config, "interpreted", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["compile", "--target", "sm_90"])
+    for rows, code in (([row()], 0), ([row(), row(spills=4)], 1)):
+        monkeypatch.setattr(ahead, "compile_all", lambda works, jobs, rows=rows: iter(rows))
+        assert ahead.main() == code
+        printed = capsys.readouterr()
+        assert printed.out.count("\nsm_90   merge") == len(rows)
+        assert f"{code} kernels with faults" in printed.out
+        assert ("sm_90, merge, float32: it has spilled" in printed.err) == bool(code)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--target", "local"], "--target: local given, accepted here are sm_80, .*there is no GPU, or no driver for it"),
+        (["--target", "sm_70"], "--target: sm_70 given, accepted are sm_80, "),
+        (["--jobs", "0"], "--jobs: 0 given, accepted are 1 and more"),
+    ],
+)
+def test_what_cannot_be_compiled_for_is_refused(monkeypatch, capsys, arguments, message):
+    monkeypatch.setattr(config, "interpreted", lambda: False)
+    monkeypatch.setattr(ahead.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["compile", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        ahead.main()
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_precompiling_needs_a_gpu(monkeypatch):
+    monkeypatch.setattr(ahead.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="device: cuda:0 given, accepted is a GPU of this machine"):
+        ahead.precompile(ahead.torch.device("cuda", 0))
+
+
 SERIALISE = """
-import subprocess, sys, triton
+import subprocess, sys
+from triton.backends.nvidia.compiler import get_ptxas
 from bupo_kernels.backends.triton_ import compile as ahead
+from bupo_kernels.backends.triton_ import config
 work = ahead.work_for("sm_90")
 with ahead._compiling(work.gpu) as compiled:
     next(launch for case, launch, _ in work.cases() if case == "bfloat16, ragged width")()
 ptx = compiled[0][2].asm["ptx"]
 for text in (ptx, "\\n".join(line for line in ptx.splitlines() if "wgmma.wait_group" not in line)):
     open(sys.argv[1], "w").write(text)
-    tool = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", sys.argv[1], "-o", sys.argv[1] + ".cubin"]
+    tool = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", sys.argv[1], "-o", sys.argv[1] + ".cubin"]
     log = subprocess.run(tool, check=True, capture_output=True, text=True).stderr
     print(ahead.resources(log, open(sys.argv[1] + ".cubin", "rb").read()))
 """

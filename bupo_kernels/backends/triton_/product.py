@@ -3,6 +3,11 @@
 ``linear_statistics.py`` and ``gradient_recompute.py`` get their logits here, from operands that are read where they lie: rows of
 ``hidden`` through their offsets, so any view will do and rows that are not active are never touched; W through a TMA descriptor
 where the GPU and the strides allow it, through pointers elsewhere.
+
+Triton compiles a kernel anew for each pattern of arguments that are 1 or a multiple of 16, and no call may wait for that in the
+middle of a run. So ``do_not_specialize`` names what changes from call to call: numbers of rows, and vectors that may begin in the
+middle of others. What it does not name is the model's (V, D, strides), or always a multiple of 16 (first columns, the strides of E
+and dz).
 """
 
 from __future__ import annotations
