@@ -221,7 +221,7 @@ class Backend(ABC):
         there it takes all of them.
         """
         if is_captured(active.device):
-            everything = torch.arange(len(active), device=active.device)
+            everything = torch.arange(len(active), dtype=torch.int64, device=active.device)
             part, cache = self.row_statistics(operands, everything, plan, with_entropy=with_entropy, keep=False)
             return of_active_rows(part, active), cache
         rows = active.nonzero().squeeze(1)
