@@ -8,7 +8,7 @@ from bupo.cli import main
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_bupo_raises_held_out_greedy_accuracy_by_twelve_points(tmp_path, seed):
     assert main(["demo", "--seed", str(seed), "--output", str(tmp_path / "demo")]) == 0
     accuracies = [json.loads(line) for line in (tmp_path / "demo" / "run" / "accuracy.jsonl").read_text().splitlines()]

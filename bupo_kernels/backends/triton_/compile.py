@@ -189,7 +189,7 @@ Case = tuple[str, Callable[[], object], int]  # its name, its launch, and what c
 def _products(target: config.Target, operands: Operands, with_entropy: bool, tuning: bool) -> Iterator[Case]:
     """Yield the cases of the kernels with a product: what runs by default or, for ``tuning``, what else may."""
     width, dtype, softcap = operands.hidden.shape[-1], operands.hidden.dtype, operands.readout.softcap is not None
-    rows, active_rows = torch.arange(ROWS, device="cpu"), _zeros(1, dtype=torch.int64)
+    rows, active_rows = torch.arange(ROWS, dtype=torch.int64, device="cpu"), _zeros(1, dtype=torch.int64)
     regular = Launch(operands, rows, target).regular
     for kernel, stored in ((config.STATISTICS, False), (config.STATISTICS, True), (config.GRADIENT, False)):
         if stored and config.why_not_cached(dtype, softcap):
@@ -213,7 +213,7 @@ def _products(target: config.Target, operands: Operands, with_entropy: bool, tun
 
 def _others(target: config.Target, dtype: torch.dtype, with_entropy: bool) -> Iterator[Case]:
     """Yield the cases of the kernels without a product."""
-    rows = torch.arange(ROWS, device="cpu")
+    rows = torch.arange(ROWS, dtype=torch.int64, device="cpu")
     if dtype == torch.float32:
         count = _zeros(1, dtype=torch.int64)
         yield "", partial(merge, _zeros(4, 4, ROWS), count, rows, _zeros(4, ROWS), with_entropy=with_entropy), 0
