@@ -214,6 +214,21 @@ def test_the_process_that_checks_is_the_one_that_asks_for_the_device_or_refuses(
     assert json.loads(capsys.readouterr().out) == {"refused": "cpu is another card in a process of its own"}
 
 
+def test_too_little_memory_is_no_verdict(driver, monkeypatch, small, capsys):
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB\nmore")
+
+    variant = Variant("torch", "float32")
+    monkeypatch.setattr(torch_.TorchRows, "fold", out_of_memory)
+    assert command.main(["--device", "cpu", "--variant", variant.name]) == 0
+    assert json.loads(capsys.readouterr().out) == {"refused": "CUDA out of memory. Tried to allocate 2.00 MiB"}
+    driver("print(json.dumps({'refused': 'CUDA out of memory'}))")
+    assert decision.why_not(variant, CPU).startswith("not checked, there being no memory left for it")
+    assert records.read(Card.of(CPU)) == Record()
+    assert command.main(["--device", "cpu", "--dtype", "float32"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1].endswith("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+
 def test_a_program_that_can_start_no_other_checks_itself(monkeypatch, small):
     monkeypatch.setattr(decision, "CHECK", ("", "-m", "bupo_kernels.selfcheck"))  # sys.executable of an embedded Python
     assert decision.why_not(Variant("torch", "float32"), CPU) is None

@@ -52,8 +52,13 @@ def check_devices(devices: Sequence[torch.device], dtypes: Sequence[str], *, as_
     for device in devices:
         card = Card.of(device)
         for variant, reason in _variants(device, dtypes):
-            verdict = None if reason else checked(variant, device, card) if device.type == "cuda" else check(variant, device)
-            failed += verdict is not None and not verdict.passed
+            verdict = None
+            if reason is None:
+                try:
+                    verdict = checked(variant, device, card) if device.type == "cuda" else check(variant, device)
+                    failed += not verdict.passed
+                except torch.OutOfMemoryError as error:
+                    failed, reason = failed + 1, str(error).splitlines()[0]
             name = f"{device} {card.name}"
             if as_json:
                 found = {"device": name, "variant": variant.name, "skipped": reason, "verdict": verdict and asdict(verdict)}
@@ -109,7 +114,10 @@ def _answer(variant: Variant, device: torch.device, expected: str | None) -> dic
         return {"refused": str(error).splitlines()[0]}
     if expected is not None and Card.of(device).key != expected:
         return {"refused": f"{device} is another card in a process of its own"}
-    return asdict(check(variant, device))
+    try:
+        return asdict(check(variant, device))
+    except torch.OutOfMemoryError as error:  # the process that asks may hold what is missing
+        return {"refused": str(error).splitlines()[0]}
 
 
 if __name__ == "__main__":

@@ -135,11 +135,15 @@ def _find_out(variant: Variant, device: torch.device, card: Card) -> Verdict:
         # Another rank may have found out while this one waited.
         if wish != "again" and (known := records.read(card).verdicts.get(variant.name)):
             return known
-        return checked(variant, device, card)
+        try:
+            return checked(variant, device, card)
+        except torch.OutOfMemoryError:
+            return _undecided("not checked, there being no memory left for it")
 
 
 def checked(variant: Variant, device: torch.device, card: Card) -> Verdict:
-    """Check ``variant`` now, whatever is known, write the verdict on record and return it."""
+    """Check ``variant`` now, whatever is known, write the verdict on record and return it. Raise :class:`torch.OutOfMemoryError`
+    where there is too little memory to find one."""
     verdict = _in_a_process(variant, device, card)
     records.add(card, verdicts={variant.name: verdict})
     if verdict.passed:

@@ -89,7 +89,8 @@ class Truth(NamedTuple):
 
 
 def check(variant: Variant, device: torch.device) -> Verdict:
-    """Return the verdict on ``variant``, found in this process. An exception of a kernel, a compiler or a driver is one too."""
+    """Return the verdict on ``variant``, found in this process. An exception of a kernel, a compiler or a driver is one too; only
+    :class:`torch.OutOfMemoryError`, which says nothing about a kernel, is raised."""
     started, reason = time.perf_counter(), ""
     shares: list[float] = []
     try:
@@ -99,6 +100,8 @@ def check(variant: Variant, device: torch.device) -> Verdict:
                     shares.append(_worst_of_case(case, backend, variant))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
+    except torch.OutOfMemoryError:
+        raise
     except Wrong as error:
         reason = str(error)
     except Exception as error:  # a GPU, its driver and two compilers can fail in ways that nobody has listed
