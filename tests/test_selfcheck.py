@@ -130,10 +130,21 @@ def test_an_exception_is_a_verdict(small, monkeypatch):
     assert verdict.worst is None
 
 
-def test_torchs_settings_are_as_before(small):
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    problems.check(Variant("torch", "float32"), CPU)
-    assert before == (torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory)
+def test_a_check_does_not_depend_on_the_callers_contexts_and_leaves_torchs_settings_as_they_were(small):
+    def settings():
+        filling = torch.utils.deterministic.fill_uninitialized_memory
+        return torch.are_deterministic_algorithms_enabled(), filling, torch.backends.cuda.matmul.fp32_precision
+
+    precision = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        before = settings()
+        with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+            verdict = problems.check(Variant("torch", "float32"), CPU)
+        assert verdict.passed, verdict.reason
+        assert settings() == before
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = precision
 
 
 @pytest.mark.parametrize("softcap", [False, pytest.param(True, marks=pytest.mark.broad)])
@@ -168,7 +179,7 @@ def test_a_verdict_is_found_once_and_kept_on_record(driver, monkeypatch, caplog)
 
 
 FAULTS = {
-    "a fault": ("os.abort()", "the process of the check died of signal SIGABRT: without a word"),
+    "a fault": ("os.abort()", "the process of the check died of signal 6 (Aborted): without a word"),
     "an error": (
         "print('CUDA error: an illegal memory access was encountered', file=sys.stderr); sys.exit(3)",
         "the process of the check died of exit code 3: CUDA error: an illegal memory access was encountered",

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,7 @@ def _in_a_process(variant: Variant, device: torch.device, card: Card) -> Verdict
         answer = {"refused": str(error)}
     except (ValueError, IndexError, TypeError):
         last = (errors.strip().splitlines() or ["without a word"])[-1][:300]
-        died = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        died = f"signal {-code} ({signal.strsignal(-code)})" if code < 0 else f"exit code {code}"
         return failed(f"the process of the check died of {died}: {last}")
     log.info("%s: checked in this process, since another got no context: %s", variant.name, answer["refused"])
     from bupo_kernels.selfcheck.problems import check  # calls the ops, which come here
@@ -201,7 +201,8 @@ def _run(command: list[str], seconds: float) -> tuple[int, str, str] | None:
         try:
             output, errors = process.communicate(timeout=seconds)
         except BaseException as error:  # a time-out, Ctrl-C
-            os.killpg(process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
             process.communicate()
             if not isinstance(error, subprocess.TimeoutExpired):
                 raise
