@@ -90,7 +90,7 @@ def parts(options: argparse.Namespace) -> list[list[Part]]:
         ],
         [part("real size", 45, [*test, "telling"], pytest=True)],
         [part("cuBLAS", 60, [*kernels, *size, *ours, *commit], results=one_size)],
-        [part("self-check", 60, [*python, "-m", "bupo_kernels.selfcheck"])],
+        [part("self-check", 90, [*python, "-m", "bupo_kernels.selfcheck", "--dtype", "bfloat16"])],
         [part("benchmark", 210, [*timing, *commit])],
         [part("training step", 80, [*step, *commit], why_not=not_installed("pydantic"))],
         [part("tests", 60 * MINUTES, [*test, "gpu and not smallest and not telling", "--durations=10"], pytest=True)],
