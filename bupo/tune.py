@@ -235,8 +235,8 @@ def tune_command(
         if reason := _backend("triton", problem).why_not(problem, None):
             raise ConfigError(f"--device: {device} given, Triton cannot run there: {reason}")
     card, lines = Card.of(device), []
-    tiles: dict[str, Any] = {}
-    slower: dict[str, str] = {}
+    record = records.read(card)
+    tiles, slower = dict(record.tiles), dict(record.slower)  # what is measured now takes the place of what was
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("tuning", total=len(dtypes) * len(widths) * 3)
@@ -244,15 +244,17 @@ def tune_command(
             progress.advance(task)
             best, without = fastest(ways), ways[-1]
             print(describe(key, work, ways) + "\n", flush=True)
+            tiles.pop(key, None)
             if best is not ways[0] and best.tile is not None:
                 tiles[key] = asdict(best.tile)
-            if work.name == config.STATISTICS and without.median < (1 - GAIN) * best.median:
-                variant = Variant("triton", key.split(", ")[1])
-                beside = f"{without.median:.2f} ms against {best.median:.2f}"
-                slower[slower_key(variant, group)] = f"slower than the {WITHOUT_TRITON} here, {beside} by `bupo tune`"
+            if work.name == config.STATISTICS:
+                variant = slower_key(Variant("triton", key.split(", ")[1]), group)
+                slower.pop(variant, None)
+                if without.median < (1 - GAIN) * best.median:
+                    beside = f"{without.median:.2f} ms against {best.median:.2f}"
+                    slower[variant] = f"slower than the {WITHOUT_TRITON} here, {beside} by `bupo tune`"
             lines += [{"key": key, **asdict(way), "median": finite(way.median)} for way in ways]
-    record = records.read(card)
-    path = records.write(card, replace(record, tiles=tiles, slower=slower))
+    path = records.write(card, replace(records.read(card), tiles=tiles, slower=slower))
     print(f"{len(tiles)} tiles other than the default are on record in {path or 'the memory of this process, and lost with it'}")
     for name, reason in slower.items():
         print(f"{name}: {reason}")

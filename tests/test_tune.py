@@ -112,8 +112,15 @@ def test_a_tile_whose_result_is_off_is_refused(clock, monkeypatch):
 
 
 def test_what_was_tuned_before_is_replaced_and_forgotten(clock, capsys):
-    records.add(Card.of(CPU), verdicts={"triton bfloat16": RIGHT}, tiles={"old": {}}, slower={"old": "x"})
-    assert "old" not in tuned().tiles
+    key, other = (
+        config.key_of(config.GRADIENT, BF16, regular=True, softcap=False, cache=False, width=width) for width in (64, 4096)
+    )
+    tiles = dict.fromkeys((key, other), asdict(DEFAULT))
+    slower = {"triton bfloat16, D <= 1536": "x", "triton float16, D <= 1536": "y"}
+    records.add(Card.of(CPU), verdicts={"triton bfloat16": RIGHT}, tiles=tiles, slower=slower)
+    clock[OTHER] = 2.0
+    assert tuned().tiles == {other: asdict(DEFAULT)}
+    assert records.read(Card.of(CPU)).slower == {"triton float16, D <= 1536": "y"}
     tune.forget(CPU)
     assert records.read(Card.of(CPU)) == records.Record({"triton bfloat16": RIGHT})
     assert capsys.readouterr().out.endswith("has its default tiles again\n")
