@@ -187,7 +187,7 @@ def test_the_plan_and_its_prediction_know_the_products(monkeypatch):
     assert 0.38 < wide[True][1] < 0.42  # gpu-audit.md: 145 ms against 58
     assert 0.06 < wide[False][1] < 0.08  # and 886
     assert dispatch.TORCH.predicted_share(problem(device=torch.device("cpu"))) is None
-    assert 0.83 < dispatch.TRITON.predicted_share(asked) < 0.87
+    assert 0.86 < dispatch.TRITON.predicted_share(asked) < 0.89
 
 
 def test_a_captured_graph_waits_for_nothing(monkeypatch):

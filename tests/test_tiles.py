@@ -102,10 +102,10 @@ def test_the_backward_recomputes_in_fp32_with_the_depth_of_the_forward(target):
 
 
 def test_the_first_that_fits_is_the_default():
-    assert config.statistics_config(BF16, Target("cuda", 90, 1), width=64, regular=True, softcap=False) == config.HOPPER_STATISTICS
+    assert config.statistics_config(BF16, Target("cuda", 90, 1), width=64, regular=True, softcap=False) == config.WIDE
     small = Target("cuda", 90, 1, 101376)
     tile = config.statistics_config(BF16, small, width=64, regular=True, softcap=False)
-    assert tile not in (config.HOPPER_STATISTICS, config.HOPPER)
+    assert tile not in (config.WIDE, config.WIDE_STORED, config.HOPPER)
     assert config.shared_bytes(STATISTICS, tile, BF16, small, regular=True) <= 101376
 
 
@@ -122,8 +122,8 @@ def test_a_card_with_99_kib_runs_16_bit_products_in_tiles_that_fit(arch):
     ("arch", "statistics", "keeping_e", "with_softcap", "recompute"),
     [
         (80, "AMPERE", "AMPERE", "AMPERE", "AMPERE"),
-        (90, "HOPPER_STATISTICS", "HOPPER", "HOPPER", "HOPPER"),
-        (100, "BLACKWELL_STATISTICS", "HOPPER", "BLACKWELL_SOFTCAP", "HOPPER"),
+        (90, "WIDE", "WIDE_STORED", "HOPPER", "HOPPER_GRADIENT"),
+        (100, "WIDE", "HOPPER", "BLACKWELL_SOFTCAP", "HOPPER"),
     ],
 )
 def test_defaults_follow_what_the_matrix_unit_reads(arch, statistics, keeping_e, with_softcap, recompute):
@@ -166,7 +166,7 @@ def test_keys_tell_everything_apart_that_a_tile_may_depend_on():
 def test_a_measured_tile_is_taken_for_what_it_was_measured_for_and_nothing_else():
     target, plain = Target("cuda", 90, 132, tiles=((KEY, TILE),)), Target("cuda", 90, 132)
     assert config.statistics_config(BF16, target, width=4096, regular=True, softcap=False) == TILE
-    assert config.statistics_config(BF16, target, width=3072, regular=True, softcap=False) == config.HOPPER_STATISTICS
+    assert config.statistics_config(BF16, target, width=3072, regular=True, softcap=False) == config.WIDE
     for kernel, dtype, flags in EVERY:
         if (kernel, dtype, flags) != (STATISTICS, BF16, {"regular": True, "softcap": False, "cache": False}):
             assert config.chosen(kernel, dtype, target, width=4096, **flags) == config.chosen(
@@ -184,7 +184,7 @@ def test_no_more_warps_than_can_share_tensor_memory_are_taken():
     hopper, blackwell = (Target("cuda", arch, 132, tiles=((KEY, wide),)) for arch in (90, 100))
     kind = {"regular": True, "softcap": False}
     assert config.statistics_config(BF16, hopper, width=4096, **kind) == wide
-    assert config.statistics_config(BF16, blackwell, width=4096, **kind) == config.BLACKWELL_STATISTICS
+    assert config.statistics_config(BF16, blackwell, width=4096, **kind) == config.WIDE
     assert wide not in config.candidates(STATISTICS, BF16, blackwell, **kind)
 
 

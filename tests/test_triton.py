@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from problems import (
     OPTIONS,
+    Case,
     assert_stored_gradients,
     assert_values,
     case_with,
@@ -150,6 +151,62 @@ def test_the_cache_keeps_its_accuracy_far_from_zero(arch, offset):
     case.options = {"bias": torch.full((520,), offset, device=DEVICE)}
     with running_as(arch):
         check(case, "triton:cached")
+
+
+@pytest.mark.parametrize("arch", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("logit_scale", [-1.3, 0.0])
+@pytest.mark.parametrize("temperature", [0.7, "rows"], ids=str)
+@pytest.mark.parametrize("others", [{"bias": True}, {"softcap": 2.0}], ids=["bias", "softcap"])
+def test_a_scale_that_is_not_positive_finds_the_largest_logit_where_it_is(arch, logit_scale, temperature, others):
+    options = {"logit_scale": logit_scale, "temperature": temperature, **others}
+    case = case_with(options, 23, 264, WIDTH, dtype=BF16, device=DEVICE, scale=3.0)
+    with running_as(arch):
+        for backend in ("triton", "triton:cached"):
+            if runs(backend, BF16, options):
+                check(case, backend)
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton:cached"])
+@pytest.mark.parametrize("vocab", [7, 256, 257, 520, 1050])
+@pytest.mark.parametrize("targets", ["first tile", "last tile", "one row"])
+def test_targets_are_found_wherever_they_are(backend, vocab, targets):
+    # Tiles without a target skip the search for it, and all but the last one the end of the vocabulary.
+    case = random_case(140, vocab, WIDTH, dtype=BF16, device=DEVICE)
+    if targets == "first tile":
+        case.targets %= min(vocab, 64)
+    elif targets == "last tile":
+        case.targets = vocab - 1 - case.targets % (vocab % 64 or 64)
+    else:
+        case.targets[torch.arange(140, device=DEVICE) != 133] = -100
+    with running_as(90):
+        check(case, backend)
+
+
+# Standard deviation of the logits, what all have in common, and what multiplies them.
+FAR = [(1.0, 0.0, 1 / 0.7), (8.0, 0.0, 1 / 0.7), (8.0, 200.0, 0.37), (100.0, 0.0, 1.0), (30.0, -3000.0, 1.3), (30.0, 3e6, 1.0)]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("deviation", "offset", "scale"), FAR)
+def test_logits_far_from_zero_keep_the_contract(deviation, offset, scale, sign):
+    case = random_case(17, 520, WIDTH, dtype=BF16, device=DEVICE, scale=deviation, logit_scale=sign * scale)
+    case.options["bias"] = torch.full((520,), sign * offset, device=DEVICE)
+    with running_as(90):
+        for backend in ("triton", "triton:cached"):
+            if deviation * scale < 35:  # or probabilities are too small for fp32, which the model of gradients does not know
+                check(case, backend)
+            assert_values(linear_logprobs(case.hidden, case.weight, case.targets, backend=backend, **case.options), case)
+
+
+@pytest.mark.parametrize("size", [1e10, 1e30])
+def test_logits_of_any_size_give_finite_gradients(size):
+    case = random_case(17, 520, WIDTH, dtype=BF16, device=DEVICE)
+    with torch.no_grad():
+        case.hidden[:8] *= size
+    out = linear_logprobs(case.hidden, case.weight, case.targets, backend="triton")
+    assert_values(type(out)(*(x[8:] for x in out)), Case(case.hidden[8:], case.weight, case.targets[8:]))
+    assert (out.entropy[:8] == 0).all()
+    assert all(x.isfinite().all() for x in gradients(sum(x.sum() for x in out), *leaves(case)))
 
 
 @pytest.mark.parametrize(("arch", "columns"), [(80, 64), (90, 256)])

@@ -103,11 +103,11 @@ class Triton(Backend):
         return decision.why_not(variant, problem.device, config.widths_of(problem.width))
 
     def predicted_share(self, problem: Problem) -> float | None:
-        """Count the cycles of a tile of 256 x 128 on a Hopper: 16·D of products, at 0.92 of the rate of the library's, then 5,042
-        of epilogue and some 900 until the next one's operands have come."""
+        """Count the cycles of a tile of 128 x 256 on a Hopper: 16·D of products, at 0.92 of the rate of the library's, then 2,476
+        of epilogue and some 900 until the next one's operands have come (docs/gpu-kernels.md)."""
         if problem.device.type == "cpu" or problem.dtype.itemsize != 2:
             return None
-        return 0.92 * 16 * problem.width / (16 * problem.width + 5042 + 900)
+        return 0.92 * 16 * problem.width / (16 * problem.width + 2476 + 900)
 
     def plan(self, problem: Problem, strategy: str | None) -> TilePlan:
         return tiling.tile_plan(problem, strategy, target_of(problem.device))

@@ -4,9 +4,9 @@
 tests hold that nothing spills and all of it fits. No configuration here has been timed on a GPU yet: the defaults follow from the
 cost model below, and ``candidates`` has what else may be faster on a given card.
 
-A tile of rows x columns does rows · columns / (rows + columns) FLOP for each byte it pulls from L2 in 16 bit: 85 for 256 x 128,
+A tile of rows x columns does rows · columns / (rows + columns) FLOP for each byte it pulls from L2 in 16 bit: 85 for 128 x 256,
 51 for 256 x 64, 64 for 128 x 128. A Hopper at 700 TFLOP/s needs about 100 FLOP per byte from an L2 of 7 TB/s, so the widest tile
-is taken whose epilogue fits the 255 registers of a thread, with every Triton from 3.6 to 3.9. A product in fp32 is three products
+is taken whose epilogue fits the 255 registers of a thread (docs/gpu-kernels.md). A product in fp32 is three products
 in TF32, and bound by arithmetic.
 """
 
@@ -99,8 +99,9 @@ SMALL = KernelConfig(128, 64, 64, 8, 3)  # epilogues with many live values for e
 IRREGULAR = KernelConfig(128, 64, 32, 8, 3)  # addresses that take a register each
 AMPERE = KernelConfig(128, 128, 32, 8, 3)
 HOPPER = KernelConfig(128, 128, 64, 8, 4)
-HOPPER_STATISTICS = KernelConfig(256, 128, 64, 8, 4)
-BLACKWELL_STATISTICS = KernelConfig(256, 64, 64, 8, 4)
+WIDE = KernelConfig(128, 256, 64, 8, 4)
+WIDE_STORED = KernelConfig(128, 256, 64, 8, 3)  # E lies beside the operands
+HOPPER_GRADIENT = KernelConfig(256, 128, 64, 8, 3)  # and so does dz
 BLACKWELL_SOFTCAP = KernelConfig(128, 64, 64, 4, 4)
 SMALLEST = KernelConfig(64, 64, 32, 4, 2)
 
@@ -116,13 +117,14 @@ OTHERS_IRREGULAR: tuple[KernelConfig, ...] = (KernelConfig(128, 64, 64, 8, 3), A
 OTHERS_FROM_SHARED: tuple[KernelConfig, ...] = (
     HOPPER,
     KernelConfig(128, 128, 64, 8, 3),
-    KernelConfig(128, 256, 64, 8, 3),
+    WIDE,
+    WIDE_STORED,
     KernelConfig(128, 256, 32, 8, 6),
     KernelConfig(128, 256, 64, 16, 3),
-    HOPPER_STATISTICS,
-    KernelConfig(256, 128, 64, 8, 3),
+    KernelConfig(256, 128, 64, 8, 4),
+    HOPPER_GRADIENT,
     KernelConfig(256, 128, 32, 8, 6),
-    BLACKWELL_STATISTICS,
+    KernelConfig(256, 64, 64, 8, 4),
     BLACKWELL_SOFTCAP,
     SMALL,
     AMPERE,
@@ -175,11 +177,13 @@ def _default(kernel: str, target: Target, *, sixteen_bit: bool, regular: bool, s
         return SMALL
     if not target.reads_shared:
         return AMPERE
-    if not statistics or cache:
-        return HOPPER
     if softcap:
         return BLACKWELL_SOFTCAP if tensor_memory else HOPPER
-    return BLACKWELL_STATISTICS if tensor_memory else HOPPER_STATISTICS
+    if statistics and not cache:
+        return WIDE
+    if tensor_memory:
+        return HOPPER
+    return WIDE_STORED if statistics else HOPPER_GRADIENT
 
 
 @functools.cache

@@ -70,7 +70,7 @@ def gradient_cached(
 ) -> None:
     """Write the gradients of the logits of some rows and columns into ``dz``."""
     e, exponents = cache
-    n, rows = len(cache_rows), 32
+    n, rows = len(cache_rows), min(32, 4096 // exponent_columns)
     m, constant, slope, on_target, y = coefficients
     gradient_cached_kernel[(triton.cdiv(n, rows), triton.cdiv(columns.stop - columns.start, exponent_columns))](
         e,

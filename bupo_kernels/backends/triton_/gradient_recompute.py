@@ -1,8 +1,9 @@
 """The gradient tile, recomputed: ``dz`` of rows × columns of a slice, in the dtype of the gradient GEMMs.
 
 The product is formed again, in the order along D that it had in the forward whatever the tiles of the two (``config.candidates``),
-so its logits are those that the statistics came from, bit for bit. The target column is not ``1 − p_y`` of a rounded p but the
-value that the row's fp32 log-prob gives.
+so it is the one that the statistics came from, bit for bit. What its logit is below the row's maximum is rounded once more than it
+was there, by some 2⁻²² of |z|, which the error model of gradients has room for. The target column is not ``1 − p_y`` of a rounded
+p but the value that the row's fp32 log-prob gives.
 """
 
 from __future__ import annotations
@@ -13,7 +14,18 @@ from torch import Tensor
 
 from bupo_kernels.backends.algebra import Coefficients
 from bupo_kernels.backends.triton_.config import gradient_config
-from bupo_kernels.backends.triton_.product import LEAST_EXPONENT, Launch, in_order, product_tile, readout, store_tile
+from bupo_kernels.backends.triton_.product import (
+    LEAST_EXPONENT,
+    LN2,
+    LOG2E,
+    Launch,
+    any_target,
+    in_order,
+    positive_scale,
+    product_tile,
+    readout,
+    store_tile,
+)
 
 DTYPES = {"torch.float32": tl.float32, "torch.bfloat16": tl.bfloat16, "torch.float16": tl.float16}
 
@@ -44,6 +56,7 @@ def gradient_recompute_kernel(
     D,
     DTYPE: tl.constexpr,  # of dz
     WITH_ENTROPY: tl.constexpr,
+    SIGN: tl.constexpr,
     ROW_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -61,9 +74,6 @@ def gradient_recompute_kernel(
         block, column_block = in_order(item, row_blocks, column_blocks, GROUP)
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
         within = rows < n
-        z_scale = scale
-        if ROW_SCALE:
-            z_scale = tl.load(row_scale + rows, mask=within, other=1.0)[:, None]
         first = first_column + column_block * BLOCK_V
         product = product_tile(
             hidden,
@@ -82,15 +92,20 @@ def gradient_recompute_kernel(
             BLOCK_V,
             BLOCK_D,
         )
-        columns = first + tl.arange(0, BLOCK_V)
-        z, cap_slope = readout(product, bias, columns, columns < V, z_scale, inner, HAS_BIAS, HAS_SOFTCAP)
-        x = z - tl.load(maximum + rows, mask=within, other=0.0)[:, None]
+        product, cap_slope = readout(product, bias, first, V, inner, SIGN, HAS_BIAS, HAS_SOFTCAP, BLOCK_V)
+        z_scale = positive_scale(scale, row_scale, rows, within, ROW_SCALE, BLOCK_N)
+        m = tl.load(maximum + rows, mask=within, other=0.0)
+        # No logit is above its row's maximum: what rounding leaves there at large |z| must not become a power of 2.
+        x = tl.minimum(tl.math.fma(product, (z_scale * LOG2E)[:, None], -(m * LOG2E)[:, None]), 0.0)
         factor = tl.load(constant + rows, mask=within, other=0.0)[:, None]
         if WITH_ENTROPY:
-            factor = factor - tl.load(slope + rows, mask=within, other=0.0)[:, None] * tl.maximum(x, LEAST_EXPONENT)
-        y = tl.load(targets + rows, mask=within, other=-1)[:, None]
-        on_target = tl.load(dz_target + rows, mask=within, other=0.0)[:, None]
-        gradient = tl.where(columns[None, :] == y, on_target, tl.exp(x) * factor)
+            slope_2 = tl.load(slope + rows, mask=within, other=0.0) * LN2
+            factor = factor - slope_2[:, None] * tl.maximum(x, LEAST_EXPONENT)
+        gradient = tl.exp2(x) * factor
+        y = tl.load(targets + rows, mask=within, other=-1).to(tl.int32)
+        if HAS_SOFTCAP or any_target(y, first, BLOCK_V):  # its slope leaves no registers for a branch
+            on_target = tl.load(dz_target + rows, mask=within, other=0.0)
+            gradient = tl.where(first + tl.arange(0, BLOCK_V)[None, :] == y[:, None], on_target[:, None], gradient)
         if HAS_SOFTCAP:
             gradient *= cap_slope
         store_tile(gradient.to(DTYPE), dz, dz_stride, rows, within, column_block * BLOCK_V, TMA)

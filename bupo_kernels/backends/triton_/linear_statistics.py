@@ -1,8 +1,9 @@
 """The forward: per row, running (m, s, t, z_y) over the vocabulary, straight from the fp32 accumulator.
 
 One work item is (row block, vocabulary split). Its program walks the split's column blocks, multiplies, and folds each tile into
-registers; a logit never leaves the chip. Only four fp32 numbers per row and split do, and ``merge.py`` merges them in order.
-Splits and tile sizes do not depend on the number of rows, so neither does any row's result.
+registers; a logit never leaves the chip. The fold works on products: a positive scale keeps their order, and enters the exponent of
+2 together with log2(e). Only four fp32 numbers per row and split leave, and ``merge.py`` merges them in order. Splits and tile
+sizes do not depend on the number of rows, so neither does any row's result.
 
 With ``CACHE`` the first ``cached_rows`` rows also leave ``E = 2^(z·log2e − k)`` in bf16, ``k`` an integer per row and column
 block chosen so that the block's largest E is in (½, 1]: a relative error of 2⁻⁸ at any |z|, for ``gradient_cached.py``.
@@ -19,12 +20,15 @@ from bupo_kernels.backends.base import Cache
 from bupo_kernels.backends.triton_.config import split_columns, statistics_config
 from bupo_kernels.backends.triton_.product import (
     LEAST_EXPONENT,
+    LN2,
     LOG2E,
     LOG2E_REST,
     LOWEST,
     SPLIT_UNIT,
     Launch,
+    any_target,
     in_order,
+    positive_scale,
     product_tile,
     readout,
     store_tile,
@@ -58,6 +62,7 @@ def linear_statistics_kernel(
     split_units,  # columns of a split, in units of SPLIT_UNIT
     WITH_ENTROPY: tl.constexpr,
     CACHE: tl.constexpr,
+    SIGN: tl.constexpr,
     ROW_SCALE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
@@ -76,15 +81,16 @@ def linear_statistics_kernel(
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
         active = rows < active_count
         offset = tl.load(offsets + rows, mask=active, other=0)
-        y = tl.load(targets + rows, mask=active, other=-1)
-        z_scale = scale
-        if ROW_SCALE:
-            z_scale = tl.load(row_scale + rows, mask=active, other=1.0)[:, None]
+        y = tl.load(targets + rows, mask=active, other=-1).to(tl.int32)
+        z_scale = positive_scale(scale, row_scale, rows, active, ROW_SCALE, BLOCK_N)
+        scale_2 = z_scale * LOG2E
 
-        m = tl.full((BLOCK_N,), LOWEST, tl.float32)
+        top = tl.full((BLOCK_N,), LOWEST, tl.float32)
         s = tl.zeros((BLOCK_N,), tl.float32)
         t = tl.zeros((BLOCK_N,), tl.float32)
-        z_y = tl.zeros((BLOCK_N,), tl.float32)
+        partial = partials + split.to(tl.int64) * 4 * N + rows
+        # A row's target is in one tile of one split, and that tile's z_y takes the place of this 0.
+        tl.store(partial + 3 * N, tl.zeros((BLOCK_N,), tl.float32), mask=active)
         start = split * split_units * SPLIT_UNIT
         for first in tl.range(start, tl.minimum(V, start + split_units * SPLIT_UNIT), BLOCK_V):
             product = product_tile(
@@ -104,33 +110,34 @@ def linear_statistics_kernel(
                 BLOCK_V,
                 BLOCK_D,
             )
-            columns = first + tl.arange(0, BLOCK_V)
-            inside = columns < V
-            z, _ = readout(product, bias, columns, inside, z_scale, inner, HAS_BIAS, HAS_SOFTCAP)
-            z_y += tl.sum(tl.where(columns[None, :] == y[:, None], z, 0.0), 1)
-            new_m = tl.maximum(m, tl.max(z, 1))
-            x = z - new_m[:, None]
-            e = tl.exp(x)
-            a = tl.exp(m - new_m)
+            product, _ = readout(product, bias, first, V, inner, SIGN, HAS_BIAS, HAS_SOFTCAP, BLOCK_V)
+            if any_target(y, first, BLOCK_V):
+                on_target = first + tl.arange(0, BLOCK_V)[None, :] == y[:, None]
+                z_y = tl.sum(tl.where(on_target, product, 0.0), 1) * z_scale
+                tl.store(partial + 3 * N, z_y, mask=(y >= first) & (y < first + BLOCK_V))
+            new_top = tl.maximum(top, tl.max(product, 1))
+            # The difference first: it is exact where e^x counts, and 0 for the largest at any |z|.
+            x = (product - new_top[:, None]) * scale_2[:, None]
+            e = tl.exp2(x)
+            step = (top - new_top) * scale_2
+            a = tl.exp2(step)
             if WITH_ENTROPY:
-                carried = tl.maximum(m - new_m, LEAST_EXPONENT) * s
+                carried = tl.maximum(step, LEAST_EXPONENT) * s
                 t = a * (t + carried) + tl.sum(tl.maximum(x, LEAST_EXPONENT) * e, 1)  # a NaN stays one in e
             s = a * s + tl.sum(e, 1)
-            m = new_m
+            top = new_top
             if CACHE:
-                base = tl.maximum(m, -1e9)  # a block of −inf has an E of 0 for any k, which must be an int32
+                base = tl.maximum(top * z_scale, -1e9)  # a block of −inf has an E of 0 for any k, which must be an int32
                 k = tl.ceil(base * LOG2E)
                 power = tl.math.fma(base, LOG2E_REST, tl.math.fma(base, LOG2E, -k))  # m·log2e − k
                 cached = rows < tl.minimum(cached_rows, active_count)
                 store_tile((e * tl.exp2(power)[:, None]).to(tl.bfloat16), cache, cache_stride, rows, cached, first, TMA)
                 tl.store(exponents + rows * exponent_stride + first // BLOCK_V, k.to(tl.int32), mask=cached)
 
-        partial = partials + split.to(tl.int64) * 4 * N + rows
-        tl.store(partial, m, mask=active)
+        tl.store(partial, tl.maximum(top * z_scale, LOWEST), mask=active)
         tl.store(partial + N, s, mask=active)
         if WITH_ENTROPY:
-            tl.store(partial + 2 * N, t, mask=active)
-        tl.store(partial + 3 * N, z_y, mask=active)
+            tl.store(partial + 2 * N, t * LN2, mask=active)
 
 
 def linear_statistics(

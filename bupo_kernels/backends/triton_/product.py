@@ -32,7 +32,8 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 # The maximum of no logits, and the least exponent, as in algebra.py.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
-LEAST_EXPONENT = tl.constexpr(-1e4)
+LEAST_EXPONENT = tl.constexpr(-1e4)  # of e and of 2: both powers are 0 in fp32
+LEAST_SCALE = tl.constexpr(1.1754943508222875e-38)  # stands for 0, as −inf past V remains −inf with it
 
 # Elements. They are 16 bytes or more, as TMA asks of a row, and a vectorised, asynchronous load of its address.
 ALIGNMENT = tl.constexpr(8)
@@ -114,23 +115,47 @@ def product_tile(
 
 
 @triton.jit
+def positive_scale(scale, row_scale, rows, within, ROW_SCALE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return what the logits of each row are a multiple of, [BLOCK_N]: a positive number."""
+    if ROW_SCALE:
+        of_rows = tl.maximum(tl.load(row_scale + rows, mask=within, other=1.0), LEAST_SCALE)
+    else:
+        of_rows = tl.full((BLOCK_N,), scale, tl.float32)
+    return of_rows
+
+
+@triton.jit
 def readout(
     product,  # [BLOCK_N, BLOCK_V]
     bias,  # base of [V], or None
-    columns,  # [BLOCK_V]
-    inside,  # [BLOCK_V]: column < V
-    scale,  # [BLOCK_N] or a number: logit_scale / temperature, with a softcap softcap / temperature
+    first_column,
+    V,
     inner,  # logit_scale / softcap; without a softcap not used
+    SIGN: tl.constexpr,  # of logit_scale; 1 with a softcap
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
-    """Return the logits of a tile, −inf past V, and the slope of the softcap (1 where there is none)."""
+    """Return what the logits of a tile are a positive multiple of, −inf past V, and the slope of the softcap (1 without one).
+    A maximum needs no multiple, and an exponent of 2 takes it together with log2(e).
+    """
     if HAS_BIAS:
-        product += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        columns = first_column + tl.arange(0, BLOCK_V)
+        product += tl.load(bias + columns, mask=columns < V, other=0.0).to(tl.float32)[None, :]
     slope = 1.0
     if HAS_SOFTCAP:
         product, slope = tanh_and_slope(product * inner)
-    return tl.where(inside[None, :], product * scale, float("-inf")), slope
+    if SIGN != 1:
+        product *= SIGN
+    if first_column + BLOCK_V > V:
+        product = tl.where((first_column + tl.arange(0, BLOCK_V) < V)[None, :], product, float("-inf"))
+    return product, slope
+
+
+@triton.jit
+def any_target(y, first_column, BLOCK_V: tl.constexpr):
+    """Tell whether a tile has the target of one of its rows, as most have not."""
+    return tl.max(((y >= first_column) & (y < first_column + BLOCK_V)).to(tl.int32), 0) != 0
 
 
 @triton.jit
@@ -153,7 +178,7 @@ def store_tile(
 
 # Triton's key for a kernel on disk tells the globals of a function it calls only if that one's own key was asked for before, so the
 # keys would depend on which kernel a process launches first. (The interpreter has no keys.)
-for helper in (in_order, tanh_and_slope, product_tile, readout, store_tile):
+for helper in (in_order, tanh_and_slope, product_tile, positive_scale, readout, any_target, store_tile):
     getattr(helper, "cache_key", None)
 
 
@@ -177,12 +202,15 @@ class Launch:
         strides, coordinates = hidden.stride()[:-1], operands.coordinates(rows)
         self.offsets = sum(i * (stride // unit) for i, stride in zip(coordinates, strides, strict=True))
         self.targets = targets.flatten()[rows]
-        numerator = readout.logit_scale if readout.softcap is None else readout.softcap
+        # Kernels multiply products by the sign, so that what is left of the scale is positive.
+        scale = readout.logit_scale
+        self.sign = 1 if readout.softcap is not None else (scale > 0) - (scale < 0)
+        numerator = (abs(scale) or 1.0) if readout.softcap is None else readout.softcap
         self.row_scale, self.scale = None, 1.0
         if isinstance(readout.temperature, Tensor):
             self.row_scale = numerator / readout.temperature.flatten()[rows].float()
         else:
-            self.scale = numerator / readout.temperature
+            self.scale = max(numerator / readout.temperature, LEAST_SCALE.value)
 
     @property
     def precision(self) -> str:
@@ -206,6 +234,7 @@ class Launch:
             "inner": 0.0 if readout.softcap is None else readout.logit_scale / readout.softcap,
             "V": weight.shape[0],
             "D": weight.shape[1],
+            "SIGN": self.sign,
             "ROW_SCALE": self.row_scale is not None,
             "HAS_BIAS": bias is not None,
             "HAS_SOFTCAP": readout.softcap is not None,
