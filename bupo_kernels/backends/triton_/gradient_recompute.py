@@ -1,8 +1,8 @@
 """The gradient tile, recomputed: ``dz`` of rows × columns of a slice, in the dtype of the gradient GEMMs.
 
 The product is formed again, in the order along D that it had in the forward whatever the tiles of the two (``config.candidates``),
-so it is the one that the statistics came from, bit for bit. What its logit is below the row's maximum is rounded once more than it
-was there, by some 2⁻²² of |z|, which the error model of gradients has room for. The target column is not ``1 − p_y`` of a rounded
+so it is the one that the statistics came from, bit for bit. What its logit is below the row's maximum is rounded once, after the
+difference was taken, so that nothing cancels or overflows at any |z|. The target column is not ``1 − p_y`` of a rounded
 p but the value that the row's fp32 log-prob gives.
 """
 
@@ -95,8 +95,8 @@ def gradient_recompute_kernel(
         product, cap_slope = readout(product, bias, first, V, inner, SIGN, HAS_BIAS, HAS_SOFTCAP, BLOCK_V)
         z_scale = positive_scale(scale, row_scale, rows, within, ROW_SCALE, BLOCK_N)
         m = tl.load(maximum + rows, mask=within, other=0.0)
-        # No logit is above its row's maximum: what rounding leaves there at large |z| must not become a power of 2.
-        x = tl.minimum(tl.math.fma(product, (z_scale * LOG2E)[:, None], -(m * LOG2E)[:, None]), 0.0)
+        # No logit is above its row's maximum; m was rounded, and what that leaves at large |z| must not become a power of 2.
+        x = tl.minimum(tl.math.fma(product, z_scale[:, None], -m[:, None]) * LOG2E, 0.0)
         factor = tl.load(constant + rows, mask=within, other=0.0)[:, None]
         if WITH_ENTROPY:
             slope_2 = tl.load(slope + rows, mask=within, other=0.0) * LN2
