@@ -91,7 +91,8 @@ class Work:
 def tune(
     device: torch.device, dtypes: Sequence[torch.dtype], widths: Sequence[int], *, vocab: int, rows: int, rounds: int
 ) -> Iterator[tuple[str, str, Work, list[Timing]]]:
-    """Yield the key of a tile, the names of its widths, its work and the timings of each way to do that, the default's first."""
+    """Yield the keys that a record has for a tile and for Triton as a whole with these widths, the work, and the timings of each
+    way to do that, the default's first."""
     for dtype in dtypes:
         for width in widths:
             inputs = Inputs.of(rows, vocab, width, dtype, device)
@@ -99,7 +100,8 @@ def tune(
                 flags = {"regular": True, "softcap": False, "cache": work.cache}
                 key = config.key_of(work.kernel, dtype, width=width, **flags)
                 tiles = config.candidates(work.kernel, dtype, target_of(device), **flags)
-                yield key, config.widths_of(width), work, time_tiles(work, key, tiles, device, rounds)
+                as_a_whole = slower_key(Variant.of("triton", dtype), config.widths_of(width))
+                yield key, as_a_whole, work, time_tiles(work, key, tiles, device, rounds)
 
 
 def works(inputs: Inputs) -> Iterator[Work]:
@@ -119,7 +121,7 @@ def works(inputs: Inputs) -> Iterator[Work]:
 
         return call
 
-    other = _name_without_triton(_problem(inputs, vocab))
+    other = _name_without_triton(problem_of(rows, vocab, width, dtype, device))
     flops = 2 * rows * vocab * width
     yield Work(config.STATISTICS, False, logprobs("triton:recompute"), logprobs(other), flops, contract)
     if config.why_not_cached(dtype, softcap=False) is None:
@@ -133,15 +135,15 @@ def works(inputs: Inputs) -> Iterator[Work]:
     yield Work(config.GRADIENT, False, dz_of("triton", some, coefficients), dz_of(other, some, coefficients), flops, rounded)
 
 
-def _problem(inputs: Inputs, vocab: int) -> Problem:
-    rows, width = inputs.hidden.shape
+def problem_of(rows: int, vocab: int, width: int, dtype: torch.dtype, device: torch.device) -> Problem:
+    """Return the problem of a gradient of ``hidden``."""
     return Problem(
-        *(rows, rows, vocab, width, inputs.hidden.dtype, inputs.hidden.device),
+        *(rows, rows, vocab, width, dtype, device),
         grad_hidden=True,
         grad_weight=False,
         grad_bias=False,
         softcap=False,
-        memory_budget=dispatch.default_memory_budget(inputs.hidden.device),
+        memory_budget=dispatch.default_memory_budget(device),
     )
 
 
@@ -155,8 +157,9 @@ def _backend(name: str, problem: Problem) -> Backend:
 
 def dz_of(name: str, inputs: Inputs, coefficients: Coefficients) -> Callable[[], Tensor]:
     """Return a call that forms dz of all columns, without the products that follow, and returns its last tile."""
-    problem = _problem(inputs, len(inputs.weight))
-    backend, rows = _backend(name, problem), torch.arange(len(inputs.hidden), device=inputs.hidden.device)
+    (n, width), device = inputs.hidden.shape, inputs.hidden.device
+    problem = problem_of(n, len(inputs.weight), width, inputs.hidden.dtype, device)
+    backend, rows = _backend(name, problem), torch.arange(n, device=device)
     plan = backend.plan(problem, None)
 
     def call() -> Tensor:
@@ -231,7 +234,7 @@ def tune_command(
     Raises :class:`ConfigError` where Triton cannot run on ``device``.
     """
     for dtype in dtypes:
-        problem = replace(_problem(Inputs.of(1, 1, 64, dtype, device), 1), width=min(widths))
+        problem = problem_of(rows, vocab, min(widths), dtype, device)
         if reason := _backend("triton", problem).why_not(problem, None):
             raise ConfigError(f"--device: {device} given, Triton cannot run there: {reason}")
     card, lines = Card.of(device), []
@@ -240,7 +243,7 @@ def tune_command(
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("tuning", total=len(dtypes) * len(widths) * 3)
-        for key, group, work, ways in tune(device, dtypes, widths, vocab=vocab, rows=rows, rounds=rounds):
+        for key, as_a_whole, work, ways in tune(device, dtypes, widths, vocab=vocab, rows=rows, rounds=rounds):
             progress.advance(task)
             best, without = fastest(ways), ways[-1]
             print(describe(key, work, ways) + "\n", flush=True)
@@ -248,11 +251,10 @@ def tune_command(
             if best is not ways[0] and best.tile is not None:
                 tiles[key] = asdict(best.tile)
             if work.name == config.STATISTICS:
-                variant = slower_key(Variant("triton", key.split(", ")[1]), group)
-                slower.pop(variant, None)
+                slower.pop(as_a_whole, None)
                 if without.median < (1 - GAIN) * best.median:
                     beside = f"{without.median:.2f} ms against {best.median:.2f}"
-                    slower[variant] = f"slower than the {WITHOUT_TRITON} here, {beside} by `bupo tune`"
+                    slower[as_a_whole] = f"slower than the {WITHOUT_TRITON} here, {beside} by `bupo tune`"
             lines += [{"key": key, **asdict(way), "median": finite(way.median)} for way in ways]
     path = records.write(card, replace(records.read(card), tiles=tiles, slower=slower))
     print(f"{len(tiles)} tiles other than the default are on record in {path or 'the memory of this process, and lost with it'}")

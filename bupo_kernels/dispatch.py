@@ -88,7 +88,7 @@ class Plan:
 
     def __str__(self) -> str:
         problem, tiles, mib = self.problem, self.tile_plan, 2**20
-        memory, moved, share = tiles.memory, self.bytes_moved, self.implementation.predicted_share(problem)
+        memory, moved, rate = tiles.memory, self.bytes_moved, _predicted_rate(self.implementation, problem)
         frozen = [name for name, needed in (("hidden", problem.grad_hidden), ("weight", problem.grad_weight)) if not needed]
         lines = [
             f"problem   {problem.active_rows} of {problem.rows} rows x {problem.vocab} columns x {problem.width}, "
@@ -99,11 +99,7 @@ class Plan:
             + (f", E of {tiles.cached_rows} rows kept" if tiles.cached_rows and not tiles.chunk_rows else "")
             + (f", {tiles.chunk_rows} rows at a time" if tiles.chunk_rows else ""),
             *(f"kernel    {kernel}" for kernel in tiles.kernels),
-            *(
-                []
-                if share is None
-                else [f"predicted {share:.2f} of the rate of bare 16-bit products on an H100, forward; not measured"]
-            ),
+            *([f"predicted {rate}, forward; not measured"] if rate else []),
             f"forward   {self.flops_forward / 1e9:.3f} GFLOP, at least {moved[0] / mib:.2f} MiB moved, "
             f"{memory.forward / mib:.2f} MiB of working memory",
             f"backward  {self.flops_backward / 1e9:.3f} GFLOP, at least {moved[1] / mib:.2f} MiB moved, "
@@ -139,14 +135,19 @@ def choose(problem: Problem, backend: str = "auto") -> tuple[str, Backend, str |
             passed_over[name] = reason
         if passed_over and problem.device.type != "cpu":
             instead = " and ".join(f"{name} ({reason})" for name, reason in passed_over.items())
-            share = candidates[asked].predicted_share(problem)
-            cost = "" if share is None else f"; predicted at {share:.2f} of the rate of bare 16-bit products on an H100"
+            rate = _predicted_rate(candidates[asked], problem)
+            cost = f"; predicted at {rate}" if rate else ""
             log_once(f"{asked} runs on {problem.device.type} instead of {instead}{cost}")
         later = dict.fromkeys(list(candidates)[len(passed_over) + 1 :], f"it can, but {asked} comes first")
         reasons = passed_over | later | reasons
     elif asked in reasons:
         raise ValueError(f"backend: {backend!r} given, it cannot run this: {reasons[asked]}")
     return asked, candidates[asked], strategy, {name: reason for name, reason in reasons.items() if name != asked}
+
+
+def _predicted_rate(backend: Backend, problem: Problem) -> str | None:
+    share = backend.predicted_share(problem)
+    return None if share is None else f"{share:.2f} of the rate of bare 16-bit products on an H100"
 
 
 def _why_not(backend: Backend, problem: Problem, strategy: str | None) -> str | None:

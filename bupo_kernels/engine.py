@@ -1,7 +1,7 @@
 """The work of the ops: problem, plan, and the loop over what a backend streams, for statistics, gradients and one-pass losses.
 
-Which backend runs is decided here, from sizes that are plain numbers by then. In :func:`statistics` nothing waits for the device;
-:func:`gradients` waits for it to say how many rows have a gradient, since the products that follow are of that many.
+Which backend runs is decided here, from sizes that are plain numbers by then. In :func:`statistics` only a backend may wait for the
+device; :func:`gradients` waits for it to say how many rows have a gradient, since the products that follow are of that many.
 """
 
 from __future__ import annotations

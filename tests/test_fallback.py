@@ -6,6 +6,7 @@ import tensor_cores
 import torch
 from problems import (
     OPTIONS,
+    assert_stored_gradients,
     assert_values,
     case_with,
     contract_of,
@@ -39,16 +40,7 @@ def products(monkeypatch):
 
 
 def assert_16_bit_gradients(got, case, upstream) -> None:
-    with torch.no_grad():
-        options = {k: v for k, v in case.oracle_options.items() if k != "mask"}
-        counts = case.options.get("mask", torch.ones_like(case.targets, dtype=torch.bool))
-        found = numerics.gradients(
-            *(case.hidden, case.weight, case.targets, counts, upstream, options),
-            stored=case.hidden.dtype,
-            logit_error=contract_of(case),
-        )
-    for gradient, (exact, bound) in zip(got, found.values(), strict=False):
-        assert ((gradient.double() - exact).abs() <= bound).all()
+    assert_stored_gradients(got, case, upstream, "native")  # which stores dz in the dtype of the operands, as this does here
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)

@@ -70,7 +70,7 @@ class NativeCuda(TileLoop):
         return why_not_native(problem, strategy)
 
     def why_not_default(self, problem: Problem) -> str | None:
-        return decision.why_not(Variant("native", dtype_name(problem.dtype)), problem.device)
+        return decision.why_not(Variant.of("native", problem.dtype), problem.device)
 
     def one_pass_plan(self, problem: Problem, strategy: str | None) -> TilePlan:
         """Plan as many whole rows at a time as the budget allows: fp32 products and dz, and dz again without the rows that have
@@ -159,9 +159,8 @@ class CpuRows:
         return dz
 
 
-def dtype_name(dtype: torch.dtype) -> str:
-    """Return "bfloat16" for torch.bfloat16."""
-    return str(dtype).removeprefix("torch.")
+def _dtype_name(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 class CudaRows:
@@ -185,7 +184,7 @@ class CudaRows:
             **_addresses(coefficients._asdict(), dz),
             n=len(dz),
             gradient=address(dz, device=dz.device.type),
-            gradient_dtype=dtype_name(dz.dtype),
+            gradient_dtype=_dtype_name(dz),
             gradient_stride=dz.stride(0),
         )
         return dz
@@ -216,7 +215,7 @@ class CudaRows:
             **_addresses(found, products),
             objective=objective,
             gradient=address(dz, device=dz.device.type) if problem.needs_grad else 0,
-            gradient_dtype=dtype_name(dz.dtype),
+            gradient_dtype=_dtype_name(dz),
             gradient_stride=dz.stride(0),
         )
         return found, dz, hidden
@@ -230,7 +229,7 @@ class CudaRows:
         per_row = temperature.reshape(-1).float().contiguous() if isinstance(temperature, Tensor) else None
         arguments = {
             "products": address(products, device=device),
-            "dtype": dtype_name(products.dtype),
+            "dtype": _dtype_name(products),
             "rows": len(products),
             "columns": products.shape[1],
             "stride": products.stride(0),

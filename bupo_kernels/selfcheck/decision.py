@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from bupo_kernels.backends.base import is_captured
 from bupo_kernels.selfcheck import records
 from bupo_kernels.selfcheck.card import Card
 from bupo_kernels.selfcheck.records import Record, Verdict
@@ -43,6 +44,11 @@ class Variant:
     backend: str  # "triton", "native" or "torch"
     dtype: str  # "bfloat16"
     softcap: bool = False
+
+    @staticmethod
+    def of(backend: str, dtype: torch.dtype, softcap: bool = False) -> Variant:
+        """Return the variant of a ``dtype`` of torch's."""
+        return Variant(backend, str(dtype).removeprefix("torch."), softcap)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -156,7 +162,7 @@ def _why_undecided(device: torch.device) -> str | None:
     """Return why nothing can be found out now, or None."""
     if torch.compiler.is_compiling() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
         return "not checked, being met first while torch was tracing"
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if is_captured(device):
         return "not checked, being met first while a CUDA graph was captured"
     return "not checked, being met first in a forked process" if _forked else None
 

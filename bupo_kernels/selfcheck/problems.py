@@ -96,8 +96,9 @@ def check(variant: Variant, device: torch.device) -> Verdict:
     try:
         with _on_our_terms(device):
             for case in cases(variant, device):
-                for backend in ways(variant, case):
-                    shares.append(_worst_of_case(case, backend, variant))
+                truth = _truth(case)
+                for backend in ways(variant):
+                    shares.append(_worst_of_case(case, truth, backend, variant))
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
     except torch.OutOfMemoryError:
@@ -142,20 +143,20 @@ def _case(variant: Variant, width: int, scale: float, device: torch.device) -> C
     return Case(kind, hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), targets, upstream, options)
 
 
-def ways(variant: Variant, case: Case) -> list[str]:
+def ways(variant: Variant) -> list[str]:
     """Return how the variant may run: with E kept and without, where it has the choice."""
     if variant.backend != "triton" or config.why_not_cached(variant.torch_dtype, variant.softcap):
         return [variant.backend]
     return ["triton:recompute", "triton:cached"]
 
 
-def _worst_of_case(case: Case, backend: str, variant: Variant) -> float:
+def _worst_of_case(case: Case, truth: Truth, backend: str, variant: Variant) -> float:
     """Return the largest error of a statistic as a share of the contract. Raise :class:`Wrong` where anything is wrong."""
 
     def name(what: str) -> str:
         return f"{what} of {backend} at {case.name}"
 
-    truth, options = _truth(case), {**case.options, "backend": backend}
+    options = {**case.options, "backend": backend}
     found, again = _run(case, options), _run(case, options)
     worst = _compare_statistics(name, case, found[:3], truth)
     _compare_gradients(name, case, case.upstream, found[3:], backend, truth)

@@ -99,7 +99,7 @@ class Triton(Backend):
     def why_not_default(self, problem: Problem) -> str | None:
         if config.interpreted():
             return "the interpreter is for tests; backend='triton' asks for it"
-        variant = Variant("triton", str(problem.dtype).removeprefix("torch."), problem.softcap)
+        variant = Variant.of("triton", problem.dtype, problem.softcap)
         return decision.why_not(variant, problem.device, config.widths_of(problem.width))
 
     def predicted_share(self, problem: Problem) -> float | None:

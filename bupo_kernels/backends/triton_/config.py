@@ -293,6 +293,7 @@ def _too_little(target: Target) -> str:
     return f"device: {target.shared} bytes of shared memory a block given, accepted is what the smallest tile takes"
 
 
+@functools.cache  # every call of an op asks
 def why_not_fitting(dtype: torch.dtype, target: Target, softcap: bool) -> str | None:
     """Return the reason why a kernel has no configuration that fits the target, or None."""
     every = itertools.product((STATISTICS, GRADIENT), (False, True))
