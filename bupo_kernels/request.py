@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from bupo_kernels import derivatives, engine, ops
 from bupo_kernels.backends.base import Operands
+from bupo_kernels.backends.machine import Gpu
 from bupo_kernels.backends.quantised import PLAIN, SLICED, called, is_plain, rows_of
 from bupo_kernels.dispatch import Plan, default_memory_budget, make_plan
 from bupo_kernels.engine import Settings
@@ -110,11 +111,15 @@ class Request:
             objective=objective,
         )
 
-    def plan(self, one_pass: bool = False) -> Plan:
-        """Return the plan for the rows that are active, which are counted and checked for it."""
+    def plan(self, one_pass: bool = False, gpu: Gpu | None = None) -> Plan:
+        """Return the plan for the rows that are active, which are counted and checked for it. For a ``gpu`` it is as if they were
+        there."""
         operands, active, settings = self.operands(), self.active(), self.settings()
         engine.check_rows(operands, active, self.ignore_index)
-        return make_plan(engine.problem_of(operands, int(active.sum()), settings), self.backend, one_pass)
+        problem = engine.problem_of(operands, int(active.sum()), settings)
+        if gpu is not None:
+            problem = replace(problem, device=torch.device("cuda"), gpu=gpu)
+        return make_plan(problem, self.backend, one_pass)
 
     def statistics(self) -> RowStatistics:
         """Stream the statistics of all rows."""

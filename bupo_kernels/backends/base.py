@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bupo_kernels.backends.algebra import Coefficients, Statistics, of_active_rows, of_all_rows
 from bupo_kernels.backends.gradients import GradientTile, product_dtype
+from bupo_kernels.backends.machine import Gpu, Seconds, Shape
 
 
 class TooSmall(ValueError):
@@ -72,6 +73,7 @@ class Problem:
     softcap: bool
     memory_budget: int
     quantised: bool = False  # whether the rows of the weight are dequantised, a slice at a time
+    gpu: Gpu | None = None  # to plan for as if it were ``device``, with all backends installed; None for the device that is there
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -81,7 +83,12 @@ class Problem:
     @property
     def product_dtype(self) -> torch.dtype:
         """The dtype of the operands of a library's product, and of the dz that it takes."""
-        return product_dtype(self.dtype, self.device)
+        return product_dtype(self.dtype, self.device) if self.gpu is None else self.dtype
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes of the logits of the rows that count."""
+        return Shape(self.active_rows, self.vocab, self.width, self.dtype.itemsize)
 
     @property
     def needs_grad(self) -> bool:
@@ -181,9 +188,14 @@ class Backend(ABC):
         """Return the reason ``backend="auto"`` passes this backend over although it could run ``problem``, or None."""
         return None
 
-    def predicted_share(self, problem: Problem) -> float | None:
-        """Return the share of the rate of bare 16-bit products that a forward is expected to reach on an H100, counted and not
-        measured; None where there is no such expectation."""
+    def predicted_forward(self, problem: Problem, gpu: Gpu) -> float | None:
+        """Return the seconds that statistics of the active rows are expected to take on ``gpu``, without a cache; None where there
+        is no such expectation."""
+        return None
+
+    def predicted(self, plan: TilePlan, gpu: Gpu) -> Seconds | None:
+        """Return the time that ``plan`` is expected to take on ``gpu``, from counts and its rates; None where there is no such
+        expectation."""
         return None
 
     @abstractmethod

@@ -32,7 +32,7 @@ def why_not_native(problem: Problem, strategy: str | None) -> str | None:
         return f"device: {device} given, accepted are cpu and cuda"
     if device == "cpu" and not isas():
         return "the C++ kernels were not built; `bupo env` says why"
-    if device == "cuda" and compiled.cuda() is None:
+    if device == "cuda" and problem.gpu is None and compiled.cuda() is None:
         return "the CUDA kernels were not built; `bupo env` says why"
     if problem.dtype not in (torch.float32, torch.bfloat16):
         return f"dtype: {problem.dtype} given, accepted are fp32 and bf16"
@@ -65,11 +65,14 @@ class NativeCuda(TileLoop):
 
     strategies = ISAS
     passes = 1.4  # one reads the products; what they are written in is not all hidden behind the product
+    passes_of_gradient = 1.9  # the same, and 16-bit dz is written, half a pass
 
     def why_not(self, problem: Problem, strategy: str | None) -> str | None:
         return why_not_native(problem, strategy)
 
     def why_not_default(self, problem: Problem) -> str | None:
+        if problem.gpu is not None:
+            return None
         return decision.why_not(Variant.of("native", problem.dtype), problem.device)
 
     def one_pass_plan(self, problem: Problem, strategy: str | None) -> TilePlan:

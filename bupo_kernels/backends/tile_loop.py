@@ -15,18 +15,18 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bupo_kernels.backends import machine
 from bupo_kernels.backends.algebra import Coefficients, Statistics, lowest
 from bupo_kernels.backends.base import Backend, Cache, Memory, Operands, Problem, Readout, Tile, TilePlan
 from bupo_kernels.backends.compiled import present
 from bupo_kernels.backends.gradients import PRODUCT_ROWS, MatrixTile, accumulate_
+from bupo_kernels.backends.machine import Gpu, Seconds
 from bupo_kernels.backends.quantised import rows_of
 
 # The largest tiles worth having (rows, columns). On a CPU two fp32 tiles of 512 x 2048 are 8 MiB, which stays in a shared L3 while
 # the statistics sweep over what the GEMM has just written. Elsewhere they are large enough to fill a GPU, small against its memory.
 CPU_TILE = (512, 2048)
 DEVICE_TILE = (4096, 8192)
-# The rates that predictions are made with: bf16 and fp32 products at the clocks that a power limit leaves, and memory; a second.
-H100_FLOPS, H100_FP32_FLOPS, H100_BYTES = 700e12, 51e12, 3e12
 SMALL_TILE = 64  # rows, columns: below this products are slow, so slices are cut so that this many rows fit
 
 
@@ -65,14 +65,31 @@ class RowKernels(Protocol):
 class TileLoop(Backend):
     """A backend that forms tiles by the library's product and leaves their rows to its :class:`RowKernels`."""
 
-    passes: ClassVar[float]  # over a tile of fp32 products that a forward makes on a GPU, beside the products
+    # Passes over a tile of fp32 products that are made on a GPU beside the products: in a forward, and to form dz.
+    passes: ClassVar[float]
+    passes_of_gradient: ClassVar[float]
 
-    def predicted_share(self, problem: Problem) -> float | None:
-        if problem.device.type == "cpu" or problem.dtype.itemsize != 2:
-            return None
-        flops, bytes_moved = 2 * problem.width, 4 * self.passes  # a logit
-        rate = H100_FLOPS if problem.product_dtype == problem.dtype else H100_FP32_FLOPS
-        return (flops / H100_FLOPS) / (flops / rate + bytes_moved / H100_BYTES)
+    def predicted_forward(self, problem: Problem, gpu: Gpu) -> float:
+        return self._of_products(problem, gpu) + machine.moved(gpu, 4 * self.passes * problem.shape.logits)
+
+    def predicted(self, plan: TilePlan, gpu: Gpu) -> Seconds | None:
+        problem, tile = plan.problem, plan.tile
+        forward, backward = self.predicted_forward(problem, gpu), 0.0
+        if problem.needs_grad:
+            backward = machine.moved(gpu, 4 * self.passes_of_gradient * problem.shape.logits)
+            backward += 0.0 if plan.cached_rows else self._of_products(problem, gpu)
+            backward += machine.gradients_of_dz(
+                *(gpu, problem.shape),
+                slices=-(-problem.vocab // tile.columns),
+                blocks=-(-problem.active_rows // tile.rows),
+                hidden=problem.grad_hidden,
+                weight=problem.grad_weight,
+                upcast=problem.product_dtype != problem.dtype,
+            )
+        return Seconds(forward + backward, 0.0) if plan.chunk_rows else Seconds(forward, backward)
+
+    def _of_products(self, problem: Problem, gpu: Gpu) -> float:
+        return machine.product(gpu, problem.shape, upcast=problem.product_dtype != problem.dtype)
 
     @abstractmethod
     def row_kernels(self, plan: TilePlan) -> RowKernels:
