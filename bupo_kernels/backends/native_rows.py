@@ -32,8 +32,8 @@ def why_not_native(problem: Problem, strategy: str | None) -> str | None:
         return f"device: {device} given, accepted are cpu and cuda"
     if device == "cpu" and not isas():
         return "the C++ kernels were not built; `bupo env` says why"
-    if device == "cuda" and problem.gpu is None and compiled.cuda() is None:
-        return "the CUDA kernels were not built; `bupo env` says why"
+    if device == "cuda" and problem.gpu is None and (why := compiled.why_not_cuda()):
+        return why
     if problem.dtype not in (torch.float32, torch.bfloat16):
         return f"dtype: {problem.dtype} given, accepted are fp32 and bf16"
     if problem.width == 0 or problem.vocab >= 2**29:
