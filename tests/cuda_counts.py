@@ -7,7 +7,6 @@ bias, the target elsewhere. Where this machine has no nvcc, or nothing that disa
 from __future__ import annotations
 
 import functools
-import heapq
 import itertools
 import re
 import runpy
@@ -19,6 +18,9 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from bupo_kernels.backends import sass
+from bupo_kernels.backends.sass import Code
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
@@ -42,8 +44,6 @@ BUDGETS: dict[tuple[str, str, str], dict[str, tuple[float, ...]]] = {
 }
 
 ENTRY = re.compile(r"\d+(row_[a-z_]+)_kernelI(f|NS0_4bf16E)(f|NS0_4bf16E|S\d*_)?LNS0_4FormE(\d)E")
-INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)[^;]*;")
-BRANCH = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?U?BRA(\.\S+)?\s.*?`\((\.L_\w+)\)")
 
 
 @dataclass(frozen=True)
@@ -80,23 +80,11 @@ COLUMNS = f"{'target':<8} {'kernel':<17} {'products, readout':<24} {'regs':>5} {
 HEADER = f"{COLUMNS} {'instr./logit':>14}  words of 16 bytes a group"
 
 
-def disassembler() -> str | None:
-    """Return nvdisasm: the toolkit's, or the one that Triton brings."""
-    if found := shutil.which("nvdisasm"):
-        return found
-    try:
-        import triton
-    except ImportError:
-        return None
-    bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    return str(bundled) if bundled.exists() else None
-
-
 def why_not() -> str | None:
     """Return the reason nothing can be counted here, or None."""
     if shutil.which("nvcc") is None:
         return "no nvcc on the path"
-    return None if disassembler() else "no nvdisasm, neither on the path nor with Triton"
+    return None if sass.disassembler() else "no nvdisasm, neither on the path nor with Triton"
 
 
 def count(source: Path, arch: str) -> list[Counted]:
@@ -104,7 +92,7 @@ def count(source: Path, arch: str) -> list[Counted]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "out.cubin")
         log = _run("nvcc", "-std=c++17", "-O3", "-DNDEBUG", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v", "-o", cubin, source)
-        code = _run(disassembler(), "-c", cubin)
+        code = sass.disassemble(cubin)
     resources = {
         name: (int(registers), sum(map(int, frame)))
         for name, *frame, registers in re.findall(
@@ -133,24 +121,11 @@ def _run(*command: object) -> str:
 def _loops(body: str) -> tuple[tuple[float, int, int], ...]:
     """Return the loops that take a group of logits: (instructions for a logit, loads and stores of 16 bytes). A loop that is there
     more than once, as with a bias and without, counts as its shortest."""
-    labels: dict[str, int] = {}
-    code: list[str] = []  # opcodes
-    jumps: dict[int, tuple[bool, str]] = {}  # of an instruction: whether it may go on, and the label, "" for the end
-    for line in body.splitlines():
-        if label := re.match(r"(\.L_\w+):", line):
-            labels[label[1]] = len(code)
-        elif instruction := INSTRUCTION.search(line):
-            if branch := BRANCH.search(line):
-                jumps[len(code)] = bool(branch[1] or branch[2]), branch[3]
-            elif instruction[2] in ("EXIT", "RET"):
-                jumps[len(code)] = bool(instruction[1]), ""
-            code.append(instruction[2])
-    back = [(labels[label], at) for at, (_, label) in jumps.items() if label and labels[label] < at]
-    found: dict[bool, tuple[float, int, int]] = {}  # by whether it writes
-    for head, end in sorted(back):
-        if any(head <= other and at < end for other, at in back if (other, at) != (head, end)):
+    code, found = Code.of(body), dict[bool, tuple[float, int, int]]()  # by whether it writes
+    for first, last in code.loops:
+        if any((first, last) != (head, end) and first <= head and end <= last for head, end in code.loops):
             continue  # not an innermost loop
-        way = [code[i] for i in _shortest(jumps, labels, head, end)]
+        way = [code.opcodes[at] for at in code.shortest([first], {last}, range(first, last + 1))]
         words = {kind: [i for i, opcode in enumerate(way) if re.match(rf"{kind}\.E.*\.128", opcode)] for kind in ("LDG", "STG")}
         loads, stores = len(words["LDG"]), len(words["STG"])
         used = next((i for i, opcode in enumerate(way) if opcode.startswith("MUFU")), len(way))
@@ -158,27 +133,6 @@ def _loops(body: str) -> tuple[tuple[float, int, int], ...]:
         if loads > 1 and words["LDG"][1] < used:  # or else each word is waited for by itself
             found[stores > 0] = min(loop, found.get(stores > 0, loop))
     return tuple(found[writes] for writes in sorted(found))
-
-
-def _shortest(jumps: dict[int, tuple[bool, str]], labels: dict[str, int], head: int, end: int) -> list[int]:
-    """Return the instructions of the shortest way from ``head`` to ``end``, both included; none where there is no way."""
-    queue, before = [(1, head, -1)], {}
-    while queue:
-        length, at, previous = heapq.heappop(queue)
-        if at in before or not head <= at <= end:
-            continue
-        before[at] = previous
-        if at == end:
-            break
-        goes_on, label = jumps.get(at, (True, ""))
-        following = [at + 1] * goes_on + ([labels[label]] if label else [])
-        for to in following:
-            heapq.heappush(queue, (length + 1, to, at))
-    way, at = [], end if end in before else -1
-    while at != -1:
-        way.append(at)
-        at = before[at]
-    return way[::-1]
 
 
 def faults(row: Counted) -> list[str]:
