@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from bupo_kernels.backends.base import Backend, Problem, TilePlan, TooSmall
+from bupo_kernels.backends.base import Backend, Problem, Tile, TilePlan, TooSmall, bytes_of_sums
 from bupo_kernels.backends.cpu_bf16 import CpuBf16
 from bupo_kernels.backends.native_rows import NativeCpu, NativeCuda
 from bupo_kernels.backends.torch_ import Torch
@@ -37,8 +37,21 @@ log = logging.getLogger("bupo_kernels")
 
 
 def default_memory_budget(device: torch.device) -> int:
-    """Return a number of bytes that is small against what the model itself takes there."""
-    return 256 * 2**20 if device.type == "cpu" else 2**30
+    """Return a number of bytes that is small against what the model itself takes there: 256 MiB on a CPU; elsewhere a sixteenth of
+    the device's memory and at least 1 GiB, which it also is for a device that is not there."""
+    return 256 * 2**20 if device.type == "cpu" else max(2**30, device_memory(device) // 16)
+
+
+# torch.compile takes the number, and does not trace how it is found. (torch.compiler.assume_constant_result, which sets this, would
+# import the compiler.)
+default_memory_budget._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of memory that ``device`` has; 0 where it is not there, or does not say."""
+    module = {"cuda": torch.cuda, "xpu": torch.xpu}.get(device.type)
+    return module.get_device_properties(device).total_memory if module is not None and module.is_available() else 0
 
 
 @dataclass(frozen=True)
@@ -86,8 +99,15 @@ class Plan:
         recompute = (rows + vocab) if cached < p.active_rows else 0
         return rows + vocab + cached * e, recompute + cached * e + (p.grad_hidden + p.grad_weight) * (rows + vocab)
 
+    @property
+    def bytes_of_sums(self) -> tuple[int, int]:
+        """The bytes that the sums of dH and dW move on a GPU, where the library adds products in memory."""
+        tile, chunk = self.tile_plan.tile, self.tile_plan.chunk_rows
+        return bytes_of_sums(self.problem, Tile(chunk, self.problem.vocab) if self.tile_plan.in_place else tile, chunk)
+
     def __str__(self) -> str:
         problem, tiles, mib = self.problem, self.tile_plan, 2**20
+        sums = self.bytes_of_sums if problem.device.type != "cpu" else (0, 0)
         memory, moved, rate = tiles.memory, self.bytes_moved, _predicted_rate(self.implementation, problem)
         frozen = [name for name, needed in (("hidden", problem.grad_hidden), ("weight", problem.grad_weight)) if not needed]
         lines = [
@@ -109,6 +129,7 @@ class Plan:
                 if memory.accumulator
                 else ""
             ),
+            *([f"sums      {sums[0] / mib:.2f} MiB moved for dH, {sums[1] / mib:.2f} for dW"] if any(sums) else []),
             f"budget    {problem.memory_budget / mib:.2f} MiB of working memory",
         ]
         return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.why_not.items()])

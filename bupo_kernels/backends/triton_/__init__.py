@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bupo_kernels.backends.algebra import Coefficients, Statistics
 from bupo_kernels.backends.base import Backend, Cache, Operands, Problem, TilePlan
-from bupo_kernels.backends.gradients import MatrixTile
+from bupo_kernels.backends.gradients import MatrixTile, RowsTile, whole_rows
 from bupo_kernels.backends.triton_ import config, tiling
 from bupo_kernels.selfcheck import decision
 from bupo_kernels.selfcheck.decision import Variant
@@ -156,7 +156,7 @@ class Triton(Backend):
         plan: TilePlan,
         cache: Cache,
         cache_rows: Tensor | None,  # [n]
-    ) -> Iterator[MatrixTile]:
+    ) -> Iterator[MatrixTile | RowsTile]:
         from bupo_kernels.backends.triton_.gradient_cached import gradient_cached
         from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute
         from bupo_kernels.backends.triton_.product import Launch, regular
@@ -173,11 +173,6 @@ class Triton(Backend):
             exponent_columns = config.statistics_config(
                 problem.dtype, target, width=width, regular=as_written, softcap=False, cache=True
             ).columns
-        columns_of_dz = min(plan.tile.columns, config.padded(vocab))
-        dz = torch.empty(min(plan.tile.rows, n), columns_of_dz, dtype=self.gradient_dtype(problem), device=rows.device)
-        blocks = [slice(first, min(first + plan.tile.rows, n)) for first in range(0, n, plan.tile.rows)]
-        splits = [min(max(from_cache, block.start), block.stop) for block in blocks]  # before it from E, from it on recomputed
-        launches = [Launch(operands, rows[split : block.stop], target) for block, split in zip(blocks, splits, strict=True)]
         coordinates = operands.coordinates(rows)
 
         def hidden_rows(block: slice) -> Tensor | None:  # [r, D]
@@ -187,6 +182,17 @@ class Triton(Backend):
                 return operands.hidden.view(n, width)[block]
             return operands.hidden[tuple(i[block] for i in coordinates)]
 
+        if plan.in_place:
+            assert cache_rows is not None
+            dz = cache.values[:n].view(self.gradient_dtype(problem))
+            gradient_cached(cache, exponent_columns, cache_rows, coefficients, dz, slice(0, vocab))
+            yield from whole_rows(dz[:, :vocab], operands.weight, hidden_rows(slice(0, n)))
+            return
+        columns_of_dz = min(plan.tile.columns, config.padded(vocab))
+        dz = torch.empty(min(plan.tile.rows, n), columns_of_dz, dtype=self.gradient_dtype(problem), device=rows.device)
+        blocks = [slice(first, min(first + plan.tile.rows, n)) for first in range(0, n, plan.tile.rows)]
+        splits = [min(max(from_cache, block.start), block.stop) for block in blocks]  # before it from E, from it on recomputed
+        launches = [Launch(operands, rows[split : block.stop], target) for block, split in zip(blocks, splits, strict=True)]
         all_hidden = hidden_rows(blocks[0]) if len(blocks) == 1 else None
         for start in range(0, vocab, plan.tile.columns):
             columns = slice(start, min(start + plan.tile.columns, vocab))
