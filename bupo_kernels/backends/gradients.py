@@ -132,11 +132,16 @@ class RowsTile(NamedTuple):
         return self.dz[:, self.columns].sum(0, dtype=dtype)
 
 
-def whole_rows(dz: Tensor, weight: Tensor, hidden: Tensor | None) -> Iterator[RowsTile]:  # [n, V], [V, D], [n, D]
-    """Yield whole rows of dz, as many columns at a time as a product of theirs leaves in fp32."""
+def whole_rows(
+    dz: Tensor,  # [n, V]
+    weight: Tensor,  # [V, D]
+    hidden: Tensor | None,  # [n, D]
+    columns: int,
+) -> Iterator[RowsTile]:
+    """Yield whole rows of dz, so many ``columns`` of dW at a time."""
     vocab, rows = len(weight), slice(0, len(dz))
-    for start in range(0, vocab, PRODUCT_ROWS):
-        yield RowsTile(slice(start, min(start + PRODUCT_ROWS, vocab)), rows, dz, weight, hidden)
+    for start in range(0, vocab, columns):
+        yield RowsTile(slice(start, min(start + columns, vocab)), rows, dz, weight, hidden)
 
 
 def in_place_order(kept: Tensor) -> Tensor:  # [n] bool -> [k] int64

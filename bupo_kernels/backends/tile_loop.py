@@ -93,16 +93,15 @@ class TileLoop(Backend):
         """
         size, item = problem.statistics_dtype.itemsize, problem.product_dtype.itemsize
         in_place = problem.needs_grad and item < size and not problem.quantised
-        kept = row_elements(problem.vocab) if in_place else problem.vocab
-        problem.require_budget(2 * max(memory(problem, Tile(1, 1)).working, size * (2 * kept + problem.width)))
-        inner = self.plan(replace(problem, memory_budget=problem.memory_budget // (4 if in_place else 2)), strategy)
+        kept, share = (row_elements(problem.vocab), 4) if in_place else (problem.vocab, 2)
+        problem.require_budget(share * max(memory(problem, Tile(1, 1)).working, size * (2 * kept + problem.width)))
+        inner = self.plan(replace(problem, memory_budget=problem.memory_budget // share), strategy)
         if not problem.needs_grad:
             return inner._replace(problem=problem, chunk_rows=max(problem.active_rows, 1))
         columns, working = inner.tile.columns, inner.memory.working
         # Each row of the chunk has its logits, their maxima, and the sum of its dH; in place also its h, for dW.
-        per_row = (
-            size * (kept + -(-problem.vocab // columns) + problem.width * problem.grad_hidden) + item * problem.width * in_place
-        )
+        per_row = size * (kept + -(-problem.vocab // columns) + problem.width * problem.grad_hidden)
+        per_row += item * problem.width * in_place
         chunk = max(min((problem.memory_budget - working) // per_row, problem.active_rows), 1)
         in_parts = problem.active_rows > chunk and problem.grad_weight and problem.dtype.itemsize < size
         used = Memory(working + chunk * per_row, 0, problem.vocab * problem.width * size if in_parts else 0)
@@ -163,7 +162,7 @@ class TileLoop(Backend):
         whole = cache.values.view(of_dz).view(len(cache.offsets), -1)[: len(rows), : plan.problem.vocab]
         for block in blocks:
             kernels.gradient(block._replace(scratch=whole[block.rows, block.columns]), coefficients.rows(block.rows))
-        yield from whole_rows(whole, operands.weight, operands.hidden[operands.coordinates(rows)])
+        yield from whole_rows(whole, operands.weight, operands.hidden[operands.coordinates(rows)], plan.tile.columns)
 
 
 def _blocks(operands: Operands, rows: Tensor, plan: TilePlan, of_scratch: torch.dtype) -> Iterator[Block]:

@@ -166,9 +166,7 @@ class Triton(Backend):
         if n == 0:
             return
         target = target_of(rows.device)
-        from_cache = 0
         if cache_rows is not None:
-            from_cache = int((cache_rows < len(cache.values)).sum())
             as_written = regular(operands.hidden, operands.weight)
             exponent_columns = config.statistics_config(
                 problem.dtype, target, width=width, regular=as_written, softcap=False, cache=True
@@ -186,8 +184,9 @@ class Triton(Backend):
             assert cache_rows is not None
             dz = cache.values[:n].view(self.gradient_dtype(problem))
             gradient_cached(cache, exponent_columns, cache_rows, coefficients, dz, slice(0, vocab))
-            yield from whole_rows(dz[:, :vocab], operands.weight, hidden_rows(slice(0, n)))
+            yield from whole_rows(dz[:, :vocab], operands.weight, hidden_rows(slice(0, n)), plan.tile.columns)
             return
+        from_cache = 0 if cache_rows is None else int((cache_rows < len(cache.values)).sum())
         columns_of_dz = min(plan.tile.columns, config.padded(vocab))
         dz = torch.empty(min(plan.tile.rows, n), columns_of_dz, dtype=self.gradient_dtype(problem), device=rows.device)
         blocks = [slice(first, min(first + plan.tile.rows, n)) for first in range(0, n, plan.tile.rows)]

@@ -69,7 +69,7 @@ def gradient_cached(
     dz: Tensor,  # [n or more, whole blocks of columns], overwritten
     columns: slice,  # of the vocabulary, from a multiple of COLUMN_UNIT on
 ) -> None:
-    """Write the gradients of the logits of some rows and columns into ``dz``, which may be the memory of E where ``cache_rows`` have
+    """Write the gradients of the logits of some rows and columns into ``dz``. It may be the memory of E where ``cache_rows`` have
     ``gradients.in_place_order``."""
     e, exponents = cache
     n, rows = len(cache_rows), min(32, 4096 // exponent_columns)

@@ -3,8 +3,8 @@
 * *recompute*, 8 N·V·D FLOP with the forward: dz of a vocabulary slice is formed again, ``dW[slice]`` is finished in one product
   over all rows where there is room for them, dH is summed over the slices in fp32.
 * *cached*, 6 N·V·D: the forward keeps E for as many rows as half of the budget holds; the other rows are recomputed.
-* *one pass*, 6 N·V·D, of a loss: dz of a chunk of rows is written over its E, and dH is one product over the whole vocabulary. dW is
-  summed over the chunks in fp32.
+* *one pass*, 6 N·V·D, of a loss: dz of a chunk of rows is written over its E, and dH is one product over the whole vocabulary; dW
+  is summed over the chunks in fp32.
 """
 
 from __future__ import annotations
@@ -67,12 +67,21 @@ def one_pass_plan(problem: Problem, strategy: str | None, target: Target) -> Til
     """Plan chunks of as many rows as the budget allows, with their E; where E cannot be had, all rows at once and recomputed."""
     if not problem.needs_grad or strategy == "recompute" or config.why_not_cached(problem.dtype, problem.softcap):
         return tile_plan(problem, "recompute", target)._replace(chunk_rows=max(problem.active_rows, 1))
-    problem.require_budget(one_pass_memory(problem, 1))
-    rows = _most(lambda rows: one_pass_memory(problem, rows) <= problem.memory_budget, max(problem.active_rows, 1))
-    several = problem.active_rows > rows
-    used = Memory(one_pass_memory(problem, rows), 0, problem.vocab * problem.width * 4 if several and problem.grad_weight else 0)
-    tile, kernels = Tile(rows, problem.vocab), _kernels(problem, target, cached=rows)
-    return TilePlan(problem, "one pass", tile, used, problem.active_rows, kernels, chunk_rows=rows, in_place=True)
+    # A product of dW leaves so many columns in fp32, in no more than an eighth of the budget.
+    columns = min(config.padded(problem.vocab), PRODUCT_ROWS)
+    while columns > config.COLUMN_UNIT and 8 * 4 * columns * problem.width > problem.memory_budget:
+        columns = _half(columns)
+
+    def spent(rows: int) -> int:
+        used = memory(replace(problem, rows=rows, active_rows=rows), Tile(rows, columns), cached=rows, in_place=True)
+        return used.working + used.accumulator
+
+    problem.require_budget(spent(1))
+    rows = _even(problem.active_rows, lambda rows: spent(rows) <= problem.memory_budget)
+    in_parts = problem.active_rows > rows and problem.grad_weight
+    used = Memory(spent(rows), 0, problem.vocab * problem.width * 4 if in_parts else 0)
+    kernels = _kernels(problem, target, cached=rows)
+    return TilePlan(problem, "one pass", Tile(rows, columns), used, problem.active_rows, kernels, chunk_rows=rows, in_place=True)
 
 
 SMALLEST = Tile(1, config.COLUMN_UNIT)
@@ -82,7 +91,7 @@ MANY_ROWS = 2**17  # more than calls have: slices that are best for these are wh
 def largest_tile(problem: Problem, strategy: str | None) -> Tile:
     """Return the tile of the backward: slices as :func:`slice_columns` has them, of all rows or, where the budget does not hold
     them, of blocks of one height. Where it only just holds what all rows have beside tiles, slices are narrowed in the end."""
-    cached, rows = cached_rows(problem, strategy), max(problem.planned_rows, 1)
+    cached = cached_rows(problem, strategy)
     columns = slice_columns(replace(problem, rows=0, active_rows=0), strategy)
 
     def fits(rows: int) -> bool:
@@ -90,8 +99,7 @@ def largest_tile(problem: Problem, strategy: str | None) -> Tile:
 
     while columns > config.COLUMN_UNIT and not fits(1):
         columns = _half(columns)
-    blocks = -(-rows // _most(fits, rows))
-    return Tile(-(-rows // blocks), columns)
+    return Tile(_even(problem.planned_rows, fits), columns)
 
 
 @functools.lru_cache(256)  # every call of an op asks
@@ -119,6 +127,12 @@ def _half(columns: int) -> int:
     return max(columns // 2 // config.COLUMN_UNIT, 1) * config.COLUMN_UNIT
 
 
+def _even(rows: int, fits: Callable[[int], bool]) -> int:
+    """Return the rows of a block, where there are as few blocks as are of rows that ``fit``, and all of one height."""
+    blocks = -(-rows // _most(fits, rows))
+    return -(-rows // max(blocks, 1)) or 1
+
+
 def _most(fits: Callable[[int], bool], most: int) -> int:
     """Return the largest number from 1 to ``most`` that ``fits``, of which smaller ones do too; 1 where none does."""
     least = 1
@@ -126,13 +140,6 @@ def _most(fits: Callable[[int], bool], most: int) -> int:
         middle = (least + most + 1) // 2
         least, most = (middle, most) if fits(middle) else (least, middle - 1)
     return least
-
-
-def one_pass_memory(problem: Problem, rows: int) -> int:
-    """Return what a chunk of ``rows`` allocates, with its sum of dH."""
-    chunk, columns = replace(problem, rows=rows, active_rows=rows), min(PRODUCT_ROWS, problem.vocab)
-    used = memory(chunk, Tile(rows, columns), cached=rows, in_place=True)
-    return used.working + used.accumulator
 
 
 def _kernels(problem: Problem, target: Target, cached: int) -> tuple[str, ...]:
