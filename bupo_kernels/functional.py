@@ -88,8 +88,8 @@ def linear_logprobs(
             ``"triton:recompute"``, ``"triton:cached"``, or an instruction set, as in ``"native:avx2"``; :func:`explain` says which
             would run, and why not the others.
         memory_budget: upper bound in bytes on working memory, what is kept for the backward included; 256 MiB by default on
-            the CPU, 1 GiB elsewhere. Outputs and gradients come on top, and for 16-bit inputs one fp32 sum of dH;
-            :func:`explain` states each.
+            the CPU, elsewhere a sixteenth of the device's memory and at least 1 GiB. Outputs and gradients come on top, and for
+            16-bit inputs one fp32 sum of dH; :func:`explain` states each.
 
     Returns:
         :class:`LinearLogprobs`. All three are differentiable, alone or together, with respect to ``hidden``, ``weight`` and

@@ -85,7 +85,7 @@ def one_pass_plan(problem: Problem, strategy: str | None, target: Target) -> Til
 
 
 SMALLEST = Tile(1, config.COLUMN_UNIT)
-MANY_ROWS = 2**17  # more than calls have: slices that are best for these are what calls of any number of rows have
+MANY_ROWS = 2**15  # slices that are best for these are what a call of any number of rows has
 
 
 def largest_tile(problem: Problem, strategy: str | None) -> Tile:
@@ -104,23 +104,24 @@ def largest_tile(problem: Problem, strategy: str | None) -> Tile:
 
 @functools.lru_cache(256)  # every call of an op asks
 def slice_columns(problem: Problem, strategy: str | None) -> int:
-    """Return the columns of a slice with which the sums of dH and dW move the fewest bytes, in a call of many rows.
+    """Return the columns of a slice with which the sums of dH and dW move the fewest bytes in a call of many rows.
 
     A slice is a pass over the sum of dH, and each of its blocks of rows one over its part of dW: wide slices leave room for few
-    rows. It does not depend on the number of rows, which are 0 in ``problem``; nor does then the order in which dH is summed.
+    rows. The rows of the call, which are 0 in ``problem``, have no say, so that each row's dH is summed in the same order with any
+    others.
     """
-    cached = cached_rows(replace(problem, rows=MANY_ROWS), strategy)
+    # What many rows have beside tiles is to leave most of a small budget.
+    beside = memory(replace(problem, rows=1, active_rows=1), Tile(0, 0), 0).backward
+    count = min(MANY_ROWS, max(problem.memory_budget // (4 * beside), 1)) if beside else 1
+    many = replace(problem, rows=count, active_rows=count)
+    cached = cached_rows(many, strategy)
 
     def moved(columns: int) -> int:
-        rows = _most(lambda rows: memory(problem, Tile(rows, columns), cached).backward <= problem.memory_budget, MANY_ROWS)
-        return sum(bytes_of_sums(replace(problem, active_rows=MANY_ROWS), Tile(rows, columns)))
+        rows = _most(lambda rows: memory(many, Tile(rows, columns), cached).backward <= many.memory_budget, count)
+        return sum(bytes_of_sums(many, Tile(rows, columns)))
 
-    columns = min(config.padded(problem.vocab), config.MOST_COLUMNS)
-    widths = [columns]
-    while columns > config.COLUMN_UNIT:
-        columns = _half(columns)
-        widths.append(columns)
-    return min(widths, key=moved)
+    slices = range(-(-problem.vocab // config.MOST_COLUMNS), config.padded(problem.vocab) // config.COLUMN_UNIT + 1)
+    return min((config.padded(-(-problem.vocab // count)) for count in slices), key=moved)
 
 
 def _half(columns: int) -> int:
