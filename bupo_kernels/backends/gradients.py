@@ -145,8 +145,8 @@ def whole_rows(
 
 
 def in_place_order(kept: Tensor) -> Tensor:  # [n] bool -> [k] int64
-    """Return the rows that are ``kept``, so that each of the first k is itself or one past them, and there in place of one that is
-    not kept: dz of the i-th may be written where row i was, whatever the order."""
+    """Return the k rows that are ``kept``, in an order in which the i-th is row i or, where that one is not kept, a row past the
+    first k. So nobody reads row i but the i-th, whose dz may take its place while others are yet to be read."""
     rows = kept.nonzero().squeeze(1)
     order = torch.arange(len(rows), device=kept.device)
     order[~kept[: len(rows)]] = rows[rows >= len(rows)]
@@ -270,7 +270,7 @@ class _SliceSums:
 def _move_rows(source: Tensor, target: Tensor, position: Tensor, step: int) -> None:  # [n, D], [N, D], [n]
     """Set ``target[position] = source``, rounded to the dtype of ``target``, with no more than ``step`` rows of memory.
 
-    ``source`` may be the first rows of ``target``: positions ascend, so a row only moves towards the end, and going from the
+    ``source`` may be the first rows of ``target``: positions then ascend, so a row only moves towards the end, and going from the
     last block to the first none is overwritten before it has moved.
     """
     shared = source.dtype == target.dtype

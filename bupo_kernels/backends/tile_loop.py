@@ -22,7 +22,8 @@ from bupo_kernels.backends.gradients import PRODUCT_ROWS, MatrixTile, RowsTile, 
 from bupo_kernels.backends.quantised import rows_of
 
 # The largest tiles worth having (rows, columns). On a CPU two fp32 tiles of 512 x 2048 are 8 MiB, which stays in a shared L3 while
-# the statistics sweep over what the GEMM has just written. Elsewhere they are large enough to fill a GPU, small against its memory.
+# the statistics sweep over what the GEMM has just written. Elsewhere they are large enough to fill a GPU, small against its memory,
+# and high, since each block of rows is a pass over the sum of dW.
 CPU_TILE = (512, 2048)
 DEVICE_TILE = (16384, 8192)
 # The rates that predictions are made with: bf16 and fp32 products at the clocks that a power limit leaves, and memory; a second.
@@ -108,7 +109,7 @@ class TileLoop(Backend):
         tile = Tile(min(inner.tile.rows, chunk), columns)
         return inner._replace(
             problem=problem,
-            strategy="one pass",
+            strategy="one pass, dz over logits" if in_place else "one pass",
             tile=tile,
             memory=used,
             cached_rows=problem.active_rows,
@@ -158,11 +159,12 @@ class TileLoop(Backend):
                 dz = kernels.gradient(block, coefficients.rows(block.rows))
                 yield MatrixTile(block.columns, block.rows, dz, block.weight, block.hidden)
             return
-        # dz of a slice takes half of the memory of its logits or less, which are read by then, or of those before them.
+        # In its row dz of a slice lies where logits of it, or of slices before it, were: all read by then.
         whole = cache.values.view(of_dz).view(len(cache.offsets), -1)[: len(rows), : plan.problem.vocab]
         for block in blocks:
             kernels.gradient(block._replace(scratch=whole[block.rows, block.columns]), coefficients.rows(block.rows))
-        yield from whole_rows(whole, operands.weight, operands.hidden[operands.coordinates(rows)], plan.tile.columns)
+        hidden = operands.hidden[operands.coordinates(rows)] if plan.problem.grad_weight else None
+        yield from whole_rows(whole, operands.weight, hidden, plan.tile.columns)
 
 
 def _blocks(operands: Operands, rows: Tensor, plan: TilePlan, of_scratch: torch.dtype) -> Iterator[Block]:

@@ -81,7 +81,8 @@ def one_pass_plan(problem: Problem, strategy: str | None, target: Target) -> Til
     in_parts = problem.active_rows > rows and problem.grad_weight
     used = Memory(spent(rows), 0, problem.vocab * problem.width * 4 if in_parts else 0)
     kernels = _kernels(problem, target, cached=rows)
-    return TilePlan(problem, "one pass", Tile(rows, columns), used, problem.active_rows, kernels, chunk_rows=rows, in_place=True)
+    name, tile = "one pass, dz over E", Tile(rows, columns)
+    return TilePlan(problem, name, tile, used, problem.active_rows, kernels, chunk_rows=rows, in_place=True)
 
 
 SMALLEST = Tile(1, config.COLUMN_UNIT)
