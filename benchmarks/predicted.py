@@ -49,7 +49,7 @@ def problem(gpu: Gpu, width: int, *, gradients: bool) -> Problem:
         grad_weight=gradients,
         grad_bias=False,
         softcap=False,
-        memory_budget=default_memory_budget(device),
+        memory_budget=default_memory_budget(device, gpu),
         gpu=gpu,
     )
 

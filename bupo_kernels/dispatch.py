@@ -41,9 +41,25 @@ SHARE_ROWS = 32768  # of the call for which a predicted share is stated
 log = logging.getLogger("bupo_kernels")
 
 
-def default_memory_budget(device: torch.device) -> int:
-    """Return a number of bytes that is small against what the model itself takes there."""
-    return 256 * 2**20 if device.type == "cpu" else 2**30
+def default_memory_budget(device: torch.device, gpu: Gpu | None = None) -> int:
+    """Return a number of bytes that is small against what the model itself takes there: 256 MiB on a CPU; elsewhere a sixteenth of
+    the memory of the device, or of the ``gpu`` that is planned for, and at least 1 GiB, which it also is for a device that is not
+    there."""
+    if device.type == "cpu":
+        return 256 * 2**20
+    return max(2**30, (device_memory(device) if gpu is None else gpu.memory) // 16)
+
+
+# torch.compile takes the number, and does not trace how it is found. (torch.compiler.assume_constant_result, which sets this, would
+# import the compiler.)
+default_memory_budget._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of memory that ``device`` has; 0 where it is not there, or does not say."""
+    module = {"cuda": torch.cuda, "xpu": torch.xpu}.get(device.type)
+    return module.get_device_properties(device).total_memory if module is not None and module.is_available() else 0
 
 
 class Prediction(NamedTuple):
@@ -118,6 +134,7 @@ class Plan:
 
     def __str__(self) -> str:
         problem, tiles, mib = self.problem, self.tile_plan, 2**20
+        sums = tiles.bytes_of_sums if problem.device.type != "cpu" else (0, 0)
         memory, moved = tiles.memory, self.bytes_moved
         frozen = [name for name, needed in (("hidden", problem.grad_hidden), ("weight", problem.grad_weight)) if not needed]
         lines = [
@@ -139,6 +156,7 @@ class Plan:
                 if memory.accumulator
                 else ""
             ),
+            *([f"sums      {sums[0] / mib:.2f} MiB moved for dH, {sums[1] / mib:.2f} for dW"] if any(sums) else []),
             f"budget    {problem.memory_budget / mib:.2f} MiB of working memory",
         ]
         return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.why_not.items()])

@@ -89,8 +89,8 @@ def linear_logprobs(
             ``"triton:recompute"``, ``"triton:cached"``, or an instruction set, as in ``"native:avx2"``; :func:`explain` says which
             would run, and why not the others.
         memory_budget: upper bound in bytes on working memory, what is kept for the backward included; 256 MiB by default on
-            the CPU, 1 GiB elsewhere. Outputs and gradients come on top, and for 16-bit inputs one fp32 sum of dH;
-            :func:`explain` states each.
+            the CPU, elsewhere a sixteenth of the device's memory and at least 1 GiB. Outputs and gradients come on top, and for
+            16-bit inputs one fp32 sum of dH; :func:`explain` states each.
 
     Returns:
         :class:`LinearLogprobs`. All three are differentiable, alone or together, with respect to ``hidden``, ``weight`` and
@@ -273,6 +273,6 @@ def explain(
         targets = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
     gpu = None if device is None else machine.named(device)
     if gpu is not None and options.get("memory_budget") is None:
-        options["memory_budget"] = default_memory_budget(torch.device("cuda"))
+        options["memory_budget"] = default_memory_budget(torch.device("cuda"), gpu)
     request = Request.of(hidden, weight, targets, **options)
     return request.plan(objective is not None and not objective.needs_sequence, gpu)

@@ -88,10 +88,14 @@ def test_a_cpu_has_no_predicted_times():
 
 
 def test_a_frozen_operand_saves_its_product(bare):
-    both, weight_frozen = (explain(*operands(gradients=(True, needed)), device="H100").prediction for needed in (True, False))
+    both, frozen = (
+        explain(*operands(gradients=(True, needed)), device="H100", backend="triton:recompute", memory_budget=2**34)
+        for needed in (True, False)
+    )
     one = machine.product(machine.named("H100"), SIZE)
-    assert both.floor.total - weight_frozen.floor.total == pytest.approx(one)
-    assert both.ours.total - weight_frozen.ours.total == pytest.approx(one)
+    sums = machine.moved(machine.named("H100"), sum(both.tile_plan.bytes_of_sums) - sum(frozen.tile_plan.bytes_of_sums))
+    assert both.prediction.floor.total - frozen.prediction.floor.total == pytest.approx(one)
+    assert both.prediction.ours.total - frozen.prediction.ours.total == pytest.approx(one + sums)
 
 
 def test_e_in_memory_saves_the_product_of_the_backward(bare):
@@ -135,14 +139,19 @@ def test_small_tiles_are_bound_by_their_operands():
     assert bound > 1.5 * machine.product(gpu, SIZE)
 
 
-def test_sums_in_parts_cost_their_passes():
-    gpu = machine.named("A100")
-    one, parts = (
-        machine.gradients_of_dz(gpu, SIZE, slices=slices, blocks=blocks, hidden=True, weight=True)
-        for slices, blocks in ((1, 1), (3, 2))
-    )
-    assert one == pytest.approx(2 * machine.product(gpu, SIZE))
-    assert parts - one == pytest.approx(machine.moved(gpu, 16 * SIZE.width * (2 * SIZE.rows + SIZE.vocab)))
+def test_a_smaller_budget_costs_passes_over_the_sums(bare):
+    options = {"device": "A100", "backend": "triton:recompute"}
+    small, large = (explain(*operands(), **options, memory_budget=budget) for budget in (2**28, 2**34))
+    more = sum(small.tile_plan.bytes_of_sums) - sum(large.tile_plan.bytes_of_sums)
+    assert more > 0
+    difference = small.prediction.ours.total - large.prediction.ours.total
+    assert difference == pytest.approx(machine.moved(machine.named("A100"), more))
+
+
+def test_the_default_budget_is_that_of_the_gpu_planned_for(bare):
+    budgets = {name: explain(*operands(), device=name).problem.memory_budget for name in NAMES}
+    assert budgets == {gpu.name: max(gpu.memory // 16, 2**30) for gpu in GPUS}
+    assert explain(*operands(), device="H100", memory_budget=2**31).problem.memory_budget == 2**31
 
 
 def properties_of(gpu, processors=None):
@@ -189,8 +198,7 @@ def test_what_bupo_tune_has_measured_replaces_the_prediction(there, monkeypatch)
     assert [time.forward for time in times[1:]] == pytest.approx([measured, measured])
     assert times[1].backward == times[0].backward
     # The product of dz itself; those with it are predicted still, with what it takes to sum dH.
-    slices = -(-SIZE.vocab // plan.tile_plan.tile.columns)
-    of_dz = machine.gradients_of_dz(there, SIZE, slices=slices, blocks=1, hidden=True, weight=True)
+    of_dz = machine.gradients_of_dz(there, SIZE, 2, sum(plan.tile_plan.bytes_of_sums))
     assert times[2].backward == pytest.approx(measured + of_dz)
 
 

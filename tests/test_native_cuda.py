@@ -19,6 +19,7 @@ from problems import (
     leaves,
     random_case,
 )
+from test_one_pass import DROPPED, clipped_loss
 
 from bupo_kernels import PolicyObjective, dispatch, explain, linear_logprobs, linear_policy_loss
 from bupo_kernels.backends import compiled
@@ -108,6 +109,15 @@ def test_rows_that_a_clip_decides_leave_before_the_gradient_products(on_gpu):
     loss, _ = linear_policy_loss(case.hidden, case.weight, case.targets, torch.ones(12), old_logprobs=far, backend="native")
     (d_hidden,) = gradients(loss, case.hidden)
     assert d_hidden.abs().sum(1).nonzero().flatten().tolist() == [3]
+
+
+@DTYPES
+@pytest.mark.parametrize("dropped", DROPPED)
+def test_the_rows_that_stay_have_their_gradients(on_gpu, dtype, dropped):
+    case = random_case(70, 300, 16, dtype=dtype)
+    leave = torch.zeros(70, dtype=torch.bool).index_fill(0, torch.arange(70)[DROPPED[dropped]], True)
+    loss, upstream = clipped_loss(case, leave, "native")
+    assert_stored_gradients(torch.autograd.grad(loss, leaves(case)), case, [upstream, None, None], "native")
 
 
 def test_without_gradients_no_dz_is_written(on_gpu):

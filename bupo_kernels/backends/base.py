@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bupo_kernels.backends.algebra import Coefficients, Statistics, of_active_rows, of_all_rows
-from bupo_kernels.backends.gradients import GradientTile, product_dtype
+from bupo_kernels.backends.gradients import GradientTile, bytes_of_sum, product_dtype
 from bupo_kernels.backends.machine import Gpu, Seconds, Shape
 
 
@@ -112,6 +112,17 @@ class Tile(NamedTuple):
     columns: int
 
 
+def bytes_of_sums(problem: Problem, tile: Tile, chunk_rows: int = 0) -> tuple[int, int]:
+    """Return the bytes that the sums of dH and of dW move where products come in such tiles, and of so many rows at a time: a slice
+    is a pass over the sum of dH, and a block of rows one over that of dW."""
+    rows, dtype = problem.active_rows, problem.product_dtype
+    chunk = min(chunk_rows or rows, rows) or 1
+    slices = -(-problem.vocab // tile.columns)
+    blocks = rows // chunk * -(-chunk // tile.rows) + -(-(rows % chunk) // tile.rows)
+    of_hidden = bytes_of_sum(rows * problem.width, slices, dtype) * problem.grad_hidden
+    return of_hidden, bytes_of_sum(problem.vocab * problem.width, blocks, dtype) * problem.grad_weight
+
+
 class Memory(NamedTuple):
     """The bytes a call needs beyond its inputs, its outputs and their gradients."""
 
@@ -136,6 +147,13 @@ class TilePlan(NamedTuple):
     chunk_rows: int = 0  # of a one-pass loss: rows whose logits, or E, are at hand together
     isa: str = ""  # instruction set of the native CPU kernels
     fused_rows: bool = False  # of a one-pass loss: whether one kernel takes whole rows from products to loss and dz
+    in_place: bool = False  # of a one-pass loss: whether dz of a chunk is written over its cache, so that dH is one product
+
+    @property
+    def bytes_of_sums(self) -> tuple[int, int]:
+        """The bytes that the sums of dH and dW move on a GPU, where the library adds products in memory."""
+        tile = Tile(self.chunk_rows, self.problem.vocab) if self.in_place else self.tile
+        return bytes_of_sums(self.problem, tile, self.chunk_rows)
 
 
 class Cache(NamedTuple):
@@ -143,8 +161,8 @@ class Cache(NamedTuple):
     nothing.
 
     ``triton`` leaves ``E = 2^(z·log2 e − k)`` in bf16, [rows, columns], and its integer exponents k in int32, one per row and
-    column block. The tile loop leaves logits less the maximum of their row in their slice, slice after slice [rows · V], and these
-    maxima [rows, slices], in the dtype of the statistics.
+    column block. The tile loop leaves logits less the maximum of their row in their slice, slice after slice [rows · V] (row after
+    row where dz is written over them), and these maxima [rows, slices], in the dtype of the statistics.
     """
 
     values: Tensor
@@ -174,7 +192,8 @@ class Backend(ABC):
     """An implementation of the ops, importable everywhere. ``dispatch.py`` asks whether it can run a problem, and with what plan;
     ``engine.py`` then has it stream statistics and tiles of dz. Its methods hold no state: plans and caches are the caller's.
 
-    ``rows`` [n] number the leading dimensions of ``operands.hidden`` through, in ascending order.
+    ``rows`` [n] number the leading dimensions of ``operands.hidden`` through, in ascending order but for a plan that is
+    ``in_place``, where they have ``gradients.in_place_order``.
     """
 
     strategies: ClassVar[tuple[str, ...]]  # accepted in backend="name:strategy"
@@ -262,7 +281,7 @@ class Backend(ABC):
         cache: Cache,
         cache_rows: Tensor | None,  # [n]: where each row would be in the cache; None where that is empty
     ) -> Iterator[GradientTile]:
-        """Yield dz of ``rows``, tile by tile; each is overwritten by the next. The cache may be overwritten."""
+        """Yield dz of ``rows``, tile by tile; each is overwritten by the next. In a one-pass loss the cache may be, too."""
 
     def policy_rows(
         self,

@@ -179,12 +179,6 @@ def fused_product(
     return -(-shape.rows // rows) * -(-shape.vocab // columns) * of_tile / gpu.processors
 
 
-def gradients_of_dz(gpu: Gpu, shape: Shape, *, slices: int, blocks: int, hidden: bool, weight: bool, upcast: bool = False) -> float:
-    """Return the seconds of dH and dW from tiles of dz, ``slices`` of the vocabulary by ``blocks`` of rows.
-
-    dH is summed over the slices and dW over the blocks. A 16-bit product is written in fp32, read, and added to a sum that is read
-    and written; of fp32 the library adds to the sum itself.
-    """
-    each = 16 if shape.item < 4 and not upcast else 8
-    sums = hidden * (slices - 1) * shape.rows + weight * (blocks - 1) * shape.vocab
-    return (hidden + weight) * product(gpu, shape, upcast=upcast) + moved(gpu, each * sums * shape.width)
+def gradients_of_dz(gpu: Gpu, shape: Shape, products: int, bytes_of_sums: int, *, upcast: bool = False) -> float:
+    """Return the seconds of so many ``products`` of dz (dH, dW), and of what their sums move where they come in parts."""
+    return products * product(gpu, shape, upcast=upcast) + moved(gpu, bytes_of_sums)

@@ -21,7 +21,7 @@ from torch import Tensor
 from bupo_kernels.backends import machine
 from bupo_kernels.backends.algebra import Coefficients, Statistics
 from bupo_kernels.backends.base import Backend, Cache, Operands, Problem, TilePlan
-from bupo_kernels.backends.gradients import MatrixTile
+from bupo_kernels.backends.gradients import MatrixTile, RowsTile, whole_rows
 from bupo_kernels.backends.machine import Gpu, Seconds
 from bupo_kernels.backends.triton_ import config, counts, tiling
 from bupo_kernels.selfcheck import decision
@@ -120,7 +120,7 @@ class Triton(Backend):
         return self._kernel_seconds(config.STATISTICS, problem, gpu, stored=0)[0]
 
     def predicted(self, plan: TilePlan, gpu: Gpu) -> Seconds | None:
-        problem, tile = plan.problem, plan.tile
+        problem = plan.problem
         if problem.dtype.itemsize != 2 or problem.softcap:
             return None
         cached = min(plan.cached_rows, problem.active_rows)
@@ -132,13 +132,7 @@ class Triton(Backend):
             backward, too = self._kernel_seconds(config.GRADIENT, again, gpu, stored=again.active_rows)
             measured = measured or (too and again.active_rows > 0)
             backward += machine.moved(gpu, (2 + 2) * of_cache.logits)  # E is read, and dz written
-            backward += machine.gradients_of_dz(
-                *(gpu, shape),
-                slices=-(-problem.vocab // tile.columns),
-                blocks=-(-problem.active_rows // tile.rows),
-                hidden=problem.grad_hidden,
-                weight=problem.grad_weight,
-            )
+            backward += machine.gradients_of_dz(gpu, shape, problem.grad_hidden + problem.grad_weight, sum(plan.bytes_of_sums))
         return Seconds(forward + backward, 0.0, measured) if plan.chunk_rows else Seconds(forward, backward, measured)
 
     def _kernel_seconds(self, kernel: str, problem: Problem, gpu: Gpu, stored: int) -> tuple[float, bool]:
@@ -210,7 +204,7 @@ class Triton(Backend):
         plan: TilePlan,
         cache: Cache,
         cache_rows: Tensor | None,  # [n]
-    ) -> Iterator[MatrixTile]:
+    ) -> Iterator[MatrixTile | RowsTile]:
         from bupo_kernels.backends.triton_.gradient_cached import gradient_cached
         from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute
         from bupo_kernels.backends.triton_.product import Launch, regular
@@ -220,18 +214,11 @@ class Triton(Backend):
         if n == 0:
             return
         target = target_of(rows.device)
-        from_cache = 0
         if cache_rows is not None:
-            from_cache = int((cache_rows < len(cache.values)).sum())
             as_written = regular(operands.hidden, operands.weight)
             exponent_columns = config.statistics_config(
                 problem.dtype, target, width=width, regular=as_written, softcap=False, cache=True
             ).columns
-        columns_of_dz = min(plan.tile.columns, config.padded(vocab))
-        dz = torch.empty(min(plan.tile.rows, n), columns_of_dz, dtype=self.gradient_dtype(problem), device=rows.device)
-        blocks = [slice(first, min(first + plan.tile.rows, n)) for first in range(0, n, plan.tile.rows)]
-        splits = [min(max(from_cache, block.start), block.stop) for block in blocks]  # before it from E, from it on recomputed
-        launches = [Launch(operands, rows[split : block.stop], target) for block, split in zip(blocks, splits, strict=True)]
         coordinates = operands.coordinates(rows)
 
         def hidden_rows(block: slice) -> Tensor | None:  # [r, D]
@@ -241,6 +228,18 @@ class Triton(Backend):
                 return operands.hidden.view(n, width)[block]
             return operands.hidden[tuple(i[block] for i in coordinates)]
 
+        if plan.in_place:
+            assert cache_rows is not None
+            dz = cache.values[:n].view(self.gradient_dtype(problem))
+            gradient_cached(cache, exponent_columns, cache_rows, coefficients, dz, slice(0, vocab))
+            yield from whole_rows(dz[:, :vocab], operands.weight, hidden_rows(slice(0, n)), plan.tile.columns)
+            return
+        from_cache = 0 if cache_rows is None else int((cache_rows < len(cache.values)).sum())
+        columns_of_dz = min(plan.tile.columns, config.padded(vocab))
+        dz = torch.empty(min(plan.tile.rows, n), columns_of_dz, dtype=self.gradient_dtype(problem), device=rows.device)
+        blocks = [slice(first, min(first + plan.tile.rows, n)) for first in range(0, n, plan.tile.rows)]
+        splits = [min(max(from_cache, block.start), block.stop) for block in blocks]  # before it from E, from it on recomputed
+        launches = [Launch(operands, rows[split : block.stop], target) for block, split in zip(blocks, splits, strict=True)]
         all_hidden = hidden_rows(blocks[0]) if len(blocks) == 1 else None
         for start in range(0, vocab, plan.tile.columns):
             columns = slice(start, min(start + plan.tile.columns, vocab))

@@ -1,6 +1,5 @@
 """Instructions that a thread runs between two tiles' products, counted in the machine code of the default tiles for regular 16-bit
-operands with Triton 3.6; what ``machine.py`` predicts with. ``make kernels`` counts them again (:mod:`bupo_kernels.backends.sass`), and
-accepts no other numbers."""
+operands with Triton 3.6; what ``machine.py`` predicts with. ``make kernels`` counts them again, and accepts no other numbers."""
 
 from __future__ import annotations
 
