@@ -57,7 +57,7 @@ def test_no_configuration_spills_or_waits_or_asks_for_more_shared_memory_than_th
 @pytest.mark.parametrize("target", TARGETS)
 def test_products_run_on_the_tensor_cores_in_steps_that_do_not_depend_on_the_tile(compiled, target):
     products = [kernel for kernel in compiled if kernel["target"] == target and kernel["kernel"] in PRODUCTS]
-    assert len(products) >= 10
+    assert len(products) >= 5 * (1 if target in ahead.TWINS else 3) - 1
     assert [kernel for kernel in products if not kernel["instruction"].startswith(TARGETS[target][0])] == []
     for dtype in ("bfloat16", "float16", "float32"):
         steps = {
@@ -114,7 +114,7 @@ def test_a_regression_of_five_percent_exceeds_the_budget(monkeypatch):
     monkeypatch.setattr(ahead.triton, "__version__", "3.6.0")
     for name, measured in ahead.BUDGETS.items():
         kernel, dtype, *kind = name.split(", ", 2)
-        case = {"fp32": "float32", "16 bit": "float16"}[dtype] + "".join(f", {part}" for part in kind).replace("irregular", "odd")
+        case = {"fp32": "float32", "16 bit": "float16"}[dtype] + "".join(f", {part}" for part in kind)
         for target, count in zip(("sm_86", "sm_121", "sm_90", "sm_100", "gfx942"), measured, strict=True):
             of = {"target": target, "kernel": kernel, "case": case, "instruction": TARGETS[target][0]}
             found = [ahead.faults(row(**of, instructions=n)) for n in (count, count * 21 // 20 + 1)]
@@ -167,7 +167,7 @@ from bupo_kernels.backends.triton_ import compile as ahead
 from bupo_kernels.backends.triton_ import config
 work = ahead.work_for("sm_90")
 with ahead._compiling(work.gpu) as compiled:
-    next(launch for case, launch, _ in work.cases() if case == "bfloat16, ragged width")()
+    next(launch for case, launch, _ in work.cases() if case == "bfloat16")()
 ptx = compiled[0][2].asm["ptx"]
 for text in (ptx, "\\n".join(line for line in ptx.splitlines() if "wgmma.wait_group" not in line)):
     open(sys.argv[1], "w").write(text)

@@ -212,7 +212,7 @@ def test_logits_of_any_size_give_finite_gradients(size):
 @pytest.mark.parametrize(("arch", "columns"), [(80, 64), (90, 256)])
 def test_measured_tiles_run_in_place_of_the_defaults(arch, columns):
     # What shares an exponent of E follows the forward's tile, and the backward's may be another.
-    flags, other = {"regular": True, "softcap": False, "width": WIDTH}, 320 - columns
+    flags, other = {"softcap": False, "width": WIDTH}, 320 - columns
     tiles = (
         (config.key_of(config.STATISTICS, BF16, cache=False, **flags), config.KernelConfig(64, columns, 32, 4, 2)),
         (config.key_of(config.STATISTICS, BF16, cache=True, **flags), config.KernelConfig(128, columns, 32, 8, 2)),
@@ -245,6 +245,7 @@ def test_targets_of_several_dimensions_and_a_transposed_weight():
 @pytest.mark.parametrize("arch", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("options", ["plain", "everything"])
 def test_the_largest_logit_survives_splits_and_merge(arch, options):
+    from bupo_kernels.backends.triton_.copies import HiddenRows, weight_slice
     from bupo_kernels.backends.triton_.linear_statistics import linear_statistics
     from bupo_kernels.backends.triton_.merge import merge
     from bupo_kernels.backends.triton_.product import Launch
@@ -258,13 +259,13 @@ def test_the_largest_logit_survives_splits_and_merge(arch, options):
         operands = Operands(
             case.hidden.detach(), case.weight.detach(), None if bias is None else bias.detach(), case.targets, readout
         )
-        launch = Launch(operands, positions, config.Target("cuda", arch, 3))
-        count = torch.tensor([75], device=DEVICE)
-        partials = linear_statistics(launch, count, with_entropy=True)
+        hidden = HiddenRows(operands, positions, WIDTH, ascending=False)[:]
+        launch = Launch(operands, positions, hidden, config.Target("cuda", arch, 3))
+        count, partials = torch.tensor([75], device=DEVICE), torch.empty(5, 4, 150, device=DEVICE)
+        linear_statistics(launch, weight_slice(operands.weight, slice(0, 1100), WIDTH), count, partials, with_entropy=True)
         statistics = torch.full((4, 150), 7.0, device=DEVICE)
         merge(partials, count, positions, statistics, with_entropy=True)
         plain = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in case.options.items() if k != "mask"}
         z = reference.logits(case.hidden.double(), case.weight.double(), **plain)
-    assert partials.shape[0] == 5
     assert (statistics[0, rows] - z.amax(1)[rows]).abs().max() < 1e-5
     assert (statistics[:, 1::2] == 7).all()  # rows that do not count are not written

@@ -35,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 from bupo_kernels.backends.algebra import Coefficients
 from bupo_kernels.backends.base import Cache, Operands, Readout
 from bupo_kernels.backends.triton_ import config
+from bupo_kernels.backends.triton_.copies import HiddenRows, weight_slice
 from bupo_kernels.backends.triton_.gradient_cached import gradient_cached
 from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute
 from bupo_kernels.backends.triton_.linear_statistics import linear_statistics
@@ -58,16 +59,11 @@ BUDGETS = {
     "gradient_recompute, 16 bit": (1544, 1560, 2240, 1600, 1115),
     "linear_statistics, 16 bit, all options": (3464, 3736, 3264, 3296, 2362),
     "gradient_recompute, 16 bit, all options": (2280, 2472, 2352, 2368, 1556),
-    "linear_statistics, 16 bit, irregular": (2232, 2224, 2088, 2368, 1436),
-    "gradient_recompute, 16 bit, irregular": (2448, 2384, 2440, 2728, 1475),
     "gradient_cached, 16 bit": (824, 816, 816, 816, 272),
-    "gradient_cached, 16 bit, irregular": (440, 432, 440, 440, 189),
     "linear_statistics, fp32": (1592, 1736, 1264, 1848, 1030),
     "gradient_recompute, fp32": (1664, 1712, 1248, 1840, 865),
     "linear_statistics, fp32, all options": (2464, 2608, 2128, 1936, 1575),
     "gradient_recompute, fp32, all options": (2920, 3096, 2584, 3048, 1550),
-    "linear_statistics, fp32, irregular": (2720, 2248, 1848, 1848, 1673),
-    "gradient_recompute, fp32, irregular": (3248, 2656, 3016, 3000, 1831),
     "merge, fp32": (376, 368, 416, 376, 118),
 }
 
@@ -163,10 +159,8 @@ def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(*shape, dtype=dtype, device="cpu")
 
 
-def _operands(dtype: torch.dtype, *, width: int = 512, vocab: int = COLUMNS, all_options: bool = False, shift: int = 0) -> Operands:
-    """Return hidden rows and a weight that start ``shift`` elements into their memory."""
-    hidden = _zeros(ROWS * width + 16, dtype=dtype)[shift : ROWS * width + shift].view(ROWS, width)
-    weight = _zeros(vocab * width + 16, dtype=dtype)[shift : vocab * width + shift].view(vocab, width)
+def _operands(dtype: torch.dtype, *, width: int = 512, vocab: int = COLUMNS, all_options: bool = False) -> Operands:
+    hidden, weight = _zeros(ROWS, width, dtype=dtype), _zeros(vocab, width, dtype=dtype)
     bias = _zeros(vocab) if all_options else None
     temperature = torch.ones(ROWS, dtype=torch.float32, device="cpu") if all_options else 0.7
     readout = Readout(temperature, 1.0, 30.0 if all_options else None)
@@ -190,24 +184,27 @@ def _products(target: config.Target, operands: Operands, with_entropy: bool, tun
     """Yield the cases of the kernels with a product: what runs by default or, for ``tuning``, what else may."""
     width, dtype, softcap = operands.hidden.shape[-1], operands.hidden.dtype, operands.readout.softcap is not None
     rows, active_rows = torch.arange(ROWS, dtype=torch.int64, device="cpu"), _zeros(1, dtype=torch.int64)
-    regular = Launch(operands, rows, target).regular
+    hidden = HiddenRows(operands, rows, config.read_width(width, dtype, target))[:]
+    vocab = len(operands.weight)
+    every, some = (weight_slice(operands.weight, slice(0, columns), hidden.shape[1]) for columns in (vocab, COLUMNS))
     for kernel, stored in ((config.STATISTICS, False), (config.STATISTICS, True), (config.GRADIENT, False)):
         if stored and config.why_not_cached(dtype, softcap):
             continue
-        flags = {"regular": regular, "softcap": softcap, "cache": stored}
+        flags = {"softcap": softcap, "cache": stored}
         default = config.chosen(kernel, dtype, target, width=width, **flags)
         tiles = config.candidates(kernel, dtype, target, **flags)[1:] if tuning else (default,)
         for tile in tiles:
             tuned = replace(target, tiles=((config.key_of(kernel, dtype, width=width, **flags), tile),))
-            launch = Launch(operands, rows, tuned)
+            launch = Launch(operands, rows, hidden, tuned)
             run: Callable[[], object]
             if kernel == config.GRADIENT:
                 dz = _zeros(ROWS, COLUMNS, dtype=dtype)
-                run = partial(gradient_recompute, launch, _coefficients(with_entropy), dz, slice(0, COLUMNS))
+                run = partial(gradient_recompute, launch, some, _coefficients(with_entropy), dz)
             else:
                 cache = _cache() if stored else None
-                run = partial(linear_statistics, launch, active_rows, with_entropy=with_entropy, cache=cache)
-            bound = config.shared_bytes(kernel, tile, dtype, target, regular=regular, cache=stored)
+                partials = _zeros(-(-vocab // config.split_columns(vocab)), 4, ROWS)
+                run = partial(linear_statistics, launch, every, active_rows, partials, with_entropy=with_entropy, cache=cache)
+            bound = config.shared_bytes(kernel, tile, dtype, target, cache=stored)
             yield ", E stored" * stored, run, bound
 
 
@@ -218,11 +215,9 @@ def _others(target: config.Target, dtype: torch.dtype, with_entropy: bool) -> It
         count = _zeros(1, dtype=torch.int64)
         yield "", partial(merge, _zeros(4, 4, ROWS), count, rows, _zeros(4, ROWS), with_entropy=with_entropy), 0
         return
-    for regular in (True, False):
-        columns = config.statistics_config(dtype, target, width=512, regular=regular, softcap=False, cache=True).columns
-        dz, coefficients = _zeros(ROWS, COLUMNS, dtype=dtype), _coefficients(with_entropy)
-        run = partial(gradient_cached, _cache(), columns, rows, coefficients, dz, slice(0, COLUMNS))
-        yield "" if regular else ", ragged width", run, 0
+    columns = config.statistics_config(dtype, target, width=512, softcap=False, cache=True).columns
+    dz, coefficients = _zeros(ROWS, COLUMNS, dtype=dtype), _coefficients(with_entropy)
+    yield "", partial(gradient_cached, _cache(), columns, rows, coefficients, dz, slice(0, COLUMNS)), 0
 
 
 @dataclass(frozen=True)
@@ -243,15 +238,19 @@ class Work:
             kinds = {
                 "": _operands(dtype),
                 ", all options": _operands(dtype, all_options=True),
-                ", ragged width": _operands(dtype, width=520),
-                ", odd, all options": _operands(dtype, width=509, shift=1, all_options=True),
             }
+            if self.target.has_tma:  # elsewhere rows are made as wide as those of the first
+                kinds |= {", ragged width": _operands(dtype, width=520)}
             if self.everything:
                 kinds |= {
                     ", ragged vocabulary": _operands(dtype, vocab=RAGGED),
                     ", all options, ragged vocabulary": _operands(dtype, vocab=RAGGED, all_options=True),
-                    ", both ragged": _operands(dtype, width=509, vocab=RAGGED),
                 }
+                if self.target.has_tma:
+                    kinds |= {
+                        ", all options, ragged width": _operands(dtype, width=520, all_options=True),
+                        ", both ragged": _operands(dtype, width=520, vocab=RAGGED),
+                    }
             for kind, operands in kinds.items():
                 for case, launch, bound in _products(self.target, operands, with_entropy, self.tuning):
                     yield name + kind + case + ending, launch, bound
@@ -370,7 +369,7 @@ def instruction_budget(row: Compiled) -> int:
     target = work_for(row.target).target
     unit = f"{target.matrix_unit}, TMA" if target.tma_to_registers else target.matrix_unit
     dtype, _, case = row.case.partition(", ")
-    kind = "irregular" if "ragged" in case or "odd" in case else case
+    kind = case.removesuffix("ragged width").removesuffix(", ").replace("ragged width, ", "")
     name = ", ".join(part for part in (row.kernel, "fp32" if dtype == "float32" else "16 bit", kind) if part)
     return BUDGETS[name][UNITS.index(unit)] * 21 // 20
 

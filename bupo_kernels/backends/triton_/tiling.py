@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -45,23 +46,53 @@ def _bytes_of_e(problem: Problem) -> int:
     return 2 * e + 4 * exponents
 
 
+class Reads(NamedTuple):
+    """What the kernels with a product read of H and W, and in what pieces it is copied (``copies.py``)."""
+
+    width: int  # of rows, D or more
+    rows: int  # of H that a forward gathers, and takes through the kernels, at a time
+    columns: int  # of W that a forward copies at a time, where it copies
+    copies_weight: bool
+
+
+def reads(problem: Problem, target: Target) -> Reads:
+    """Plan what the forward copies: H within an eighth of the budget, with the partials of its rows, and W within a quarter.
+
+    W is copied, where it has to be, for any number of rows. A copy moves 4 bytes for each element in 16 bit, at 3 TB/s the time of
+    470 rows' products at 700 TFLOP/s; without asynchronous copies products take five times as long or more, so that a call of 120
+    rows, a block, has it back. For fewer it costs what reading W twice does. Only that is why there could be two ways, and then a
+    row's last bits would depend on how many others there are.
+    """
+    width, item = config.read_width(problem.width, problem.dtype, target), problem.dtype.itemsize
+    copies = 1 if width == problem.width else 2  # rows are gathered, and then put into wider ones
+    split = config.split_columns(problem.vocab)
+    rows = problem.memory_budget // 8 // (copies * width * item + 16 * -(-problem.vocab // split)) // ROW_UNIT * ROW_UNIT
+    columns = problem.memory_budget // 4 // (width * item) // split * split
+    copies_weight = width != problem.width or not problem.aligned
+    return Reads(width, max(rows, ROW_UNIT), min(max(columns, split), problem.vocab), copies_weight)
+
+
+# Rows that are gathered together are whole blocks of any kernel: one that stores E writes whole blocks.
+ROW_UNIT = max(config.ACCEPTED["rows"])
+
+
 def tile_plan(problem: Problem, strategy: str | None, target: Target) -> TilePlan:
     """Plan slices of the backward as wide as the budget allows, of all rows if it can: then dW[slice] is one product.
 
     Raise ``ValueError`` when the budget does not hold the smallest tile.
     """
     cached = cached_rows(problem, strategy)
-    least = memory(problem, SMALLEST, 0).working
+    least = memory(problem, SMALLEST, 0, target).working
     if problem.needs_grad and (cached or strategy == "cached"):
         least = 2 * (least + _bytes_of_e(problem))  # E takes up to half
     problem.require_budget(least)
     tile = _largest_tile(
-        lambda tile: memory(problem, tile, cached).backward <= problem.memory_budget, problem.planned_rows, problem.vocab
+        lambda tile: memory(problem, tile, cached, target).backward <= problem.memory_budget, problem.planned_rows, problem.vocab
     )
     name = "statistics only" if not problem.needs_grad else "cached and recompute" if cached else "recompute"
     if cached and cached >= problem.rows:
         name = "cached"
-    return TilePlan(problem, name, tile, memory(problem, tile, cached), cached, _kernels(problem, target, cached))
+    return TilePlan(problem, name, tile, memory(problem, tile, cached, target), cached, _kernels(problem, target, cached))
 
 
 def one_pass_plan(problem: Problem, strategy: str | None, target: Target) -> TilePlan:
@@ -70,7 +101,7 @@ def one_pass_plan(problem: Problem, strategy: str | None, target: Target) -> Til
         return tile_plan(problem, "recompute", target)._replace(chunk_rows=max(problem.active_rows, 1))
 
     def spent(tile: Tile) -> int:
-        used = memory(replace(problem, rows=tile.rows, active_rows=tile.rows), tile, cached=tile.rows)
+        used = memory(replace(problem, rows=tile.rows, active_rows=tile.rows), tile, tile.rows, target)
         return used.working + used.accumulator
 
     problem.require_budget(spent(SMALLEST))
@@ -99,29 +130,35 @@ def _largest_tile(fits: Callable[[Tile], bool], rows: int, vocab: int) -> Tile:
 
 
 def _kernels(problem: Problem, target: Target, cached: int) -> tuple[str, ...]:
-    forward = config.statistics_config(
-        problem.dtype, target, width=problem.width, regular=True, softcap=problem.softcap, cache=cached > 0
-    )
+    forward = config.statistics_config(problem.dtype, target, width=problem.width, softcap=problem.softcap, cache=cached > 0)
+    read = reads(problem, target)
+    of_weight = f"copied {read.columns} columns at a time, {_why_copied(read, problem)}" if read.copies_weight else "read in place"
     lines = [f"statistics {forward}, splits of {config.split_columns(problem.vocab)} columns"]
     if problem.needs_grad:
-        backward = config.gradient_config(problem.dtype, target, width=problem.width, regular=True, softcap=problem.softcap)
+        backward = config.gradient_config(problem.dtype, target, width=problem.width, softcap=problem.softcap)
         lines.append(f"gradient {backward}")
-    return tuple(lines)
+    return (*lines, f"hidden gathered {read.rows} rows at a time, weight {of_weight}")
 
 
-def memory(problem: Problem, tile: Tile, cached: int) -> Memory:
+def _why_copied(read: Reads, problem: Problem) -> str:
+    return f"{read.width} elements wide" if read.width != problem.width else "since its rows do not begin on multiples of 16 bytes"
+
+
+def memory(problem: Problem, tile: Tile, cached: int, target: Target) -> Memory:
     """Return what a call allocates; the gpu tests hold it against the allocator."""
-    rows, item = problem.rows, problem.dtype.itemsize
+    rows, item, read = problem.rows, problem.dtype.itemsize, reads(problem, target)
     cache = cached * _bytes_of_e(problem)
     splits = -(-problem.vocab // config.split_columns(problem.vocab))
-    # A row has masks, position, offset and target (int64), scale, four statistics and their merged values.
-    forward = cache + rows * (16 * splits + 6 * 8 + 16 * 4)
+    of_row = read.width * item + (problem.width * item if read.width != problem.width else 0)  # gathered, and made wider
+    of_column = read.width * item * read.copies_weight
+    # A row has masks, position, coordinates and target (int64), scale, four statistics and their merged values.
+    forward = cache + rows * (6 * 8 + 16 * 4) + min(read.rows, rows) * (16 * splits + of_row) + read.columns * of_column
     backward = accumulator = 0
     if problem.needs_grad:
         sixteen_bit = item < 4
         backward = cache + rows * (10 * 8 + 26 * 4) + tile.rows * tile.columns * item
-        # Rows of H are gathered where some have left; of several blocks, the next is gathered while the last is still held.
-        backward += tile.rows * problem.width * item * problem.grad_weight * (1 + (problem.planned_rows > tile.rows))
+        recomputes = cached < rows
+        backward += tile.rows * of_row * (recomputes or problem.grad_weight) + tile.columns * of_column * recomputes
         backward += tile.columns * problem.width * 4 * problem.grad_weight * sixteen_bit  # dW of the slice
         product_rows = min(PRODUCT_ROWS, max(tile.rows, tile.columns))
         backward += product_rows * problem.width * 4 * sixteen_bit * (problem.grad_hidden or problem.grad_weight)
