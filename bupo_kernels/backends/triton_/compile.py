@@ -52,7 +52,7 @@ DTYPE_NAMES = ("bfloat16", "float16", "float32")
 
 # How many instructions kernels have with this Triton for each unit: of the cases, dtypes and targets, the one that has the most.
 MEASURED_WITH = "3.6."
-UNITS = ("mma.sync", "mma.sync, TMA", "wgmma", "tcgen05", "mfma")
+UNITS = ("mma.sync", "wgmma", "tcgen05", "mfma")
 BUDGETS = {
     "linear_statistics, 16 bit": (1680, 1864, 2304, 2376, 1115),
     "linear_statistics, 16 bit, E stored": (2128, 2160, 2624, 1880, 1392),
@@ -239,14 +239,14 @@ class Work:
                 "": _operands(dtype),
                 ", all options": _operands(dtype, all_options=True),
             }
-            if self.target.has_tma:  # elsewhere rows are made as wide as those of the first
+            if self.target.uses_tma:  # elsewhere rows are made as wide as those of the first
                 kinds |= {", ragged width": _operands(dtype, width=520)}
             if self.everything:
                 kinds |= {
                     ", ragged vocabulary": _operands(dtype, vocab=RAGGED),
                     ", all options, ragged vocabulary": _operands(dtype, vocab=RAGGED, all_options=True),
                 }
-                if self.target.has_tma:
+                if self.target.uses_tma:
                     kinds |= {
                         ", all options, ragged width": _operands(dtype, width=520, all_options=True),
                         ", both ragged": _operands(dtype, width=520, vocab=RAGGED),
@@ -344,8 +344,6 @@ def code_bytes(cubin: bytes) -> int:
 def faults(row: Compiled, *, tuning: bool = False) -> list[str]:
     """Return what is wrong with a compiled kernel, in sentences; [] where all is well. For ``tuning`` a tile may be slow."""
     target = work_for(row.target).target
-    # On 12.x ptxas calls something before each copy by TMA and leaves it 8 bytes; no register is in them.
-    frame = 8 if target.tma_to_registers else 0
     found = []
     if row.shared > target.shared:
         found.append(f"it asks for {row.shared} bytes of shared memory, and a block may have {target.shared}")
@@ -355,8 +353,8 @@ def faults(row: Compiled, *, tuning: bool = False) -> list[str]:
         found.append(f"its products run as {row.instruction or 'sums'}, and {target.matrix_unit} is there for them")
     if tuning:
         return found
-    if row.spills or row.stack > frame:
-        found.append(f"it has spilled: {row.stack} bytes of stack, accepted are {frame}, and {row.spills} moved")
+    if row.spills or row.stack:
+        found.append(f"it has spilled: {row.stack} bytes of stack, and {row.spills} moved")
     if row.warnings:
         found.append(f"ptxas serialises its products: {row.warnings}")
     if triton.__version__.startswith(MEASURED_WITH) and row.instructions > (budget := instruction_budget(row)):
@@ -366,8 +364,7 @@ def faults(row: Compiled, *, tuning: bool = False) -> list[str]:
 
 def instruction_budget(row: Compiled) -> int:
     """Return how many instructions a default kernel may have: 5 % more than it had. Another tile has other numbers."""
-    target = work_for(row.target).target
-    unit = f"{target.matrix_unit}, TMA" if target.tma_to_registers else target.matrix_unit
+    unit = work_for(row.target).target.matrix_unit
     dtype, _, case = row.case.partition(", ")
     kind = case.removesuffix("ragged width").removesuffix(", ").replace("ragged width, ", "")
     name = ", ".join(part for part in (row.kernel, "fp32" if dtype == "float32" else "16 bit", kind) if part)

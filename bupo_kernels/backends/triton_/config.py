@@ -69,10 +69,6 @@ class Target:
             object.__setattr__(self, "shared", shared_memory(self.kind, self.arch))
 
     @property
-    def has_tma(self) -> bool:
-        return self.kind == "cuda" and self.arch >= 90
-
-    @property
     def matrix_unit(self) -> str:
         """The family of instructions that products compile to."""
         if self.kind == "hip":
@@ -80,14 +76,13 @@ class Target:
         return {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(self.arch // 10, "mma.sync")
 
     @property
-    def reads_shared(self) -> bool:
-        """Whether the matrix unit takes its operands from shared memory, not from registers."""
-        return self.matrix_unit in ("wgmma", "tcgen05")
+    def uses_tma(self) -> bool:
+        """Whether the matrix unit takes its operands from shared memory, where TMA brings them.
 
-    @property
-    def tma_to_registers(self) -> bool:
-        """Whether tiles come by TMA and then go to the matrix unit through registers, as on 12.x."""
-        return self.has_tma and not self.reads_shared
+        Elsewhere they pass through registers and come by asynchronous copies, on 12.x too: from what TMA leaves there, Triton's loop
+        has twice the instructions (docs/gpu-kernels.md).
+        """
+        return self.matrix_unit in ("wgmma", "tcgen05")
 
 
 STATISTICS, GRADIENT = "linear_statistics", "gradient_recompute"  # the kernels with a product
@@ -151,24 +146,23 @@ def shared_bytes(kernel: str, tile: KernelConfig, dtype: torch.dtype, target: Ta
     item, pipelined = dtype.itemsize, max(tile.stages - 1, 1)
     step = (tile.rows + tile.columns) * tile.depth * item
     operands = pipelined * step
-    if target.reads_shared and dtype == torch.float32:
+    if target.uses_tma and dtype == torch.float32:
         operands = max(tile.stages * step, operands + 2 * tile.columns * tile.depth * item)  # one TF32 product; three
-    elif target.reads_shared:
+    elif target.uses_tma:
         operands = tile.stages * step
     operands += 16 * tile.stages
     stored = tile.rows * tile.columns * (item if kernel == GRADIENT else 2 if cache else 0)
-    return operands + stored if target.has_tma else max(operands, stored)
+    return operands + stored if target.uses_tma else max(operands, stored)
 
 
 def _default(kernel: str, target: Target, *, sixteen_bit: bool, softcap: bool, cache: bool) -> KernelConfig:
     """Return the configuration that is preferred where it fits."""
     statistics, tensor_memory = kernel == STATISTICS, target.matrix_unit == "tcgen05"
     if not sixteen_bit:
-        many_values = softcap and (tensor_memory or target.tma_to_registers)
-        return FP32_SMALL if statistics and many_values else FP32
+        return FP32_SMALL if softcap and tensor_memory else FP32
     if softcap and not statistics:
         return SMALL
-    if not target.reads_shared:
+    if not target.uses_tma:
         return AMPERE
     if softcap:
         return BLACKWELL_SOFTCAP if tensor_memory else HOPPER
@@ -186,7 +180,7 @@ def candidates(kernel: str, dtype: torch.dtype, target: Target, *, softcap: bool
     if dtype == torch.float32:
         others = OTHERS_FP32
     else:
-        others = OTHERS_FROM_SHARED if target.reads_shared else OTHERS_FROM_REGISTERS
+        others = OTHERS_FROM_SHARED if target.uses_tma else OTHERS_FROM_REGISTERS
     groups = tuple(replace(preferred, group=group) for group in (4, 16))
     serving = (tile for tile in (preferred, *others, *groups) if _serves(tile, kernel, dtype, target, preferred, cache))
     return tuple(dict.fromkeys(serving))
@@ -306,7 +300,7 @@ def read_width(width: int, dtype: torch.dtype, target: Target) -> int:
     TMA brings zeros from past the end of a row by itself, and only asks that rows begin on multiples of 16 bytes. A copy through
     pointers would need a mask, and none that has one is asynchronous: there rows are a whole number of steps.
     """
-    if target.has_tma and width * dtype.itemsize % 16 == 0:
+    if target.uses_tma and width * dtype.itemsize % 16 == 0:
         return width
     return -(-width // WIDTH_UNIT) * WIDTH_UNIT
 

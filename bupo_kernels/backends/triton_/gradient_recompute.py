@@ -31,7 +31,7 @@ from bupo_kernels.backends.triton_.product import (
 DTYPES = {"torch.float32": tl.float32, "torch.bfloat16": tl.bfloat16, "torch.float16": tl.float16}
 
 
-@triton.jit(do_not_specialize=["weight_first", "maximum", "constant", "slope", "dz_target", "slice_columns", "n"])
+@triton.jit(do_not_specialize=["maximum", "constant", "slope", "dz_target", "slice_columns", "n"])
 def gradient_recompute_kernel(
     hidden,  # [n, D]: TMA descriptor, or pointer
     targets,  # [n] int64

@@ -37,7 +37,7 @@ from bupo_kernels.backends.triton_.product import (
 
 @triton.jit(
     do_not_specialize=[
-        *("active_rows", "weight_first", "exponent_stride", "cached_rows", "first_row", "N", "splits", "split_units")
+        *("active_rows", "exponent_stride", "cached_rows", "first_row", "N", "splits", "split_units")
     ]
 )
 def linear_statistics_kernel(

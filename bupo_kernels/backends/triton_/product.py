@@ -217,7 +217,7 @@ class Launch:
             "ROW_SCALE": self.row_scale is not None,
             "HAS_BIAS": self.bias is not None,
             "HAS_SOFTCAP": readout.softcap is not None,
-            "TMA": self.target.has_tma,
+            "TMA": self.target.uses_tma,
             "PRECISION": self.precision,
             "GROUP": config.group,
             "BLOCK_N": config.rows,
@@ -237,4 +237,4 @@ class Launch:
         return self._read(matrix, config.rows, config.columns)
 
     def _read(self, matrix: Tensor, *block: int) -> Tensor | TensorDescriptor:
-        return TensorDescriptor.from_tensor(matrix, list(block)) if self.target.has_tma else matrix
+        return TensorDescriptor.from_tensor(matrix, list(block)) if self.target.uses_tma else matrix
