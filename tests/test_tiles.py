@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from bupo_kernels.backends import triton_
-from bupo_kernels.backends.triton_ import config
+from bupo_kernels.backends.base import Problem, Tile
+from bupo_kernels.backends.triton_ import config, tiling
 from bupo_kernels.backends.triton_.config import GRADIENT, STATISTICS, KernelConfig, Target
 from bupo_kernels.selfcheck.records import Record
 
@@ -106,16 +107,16 @@ def test_the_first_that_fits_is_the_default():
 @pytest.mark.parametrize("arch", [120, 121])
 def test_a_card_with_99_kib_runs_16_bit_products_in_tiles_that_fit(arch):
     target = Target("cuda", arch, 170)
-    assert (target.has_tma, target.matrix_unit) == (True, "mma.sync")
+    assert (target.uses_tma, target.matrix_unit) == (False, "mma.sync")
     for cache in (False, True):
         assert config.statistics_config(BF16, target, width=64, softcap=False, cache=cache) == config.AMPERE
-    assert config.gradient_config(FP16, target, width=64, softcap=False) == config.AMPERE
+    assert config.gradient_config(FP16, target, width=64, softcap=False) == config.AMPERE_GRADIENT
 
 
 @pytest.mark.parametrize(
     ("arch", "statistics", "keeping_e", "with_softcap", "recompute"),
     [
-        (80, "AMPERE", "AMPERE", "AMPERE", "AMPERE"),
+        (80, "AMPERE", "AMPERE", "AMPERE", "AMPERE_GRADIENT"),
         (90, "WIDE", "WIDE_STORED", "HOPPER", "HOPPER_GRADIENT"),
         (100, "WIDE", "HOPPER", "BLACKWELL_SOFTCAP", "HOPPER"),
     ],
@@ -127,11 +128,58 @@ def test_defaults_follow_what_the_matrix_unit_reads(arch, statistics, keeping_e,
         assert config.statistics_config(dtype, target, softcap=False, cache=True, **kind) == getattr(config, keeping_e)
         assert config.statistics_config(dtype, target, softcap=True, **kind) == getattr(config, with_softcap)
         assert config.gradient_config(dtype, target, softcap=False, **kind) == getattr(config, recompute)
-        assert config.gradient_config(dtype, target, softcap=True, **kind) == config.SMALL
+        with_softcap_too = config.AMPERE_SOFTCAP_GRADIENT if arch == 80 else config.SMALL
+        assert config.gradient_config(dtype, target, softcap=True, **kind) == with_softcap_too
     for softcap in (False, True):
-        small = arch == 100 and softcap
-        assert config.statistics_config(FP32, target, softcap=softcap, **kind) == (config.FP32_SMALL if small else config.FP32)
-        assert config.gradient_config(FP32, target, softcap=softcap, **kind) == config.FP32
+        tile = config.FP32_SMALL if arch == 100 and softcap else config.FP32
+        assert config.statistics_config(FP32, target, softcap=softcap, **kind) == tile
+        assert config.gradient_config(FP32, target, softcap=softcap, **kind) == tile
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.kind} {target.arch}")
+def test_a_multiprocessor_has_the_shared_memory_for_the_programs_that_a_tile_plans(target):
+    for kernel, dtype, flags in EVERY:
+        for tile in config.candidates(kernel, dtype, target, **flags):
+            of_one = config.shared_bytes(kernel, tile, dtype, target, cache=flags["cache"])
+            assert tile.programs == 1 or tile.programs * (of_one + 1024) <= target.shared + 1024
+    if target.matrix_unit == "mma.sync":
+        gradient = config.gradient_config(BF16, target, width=4096, softcap=False)
+        assert (gradient.warps, gradient.programs) == (4, 2)
+
+
+def test_a_tile_of_more_programs_than_fit_is_not_taken():
+    two, three = (KernelConfig(128, 64, 64, 4, 3, programs=programs) for programs in (2, 3))
+    for arch, tile in ((80, two), (80, three), (89, two), (89, three)):
+        taken = config.statistics_config(BF16, Target("cuda", arch, 1, tiles=((KEY, tile),)), width=4096, softcap=False)
+        assert (taken == tile) == ((arch, tile) != (89, three))
+    assert str(two) == "128 x 64 x 64, 4 warps, 3 stages, 2 a multiprocessor"
+
+
+def test_rows_are_read_as_wide_as_they_are_where_tma_fills_in_zeros():
+    hopper, ampere = Target("cuda", 90, 1), Target("cuda", 80, 1)
+    widths = {(64, BF16): (64, 64), (1000, BF16): (1000, 1024), (1001, BF16): (1024, 1024), (1004, BF16): (1024, 1024)}
+    widths |= {(1004, FP32): (1004, 1024), (1, FP16): (64, 64)}
+    for (width, dtype), read in widths.items():
+        assert tuple(config.read_width(width, dtype, target) for target in (hopper, ampere)) == read
+
+
+def test_what_is_copied_takes_a_part_of_the_budget_whatever_the_number_of_rows():
+    ampere = Target("cuda", 80, 108)
+    for rows, width, aligned, budget in itertools.product((1, 300, 10**6), (1, 1000, 4096), (True, False), (2**16, 2**30)):
+        problem = Problem(rows, rows, 151936, width, BF16, torch.device("cpu"), True, True, False, False, budget, aligned=aligned)
+        read = tiling.reads(problem, ampere)
+        assert read == tiling.reads(replace(problem, rows=7, active_rows=7), ampere)
+        assert read.copies_weight == (width == 1000 or width == 1 or not aligned)
+        assert read.rows % 256 == 0
+        assert read.columns % config.split_columns(151936) == 0 or read.columns == 151936
+        assert read.rows == 256 or 2 * read.rows * (read.width + width * (read.width != width)) <= budget / 8
+        assert read.columns == 1280 or 2 * read.columns * read.width <= budget / 4
+        for cached in (0, rows):
+            memory = tiling.memory(problem, Tile(rows, 2048), cached, ampere)
+            copied = tiling.memory(replace(problem, aligned=True), Tile(rows, 2048), cached, ampere)
+            if width == 4096 and not aligned:
+                assert memory.forward - copied.forward == 2 * read.columns * 4096
+                assert memory.backward - copied.backward == 2 * 2048 * 4096 * (cached == 0)
 
 
 def test_too_little_shared_memory_is_told():
@@ -205,6 +253,7 @@ BAD = {
     "a depth that widths are no multiple of": ({KEY: FINE | {"depth": 128}}, "depth: 128 given"),
     "no warps": ({KEY: FINE | {"warps": 0}}, "warps: 0 given"),
     "no stages": ({KEY: FINE | {"stages": 0}}, "stages: 0 given"),
+    "no programs": ({KEY: FINE | {"programs": 0}}, "programs: 0 given, accepted are 1, 2, 3, 4"),
 }
 
 

@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from io import StringIO
 from multiprocessing import get_context
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -54,17 +54,17 @@ DTYPE_NAMES = ("bfloat16", "float16", "float32")
 MEASURED_WITH = "3.6."
 UNITS = ("mma.sync", "wgmma", "tcgen05", "mfma")
 BUDGETS = {
-    "linear_statistics, 16 bit": (1680, 1864, 2304, 2376, 1115),
-    "linear_statistics, 16 bit, E stored": (2128, 2160, 2624, 1880, 1392),
-    "gradient_recompute, 16 bit": (1544, 1560, 2240, 1600, 1115),
-    "linear_statistics, 16 bit, all options": (3464, 3736, 3264, 3296, 2362),
-    "gradient_recompute, 16 bit, all options": (2280, 2472, 2352, 2368, 1556),
-    "gradient_cached, 16 bit": (824, 816, 816, 816, 272),
-    "linear_statistics, fp32": (1592, 1736, 1264, 1848, 1030),
-    "gradient_recompute, fp32": (1664, 1712, 1248, 1840, 865),
-    "linear_statistics, fp32, all options": (2464, 2608, 2128, 1936, 1575),
-    "gradient_recompute, fp32, all options": (2920, 3096, 2584, 3048, 1550),
-    "merge, fp32": (376, 368, 416, 376, 118),
+    "linear_statistics, 16 bit": (1728, 2264, 2400, 1133),
+    "linear_statistics, 16 bit, E stored": (2160, 2608, 2016, 1415),
+    "gradient_recompute, 16 bit": (2720, 2128, 1472, 1111),
+    "linear_statistics, 16 bit, all options": (3608, 3208, 3152, 2383),
+    "gradient_recompute, 16 bit, all options": (4152, 2264, 2344, 1549),
+    "gradient_cached, 16 bit": (824, 816, 816, 272),
+    "linear_statistics, fp32": (1696, 1288, 1896, 1026),
+    "gradient_recompute, fp32": (1720, 1232, 1720, 856),
+    "linear_statistics, fp32, all options": (2576, 2080, 1832, 1633),
+    "gradient_recompute, fp32, all options": (3000, 2528, 1928, 1541),
+    "merge, fp32": (368, 368, 368, 118),
 }
 
 MATRIX_INSTRUCTION = {
@@ -90,6 +90,8 @@ class Compiled:
     spills: int  # bytes written and read (NVIDIA), or registers (AMD)
     shared: int  # bytes
     bound: int  # bytes: what config.shared_bytes says of it
+    programs: int  # that a multiprocessor is to run at a time
+    threads: int  # of a program
     instructions: int
     warnings: str  # of ptxas, that wgmma is serialised; "" without
     instruction: str  # that the tensor cores run; "" without
@@ -177,7 +179,13 @@ def _cache() -> Cache:
     return Cache(_zeros(ROWS, e, dtype=torch.bfloat16), _zeros(ROWS, exponents, dtype=torch.int32))
 
 
-Case = tuple[str, Callable[[], object], int]  # its name, its launch, and what config.shared_bytes says of it
+class Case(NamedTuple):
+    """A kernel that is to be compiled."""
+
+    name: str
+    launch: Callable[[], object]
+    bound: int = 0  # bytes: what config.shared_bytes says of it
+    programs: int = 1  # that a multiprocessor is to run at a time
 
 
 def _products(target: config.Target, operands: Operands, with_entropy: bool, tuning: bool) -> Iterator[Case]:
@@ -205,7 +213,7 @@ def _products(target: config.Target, operands: Operands, with_entropy: bool, tun
                 partials = _zeros(-(-vocab // config.split_columns(vocab)), 4, ROWS)
                 run = partial(linear_statistics, launch, every, active_rows, partials, with_entropy=with_entropy, cache=cache)
             bound = config.shared_bytes(kernel, tile, dtype, target, cache=stored)
-            yield ", E stored" * stored, run, bound
+            yield Case(", E stored" * stored, run, bound, tile.programs)
 
 
 def _others(target: config.Target, dtype: torch.dtype, with_entropy: bool) -> Iterator[Case]:
@@ -213,11 +221,11 @@ def _others(target: config.Target, dtype: torch.dtype, with_entropy: bool) -> It
     rows = torch.arange(ROWS, dtype=torch.int64, device="cpu")
     if dtype == torch.float32:
         count = _zeros(1, dtype=torch.int64)
-        yield "", partial(merge, _zeros(4, 4, ROWS), count, rows, _zeros(4, ROWS), with_entropy=with_entropy), 0
+        yield Case("", partial(merge, _zeros(4, 4, ROWS), count, rows, _zeros(4, ROWS), with_entropy=with_entropy))
         return
     columns = config.statistics_config(dtype, target, width=512, softcap=False, cache=True).columns
     dz, coefficients = _zeros(ROWS, COLUMNS, dtype=dtype), _coefficients(with_entropy)
-    yield "", partial(gradient_cached, _cache(), columns, rows, coefficients, dz, slice(0, COLUMNS)), 0
+    yield Case("", partial(gradient_cached, _cache(), columns, rows, coefficients, dz, slice(0, COLUMNS)))
 
 
 @dataclass(frozen=True)
@@ -252,15 +260,15 @@ class Work:
                         ", both ragged": _operands(dtype, width=520, vocab=RAGGED),
                     }
             for kind, operands in kinds.items():
-                for case, launch, bound in _products(self.target, operands, with_entropy, self.tuning):
-                    yield name + kind + case + ending, launch, bound
+                for case in _products(self.target, operands, with_entropy, self.tuning):
+                    yield case._replace(name=name + kind + case.name + ending)
             if not self.tuning:
-                for case, launch, bound in _others(self.target, dtype, with_entropy):
-                    yield name + case + ending, launch, bound
+                for case in _others(self.target, dtype, with_entropy):
+                    yield case._replace(name=name + case.name + ending)
 
     def compile(self, case: int, *, inspect: bool) -> Compiled | None:
         """Compile one of the cases into Triton's cache, and return its row of the table if it is to be looked at."""
-        name, launch, bound = next(itertools.islice(self.cases(), case, None))
+        name, launch, bound, programs = next(itertools.islice(self.cases(), case, None))
         with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), redirect_stdout(StringIO()) as log:
             # ptxas says nothing of a kernel that Triton finds in its cache.
             triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = inspect
@@ -279,6 +287,8 @@ class Work:
             config=configuration,
             shared=binary.metadata.shared,
             bound=bound,
+            programs=programs,
+            threads=self.gpu.warp_size * binary.metadata.num_warps,
             instruction=", ".join(found),
             **read,
         )
@@ -349,6 +359,14 @@ def faults(row: Compiled, *, tuning: bool = False) -> list[str]:
         found.append(f"it asks for {row.shared} bytes of shared memory, and a block may have {target.shared}")
     if row.shared > row.bound:
         found.append(f"it asks for {row.shared} bytes of shared memory, and config.shared_bytes says {row.bound}")
+    if row.programs > 1:
+        registers = -(-row.registers // 8) * 8 * row.threads
+        for taken, there, what in (
+            (row.shared + config.RESERVED, target.shared_of_processor, "bytes of shared memory"),
+            (registers, config.REGISTERS, "registers"),
+        ):
+            if row.programs * taken > there:
+                found.append(f"{row.programs} of it take {row.programs * taken} {what}, and a multiprocessor has {there}")
     if row.kernel in (config.STATISTICS, config.GRADIENT) and target.matrix_unit not in row.instruction:
         found.append(f"its products run as {row.instruction or 'sums'}, and {target.matrix_unit} is there for them")
     if tuning:

@@ -36,6 +36,10 @@ def shared_memory(kind: str, arch: int) -> int:
     return 232448 if arch // 10 in (9, 10) else 49152
 
 
+RESERVED = 1024  # bytes of shared memory that CUDA takes for each block
+REGISTERS = 65536  # of a multiprocessor
+
+
 @dataclass(frozen=True)
 class KernelConfig:
     """The tile of a kernel, and how its program runs."""
@@ -46,9 +50,11 @@ class KernelConfig:
     warps: int
     stages: int
     group: int = 8  # row blocks that visit columns of W one after the other, while these are in L2
+    programs: int = 1  # of a multiprocessor at a time: while one is in its epilogue, another multiplies
 
     def __str__(self) -> str:
-        return f"{self.rows} x {self.columns} x {self.depth}, {self.warps} warps, {self.stages} stages"
+        of_several = f", {self.programs} a multiprocessor" if self.programs > 1 else ""
+        return f"{self.rows} x {self.columns} x {self.depth}, {self.warps} warps, {self.stages} stages{of_several}"
 
 
 @dataclass(frozen=True)
@@ -60,13 +66,18 @@ class Target:
 
     kind: str  # "cuda" or "hip"
     arch: int  # compute capability x 10, or 0 for hip
-    processors: int  # persistent programs: one for each multiprocessor
+    processors: int  # multiprocessors, each of which runs the persistent programs that a tile plans
     shared: int = 0  # bytes of shared memory that a block may ask for; 0 stands for those of the architecture
     tiles: tuple[tuple[str, KernelConfig], ...] = ()  # (key_of(…), the fastest that was measured for it)
 
     def __post_init__(self) -> None:
         if self.shared == 0:
             object.__setattr__(self, "shared", shared_memory(self.kind, self.arch))
+
+    @property
+    def shared_of_processor(self) -> int:
+        """The bytes of shared memory of a multiprocessor, of which a block takes RESERVED beside what it asks for."""
+        return self.shared + RESERVED
 
     @property
     def matrix_unit(self) -> str:
@@ -79,8 +90,8 @@ class Target:
     def uses_tma(self) -> bool:
         """Whether the matrix unit takes its operands from shared memory, where TMA brings them.
 
-        Elsewhere they pass through registers and come by asynchronous copies, on 12.x too: from what TMA leaves there, Triton's loop
-        has twice the instructions (docs/gpu-kernels.md).
+        Elsewhere they pass through registers and come by asynchronous copies, on 12.x too: from what TMA leaves there, Triton's
+        loop has twice the instructions (docs/gpu-kernels.md).
         """
         return self.matrix_unit in ("wgmma", "tcgen05")
 
@@ -91,11 +102,13 @@ FP32 = KernelConfig(128, 64, 32, 8, 3)
 FP32_SMALL = KernelConfig(64, 64, 32, 8, 3)
 SMALL = KernelConfig(128, 64, 64, 8, 3)  # epilogues with many live values for each logit
 AMPERE = KernelConfig(128, 128, 32, 8, 3)
+AMPERE_GRADIENT = KernelConfig(128, 128, 32, 4, 3, programs=2)
+AMPERE_SOFTCAP_GRADIENT = KernelConfig(128, 64, 32, 4, 3, programs=2)
 HOPPER = KernelConfig(128, 128, 64, 8, 4)
 WIDE = KernelConfig(128, 256, 64, 8, 4)
 WIDE_STORED = KernelConfig(128, 256, 64, 8, 3)  # E lies beside the operands
 HOPPER_GRADIENT = KernelConfig(256, 128, 64, 8, 3)  # and so does dz
-BLACKWELL_SOFTCAP = KernelConfig(128, 64, 64, 4, 4)
+BLACKWELL_SOFTCAP = KernelConfig(128, 64, 64, 4, 4, programs=2)
 SMALLEST = KernelConfig(64, 64, 32, 4, 2)
 
 # In order of what may be measured first.
@@ -128,9 +141,11 @@ OTHERS_FROM_REGISTERS: tuple[KernelConfig, ...] = (
     KernelConfig(128, 128, 64, 8, 3),
     KernelConfig(128, 256, 32, 8, 3),
     KernelConfig(256, 128, 32, 8, 3),
-    KernelConfig(128, 64, 64, 4, 3),
-    KernelConfig(128, 64, 32, 4, 4),
-    KernelConfig(64, 128, 32, 4, 4),
+    AMPERE_GRADIENT,
+    AMPERE_SOFTCAP_GRADIENT,
+    KernelConfig(128, 64, 64, 4, 3, programs=2),
+    KernelConfig(128, 64, 32, 4, 4, programs=2),
+    KernelConfig(64, 128, 32, 4, 4, programs=2),
     SMALL,
     SMALLEST,
 )
@@ -160,6 +175,8 @@ def _default(kernel: str, target: Target, *, sixteen_bit: bool, softcap: bool, c
     statistics, tensor_memory = kernel == STATISTICS, target.matrix_unit == "tcgen05"
     if not sixteen_bit:
         return FP32_SMALL if softcap and tensor_memory else FP32
+    if target.matrix_unit == "mma.sync" and not statistics:
+        return AMPERE_SOFTCAP_GRADIENT if softcap else AMPERE_GRADIENT
     if softcap and not statistics:
         return SMALL
     if not target.uses_tma:
@@ -197,7 +214,8 @@ def _serves(tile: KernelConfig, kernel: str, dtype: torch.dtype, target: Target,
         return False
     if dtype == torch.float32 and tile.depth != preferred.depth:
         return False
-    return shared_bytes(kernel, tile, dtype, target, cache=cache) <= target.shared
+    shared = shared_bytes(kernel, tile, dtype, target, cache=cache)
+    return shared <= target.shared and tile.programs * (shared + RESERVED) <= target.shared_of_processor
 
 
 def key_of(kernel: str, dtype: torch.dtype, *, softcap: bool, cache: bool, width: int) -> str:
@@ -219,6 +237,7 @@ ACCEPTED: dict[str, tuple[int, ...]] = {
     "warps": (4, 8, 16),
     "stages": tuple(range(1, 9)),
     "group": tuple(range(1, 65)),
+    "programs": (1, 2, 3, 4),
 }
 
 

@@ -35,11 +35,7 @@ from bupo_kernels.backends.triton_.product import (
 )
 
 
-@triton.jit(
-    do_not_specialize=[
-        *("active_rows", "exponent_stride", "cached_rows", "first_row", "N", "splits", "split_units")
-    ]
-)
+@triton.jit(do_not_specialize=[*("active_rows", "exponent_stride", "cached_rows", "first_row", "N", "splits", "split_units")])
 def linear_statistics_kernel(
     hidden,  # [N, D]: TMA descriptor, or pointer; the active rows first
     targets,  # [N] int64

@@ -229,8 +229,8 @@ class Launch:
         }
 
     def programs(self, config: KernelConfig, column_units: int) -> tuple[int]:
-        """Return a persistent grid: one program for each multiprocessor, or fewer where there is less to do."""
-        return (min(self.target.processors, triton.cdiv(len(self.rows), config.rows) * column_units),)
+        """Return a persistent grid: the programs that the multiprocessors run at a time, or fewer where there is less to do."""
+        return (min(self.target.processors * config.programs, triton.cdiv(len(self.rows), config.rows) * column_units),)
 
     def tile_of(self, matrix: Tensor, config: KernelConfig) -> Tensor | TensorDescriptor:
         """Return ``matrix`` as the ``target`` of ``store_tile``."""

@@ -137,7 +137,7 @@ def _kernels(problem: Problem, target: Target, cached: int) -> tuple[str, ...]:
     if problem.needs_grad:
         backward = config.gradient_config(problem.dtype, target, width=problem.width, softcap=problem.softcap)
         lines.append(f"gradient {backward}")
-    return (*lines, f"hidden gathered {read.rows} rows at a time, weight {of_weight}")
+    return (*lines, f"hidden gathered {min(read.rows, problem.rows)} rows at a time, weight {of_weight}")
 
 
 def _why_copied(read: Reads, problem: Problem) -> str:
