@@ -97,7 +97,7 @@ def tune(
         for width in widths:
             inputs = Inputs.of(rows, vocab, width, dtype, device)
             for work in works(inputs):
-                flags = {"regular": True, "softcap": False, "cache": work.cache}
+                flags = {"softcap": False, "cache": work.cache}
                 key = config.key_of(work.kernel, dtype, width=width, **flags)
                 tiles = config.candidates(work.kernel, dtype, target_of(device), **flags)
                 as_a_whole = slower_key(Variant.of("triton", dtype), config.widths_of(width))

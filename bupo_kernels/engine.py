@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bupo_kernels.backends import algebra
 from bupo_kernels.backends.algebra import Coefficients
-from bupo_kernels.backends.base import Cache, Operands, PolicyRows, Problem
+from bupo_kernels.backends.base import Cache, Operands, PolicyRows, Problem, is_aligned
 from bupo_kernels.backends.gradients import GradientSums, in_place_order
 from bupo_kernels.backends.quantised import is_plain
 from bupo_kernels.dispatch import Plan, make_plan
@@ -99,6 +99,7 @@ def problem_of(operands: Operands, active_rows: int, settings: Settings) -> Prob
         softcap=operands.readout.softcap is not None,
         memory_budget=settings.memory_budget,
         quantised=not is_plain(weight),
+        aligned=not is_plain(weight) or is_aligned(weight),
     )
 
 

@@ -48,7 +48,7 @@ def test_no_configuration_spills_or_waits_or_asks_for_more_shared_memory_than_th
     of_target = [kernel for kernel in compiled if kernel["target"] == target]
     others = {"gradient_cached"} if target in ahead.TWINS else {"gradient_cached", "merge"}
     assert {kernel["kernel"] for kernel in of_target} == {*PRODUCTS, *others}
-    assert [kernel for kernel in of_target if kernel["spills"] or kernel["stack"] > 8 * (target in ("sm_120", "sm_121"))] == []
+    assert [kernel for kernel in of_target if kernel["spills"] or kernel["stack"]] == []
     assert [kernel for kernel in of_target if kernel["warnings"]] == []
     assert [kernel for kernel in of_target if not kernel["shared"] <= kernel["bound"] <= TARGETS[target][1]] == []
 
@@ -57,7 +57,7 @@ def test_no_configuration_spills_or_waits_or_asks_for_more_shared_memory_than_th
 @pytest.mark.parametrize("target", TARGETS)
 def test_products_run_on_the_tensor_cores_in_steps_that_do_not_depend_on_the_tile(compiled, target):
     products = [kernel for kernel in compiled if kernel["target"] == target and kernel["kernel"] in PRODUCTS]
-    assert len(products) >= 10
+    assert len(products) >= 5 * (1 if target in ahead.TWINS else 3) - 1
     assert [kernel for kernel in products if not kernel["instruction"].startswith(TARGETS[target][0])] == []
     for dtype in ("bfloat16", "float16", "float32"):
         steps = {
@@ -81,6 +81,8 @@ def row(**changes):
         "spills": 0,
         "shared": 0,
         "bound": 0,
+        "programs": 1,
+        "threads": 256,
         "instructions": 100,
         "warnings": "",
         "instruction": "",
@@ -102,8 +104,9 @@ STATISTICS = {
         ({"shared": 232449, "bound": 240000}, "232449 bytes of shared memory, and a block may have 232448"),
         ({"target": "sm_120", "shared": 101377, "bound": 240000}, "a block may have 101376"),
         ({"shared": 1025, "bound": 1024}, "config.shared_bytes says 1024"),
-        ({"stack": 8}, "spilled: 8 bytes of stack, accepted are 0"),
-        ({"target": "sm_120", "stack": 16}, "spilled: 16 bytes of stack, accepted are 8"),
+        ({"stack": 8}, "spilled: 8 bytes of stack, and 0 moved"),
+        ({"programs": 2, "registers": 129}, "2 of it take 69632 registers, and a multiprocessor has 65536"),
+        ({"target": "sm_89", "programs": 2, "shared": 50177, "bound": 60000}, "2 of it take 102402 bytes of shared memory"),
         ({"spills": 4}, "4 moved"),
         ({"warnings": "(C7510) Potential Performance Loss"}, "serialises its products"),
         ({"instructions": 10000}, "10000 instructions"),
@@ -115,7 +118,7 @@ STATISTICS = {
 def test_each_gate_can_fail(changes, message, monkeypatch):
     monkeypatch.setattr(ahead.triton, "__version__", "3.6.0")
     assert ahead.faults(row()) == []
-    assert ahead.faults(row(target="sm_120", stack=8)) == []
+    assert ahead.faults(row(target="sm_89", programs=2, registers=255, threads=128, shared=50176, bound=50176)) == []
     assert ahead.faults(row(**STATISTICS, between=1240)) == []
     (fault,) = ahead.faults(row(**changes))
     assert message in fault
@@ -125,8 +128,8 @@ def test_a_regression_of_five_percent_exceeds_the_budget(monkeypatch):
     monkeypatch.setattr(ahead.triton, "__version__", "3.6.0")
     for name, measured in ahead.BUDGETS.items():
         kernel, dtype, *kind = name.split(", ", 2)
-        case = {"fp32": "float32", "16 bit": "float16"}[dtype] + "".join(f", {part}" for part in kind).replace("irregular", "odd")
-        for target, count in zip(("sm_86", "sm_121", "sm_90", "sm_100", "gfx942"), measured, strict=True):
+        case = {"fp32": "float32", "16 bit": "float16"}[dtype] + "".join(f", {part}" for part in kind)
+        for target, count in zip(("sm_121", "sm_90", "sm_100", "gfx942"), measured, strict=True):
             of = {"target": target, "kernel": kernel, "case": case, "instruction": TARGETS[target][0]}
             found = [ahead.faults(row(**of, instructions=n)) for n in (count, count * 21 // 20 + 1)]
             assert found[0] == []
@@ -178,7 +181,7 @@ from bupo_kernels.backends.triton_ import compile as ahead
 from bupo_kernels.backends.triton_ import config
 work = ahead.work_for("sm_90")
 with ahead._compiling(work.gpu) as compiled:
-    next(launch for case, launch, _ in work.cases() if case == "bfloat16, ragged width")()
+    next(case.launch for case in work.cases() if case.name == "bfloat16")()
 ptx = compiled[0][2].asm["ptx"]
 for text in (ptx, "\\n".join(line for line in ptx.splitlines() if "wgmma.wait_group" not in line)):
     open(sys.argv[1], "w").write(text)

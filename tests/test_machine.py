@@ -59,7 +59,7 @@ def test_a_gpu_without_rates_is_refused_with_the_names_of_those_that_have_them()
 def test_a_plan_has_the_tiles_of_the_gpu_that_it_is_for(bare):
     for gpu in GPUS:
         target = config.Target("cuda", gpu.arch, gpu.processors)
-        tile = config.statistics_config(BF16, target, width=4096, regular=True, softcap=False)
+        tile = config.statistics_config(BF16, target, width=4096, softcap=False)
         assert explain(*operands(gradients=(False, False)), device=gpu.name).tile_plan.kernels[0].startswith(f"statistics {tile}")
     kernels = {explain(*operands(), device=name).tile_plan.kernels for name in ("H100", "B200", "RTX 4090")}
     assert len(kernels) == 3
@@ -184,7 +184,7 @@ def test_what_bupo_tune_has_measured_replaces_the_prediction(there, monkeypatch)
     problem = dataclasses.replace(predicted.problem(there, 4096, gradients=True), gpu=None)
     monkeypatch.setattr(triton_, "target_of", lambda device: target)
     monkeypatch.setattr(dispatch, "choose", lambda problem, backend: ("triton", dispatch.TRITON, "recompute", {}))
-    flags = {"regular": True, "softcap": False, "cache": False}
+    flags = {"softcap": False, "cache": False}
     keys = [config.key_of(kernel, BF16, width=4096, **flags) for kernel in (config.STATISTICS, config.GRADIENT)]
     texts, times = [], []
     for rates in ({}, {keys[0]: 500e12}, dict.fromkeys(keys, 500e12)):

@@ -233,17 +233,17 @@ def test_the_sums_move_what_the_documentation_predicts_and_less_than_before(on_h
 @pytest.mark.parametrize("budget", [GIB // 4, GIB, 5 * GIB])
 @pytest.mark.parametrize("strategy", ["recompute", "cached"])
 def test_slices_are_those_whose_sums_move_least_whatever_the_number_of_rows(on_hopper, budget, width, strategy):
-    tiles = [tiling.largest_tile(problem(width, budget, rows), strategy) for rows in (1, 700, 8192, ROWS)]
+    tiles = [tiling.largest_tile(problem(width, budget, rows), strategy, HOPPER) for rows in (1, 700, 8192, ROWS)]
     assert len({tile.columns for tile in tiles}) == 1
     many = problem(width, budget, tiling.MANY_ROWS)
     cached = tiling.cached_rows(many, strategy)
 
     def moved(columns: int) -> float:
-        fit = [rows for rows in (2**k for k in range(18)) if tiling.memory(many, Tile(rows, columns), cached).backward <= budget]
+        fit = [rows for rows in (2**k for k in range(18)) if tiling.memory(many, Tile(rows, columns), cached, HOPPER).backward <= budget]
         return sum(bytes_of_sums(many, Tile(max(fit), columns))) if fit else math.inf
 
     others = [moved(columns) for columns in range(config.COLUMN_UNIT, config.MOST_COLUMNS + 1, 4 * config.COLUMN_UNIT)]
-    chosen = tiling.largest_tile(many, strategy)
+    chosen = tiling.largest_tile(many, strategy, HOPPER)
     assert sum(bytes_of_sums(many, chosen)) <= 1.25 * min(others)
 
 

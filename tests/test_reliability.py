@@ -53,6 +53,7 @@ from bupo_kernels import (
     reference,
 )
 from bupo_kernels.backends import gradients as library_products
+from bupo_kernels.backends import triton_
 from bupo_kernels.backends.base import Operands, Problem, Readout
 from bupo_kernels.backends.triton_ import config
 
@@ -431,18 +432,20 @@ def test_T12_packed_sequences_do_not_see_one_another(backend):
         policy_logprobs(model, ids, targets, position_ids=positions, attention_mask=torch.ones_like(ids))
 
 
-@pytest.mark.parametrize("stride", [2**33, 2**33 + 1], ids=["whole units", "odd"])
-def test_T13_rows_past_two_to_the_31_elements_have_64_bit_offsets(stride):
-    # A tensor without storage may have any strides; of ``hidden`` a launch reads nothing else.
-    product = pytest.importorskip("bupo_kernels.backends.triton_.product")
-    hidden = torch.empty_strided((3, 5, 64), (stride, 2**31, 1), device="meta", dtype=torch.bfloat16)
-    operands = Operands(hidden, torch.randn(7, 64), None, torch.zeros(3, 5, dtype=torch.int64), Readout(1.0, 1.0, None))
-    launch = product.Launch(operands, torch.tensor([0, 4, 5, 14]), config.Target("cuda", 80, 3))
-    assert launch.regular == (stride % 2 == 0)
-    assert launch.offsets.dtype == torch.int64
-    unit = product.ALIGNMENT.value if launch.regular else 1
-    first_elements = [offset * unit for offset in launch.offsets.tolist()]
-    assert first_elements == [0, 4 * 2**31, stride, 2 * stride + 4 * 2**31]
+@pytest.mark.parametrize("arch", [80, 90], ids=["pointers", "TMA"])
+def test_T13_rows_past_two_to_the_31_elements_have_64_bit_offsets(monkeypatch, tmp_path, arch):
+    pytest.importorskip("triton")
+    if not config.interpreted():
+        pytest.skip("a GPU has tests of this with real sizes")
+    monkeypatch.setattr(triton_, "target_of", lambda device: config.Target("cuda", arch, 3))
+    # In a sparse file there is nothing of this memory but the pages that are touched.
+    memory = torch.from_file(str(tmp_path / "memory"), shared=True, size=2**32 + 128, dtype=torch.bfloat16)
+    case = random_case(3, 3, 64, dtype=torch.bfloat16)
+    hidden, weight = (memory.as_strided((3, 64), (2**31, 1), start) for start in (0, 64))
+    hidden.copy_(case.hidden.detach())
+    weight.copy_(case.weight.detach())
+    far, near = (linear_logprobs(h, w, case.targets, backend="triton") for h, w in ((hidden, weight), (case.hidden, case.weight)))
+    assert all(torch.equal(a, b) for a, b in zip(far, near, strict=True))
 
 
 # ---- inside torch: autocast, compilation, sharding, shared weights

@@ -9,19 +9,20 @@ import pytest
 import torch
 
 from bupo_kernels.backends import triton_
-from bupo_kernels.backends.triton_ import config
+from bupo_kernels.backends.base import Problem, Tile
+from bupo_kernels.backends.triton_ import config, tiling
 from bupo_kernels.backends.triton_.config import GRADIENT, STATISTICS, KernelConfig, Target
 from bupo_kernels.selfcheck.records import Record
 
 BF16, FP16, FP32 = DTYPES = torch.bfloat16, torch.float16, torch.float32
 TARGETS = [Target("cuda", arch, 132) for arch in (80, 86, 87, 89, 90, 100, 103, 120, 121)] + [Target("hip", 0, 304)]
-FLAGS = [dict(zip(("regular", "softcap", "cache"), flags, strict=True)) for flags in itertools.product((True, False), repeat=3)]
+FLAGS = [dict(zip(("softcap", "cache"), flags, strict=True)) for flags in itertools.product((True, False), repeat=2)]
 EVERY = [
     (kernel, dtype, flags)
     for kernel, dtype, flags in itertools.product((STATISTICS, GRADIENT), DTYPES, FLAGS)
     if not flags["cache"] or (kernel == STATISTICS and config.why_not_cached(dtype, flags["softcap"]) is None)
 ]
-KEY = config.key_of(STATISTICS, BF16, regular=True, softcap=False, cache=False, width=4096)
+KEY = config.key_of(STATISTICS, BF16, softcap=False, cache=False, width=4096)
 TILE = KernelConfig(64, 256, 32, 4, 2, group=3)
 
 
@@ -60,7 +61,7 @@ def test_a_device_has_the_tiles_on_record_and_no_others(monkeypatch, caplog):
     monkeypatch.setattr(config, "interpreted", lambda: False)
     properties = SimpleNamespace(major=9, minor=0, multi_processor_count=132, shared_memory_per_block_optin=232448)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    key = config.key_of(config.STATISTICS, torch.bfloat16, regular=True, softcap=False, cache=False, width=4096)
+    key = config.key_of(config.STATISTICS, torch.bfloat16, softcap=False, cache=False, width=4096)
     tile = config.KernelConfig(128, 256, 64, 8, 3)
     for tiles, found in (({key: asdict(tile)}, ((key, tile),)), ({key: {"rows": "many"}}, ())):
         monkeypatch.setattr(triton_, "_targets", {})
@@ -75,12 +76,11 @@ def test_a_device_has_the_tiles_on_record_and_no_others(monkeypatch, caplog):
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.kind} {target.arch}")
 def test_candidates_fit_and_agree_on_what_the_kernels_rely_on(target):
     for kernel, dtype, flags in EVERY:
-        about = {"regular": flags["regular"], "cache": flags["cache"]}
         found = config.candidates(kernel, dtype, target, **flags)
         assert len(found) == len(set(found)) > 1
         assert config.chosen(kernel, dtype, target, width=4096, **flags) == found[0]
         for tile in found:
-            assert config.shared_bytes(kernel, tile, dtype, target, **about) <= target.shared
+            assert config.shared_bytes(kernel, tile, dtype, target, cache=flags["cache"]) <= target.shared
             assert config.COLUMN_UNIT % tile.columns == 0
             assert tile.depth in (16, 32, 64)  # rows that need no mask along D are whole steps of it
             assert config.exponents_per_row(1000) >= config.padded(1000) // tile.columns
@@ -89,58 +89,97 @@ def test_candidates_fit_and_agree_on_what_the_kernels_rely_on(target):
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.kind} {target.arch}")
 def test_the_backward_recomputes_in_fp32_with_the_depth_of_the_forward(target):
     # The order of the sums depends on it, and so do a logit's last bits.
-    for regular in (True, False):
-        of_both = [
-            config.candidates(kernel, FP32, target, **flags)
-            for kernel, dtype, flags in EVERY
-            if dtype == FP32 and flags["regular"] == regular
-        ]
-        assert len({tile.depth for tiles in of_both for tile in tiles}) == 1
-    key = config.key_of(STATISTICS, FP32, regular=True, softcap=False, cache=False, width=4096)
+    of_both = [config.candidates(kernel, FP32, target, **flags) for kernel, dtype, flags in EVERY if dtype == FP32]
+    assert len({tile.depth for tiles in of_both for tile in tiles}) == 1
+    key = config.key_of(STATISTICS, FP32, softcap=False, cache=False, width=4096)
     deeper = replace(target, tiles=((key, KernelConfig(64, 64, 64, 8, 2)),))
-    assert config.statistics_config(FP32, deeper, width=4096, regular=True, softcap=False) == config.FP32
+    assert config.statistics_config(FP32, deeper, width=4096, softcap=False) == config.FP32
 
 
 def test_the_first_that_fits_is_the_default():
-    assert config.statistics_config(BF16, Target("cuda", 90, 1), width=64, regular=True, softcap=False) == config.WIDE
+    assert config.statistics_config(BF16, Target("cuda", 90, 1), width=64, softcap=False) == config.WIDE
     small = Target("cuda", 90, 1, 101376)
-    tile = config.statistics_config(BF16, small, width=64, regular=True, softcap=False)
+    tile = config.statistics_config(BF16, small, width=64, softcap=False)
     assert tile not in (config.WIDE, config.WIDE_STORED, config.HOPPER)
-    assert config.shared_bytes(STATISTICS, tile, BF16, small, regular=True) <= 101376
+    assert config.shared_bytes(STATISTICS, tile, BF16, small) <= 101376
 
 
 @pytest.mark.parametrize("arch", [120, 121])
 def test_a_card_with_99_kib_runs_16_bit_products_in_tiles_that_fit(arch):
     target = Target("cuda", arch, 170)
-    assert (target.has_tma, target.matrix_unit) == (True, "mma.sync")
+    assert (target.uses_tma, target.matrix_unit) == (False, "mma.sync")
     for cache in (False, True):
-        assert config.statistics_config(BF16, target, width=64, regular=True, softcap=False, cache=cache) == config.AMPERE
-    assert config.gradient_config(FP16, target, width=64, regular=True, softcap=False) == config.AMPERE
+        assert config.statistics_config(BF16, target, width=64, softcap=False, cache=cache) == config.AMPERE
+    assert config.gradient_config(FP16, target, width=64, softcap=False) == config.AMPERE_GRADIENT
 
 
 @pytest.mark.parametrize(
     ("arch", "statistics", "keeping_e", "with_softcap", "recompute"),
     [
-        (80, "AMPERE", "AMPERE", "AMPERE", "AMPERE"),
+        (80, "AMPERE", "AMPERE", "AMPERE", "AMPERE_GRADIENT"),
         (90, "WIDE", "WIDE_STORED", "HOPPER", "HOPPER_GRADIENT"),
         (100, "WIDE", "HOPPER", "BLACKWELL_SOFTCAP", "HOPPER"),
     ],
 )
 def test_defaults_follow_what_the_matrix_unit_reads(arch, statistics, keeping_e, with_softcap, recompute):
-    target, kind = Target("cuda", arch, 1), {"width": 4096, "regular": True}
+    target, kind = Target("cuda", arch, 1), {"width": 4096}
     for dtype in (BF16, FP16):
         assert config.statistics_config(dtype, target, softcap=False, **kind) == getattr(config, statistics)
         assert config.statistics_config(dtype, target, softcap=False, cache=True, **kind) == getattr(config, keeping_e)
         assert config.statistics_config(dtype, target, softcap=True, **kind) == getattr(config, with_softcap)
         assert config.gradient_config(dtype, target, softcap=False, **kind) == getattr(config, recompute)
-        assert config.gradient_config(dtype, target, softcap=True, **kind) == config.SMALL
-        irregular = {"width": 4096, "regular": False, "softcap": True}
-        assert config.statistics_config(dtype, target, **irregular) == config.IRREGULAR
-        assert config.gradient_config(dtype, target, **irregular) == config.IRREGULAR
+        with_softcap_too = config.AMPERE_SOFTCAP_GRADIENT if arch == 80 else config.SMALL
+        assert config.gradient_config(dtype, target, softcap=True, **kind) == with_softcap_too
     for softcap in (False, True):
-        small = arch == 100 and softcap
-        assert config.statistics_config(FP32, target, softcap=softcap, **kind) == (config.FP32_SMALL if small else config.FP32)
-        assert config.gradient_config(FP32, target, softcap=softcap, **kind) == config.FP32
+        tile = config.FP32_SMALL if arch == 100 and softcap else config.FP32
+        assert config.statistics_config(FP32, target, softcap=softcap, **kind) == tile
+        assert config.gradient_config(FP32, target, softcap=softcap, **kind) == tile
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: f"{target.kind} {target.arch}")
+def test_a_multiprocessor_has_the_shared_memory_for_the_programs_that_a_tile_plans(target):
+    for kernel, dtype, flags in EVERY:
+        for tile in config.candidates(kernel, dtype, target, **flags):
+            of_one = config.shared_bytes(kernel, tile, dtype, target, cache=flags["cache"])
+            assert tile.programs == 1 or tile.programs * (of_one + 1024) <= target.shared + 1024
+    if target.matrix_unit == "mma.sync":
+        gradient = config.gradient_config(BF16, target, width=4096, softcap=False)
+        assert (gradient.warps, gradient.programs) == (4, 2)
+
+
+def test_a_tile_of_more_programs_than_fit_is_not_taken():
+    two, three = (KernelConfig(128, 64, 64, 4, 3, programs=programs) for programs in (2, 3))
+    for arch, tile in ((80, two), (80, three), (89, two), (89, three)):
+        taken = config.statistics_config(BF16, Target("cuda", arch, 1, tiles=((KEY, tile),)), width=4096, softcap=False)
+        assert (taken == tile) == ((arch, tile) != (89, three))
+    assert str(two) == "128 x 64 x 64, 4 warps, 3 stages, 2 a multiprocessor"
+
+
+def test_rows_are_read_as_wide_as_they_are_where_tma_fills_in_zeros():
+    hopper, ampere = Target("cuda", 90, 1), Target("cuda", 80, 1)
+    widths = {(64, BF16): (64, 64), (1000, BF16): (1000, 1024), (1001, BF16): (1024, 1024), (1004, BF16): (1024, 1024)}
+    widths |= {(1004, FP32): (1004, 1024), (1, FP16): (64, 64)}
+    for (width, dtype), read in widths.items():
+        assert tuple(config.read_width(width, dtype, target) for target in (hopper, ampere)) == read
+
+
+def test_what_is_copied_takes_a_part_of_the_budget_whatever_the_number_of_rows():
+    ampere = Target("cuda", 80, 108)
+    for rows, width, aligned, budget in itertools.product((1, 300, 10**6), (1, 1000, 4096), (True, False), (2**16, 2**30)):
+        problem = Problem(rows, rows, 151936, width, BF16, torch.device("cpu"), True, True, False, False, budget, aligned=aligned)
+        read = tiling.reads(problem, ampere)
+        assert read == tiling.reads(replace(problem, rows=7, active_rows=7), ampere)
+        assert read.copies_weight == (width == 1000 or width == 1 or not aligned)
+        assert read.rows % 256 == 0
+        assert read.columns % config.split_columns(151936) == 0 or read.columns == 151936
+        assert read.rows == 256 or 2 * read.rows * (read.width + width * (read.width != width)) <= budget / 8
+        assert read.columns == 1280 or 2 * read.columns * read.width <= budget / 4
+        for cached in (0, rows):
+            memory = tiling.memory(problem, Tile(rows, 2048), cached, ampere)
+            copied = tiling.memory(replace(problem, aligned=True), Tile(rows, 2048), cached, ampere)
+            if width == 4096 and not aligned:
+                assert memory.forward - copied.forward == 2 * read.columns * 4096
+                assert memory.backward - copied.backward == 2 * 2048 * 4096 * (cached == 0)
 
 
 def test_too_little_shared_memory_is_told():
@@ -149,7 +188,7 @@ def test_too_little_shared_memory_is_told():
     assert config.why_not_fitting(BF16, target, False).startswith(reason)
     assert config.why_not_fitting(BF16, Target("cuda", 120, 1), True) is None
     with pytest.raises(ValueError, match=reason):
-        config.gradient_config(BF16, target, width=64, regular=True, softcap=False)
+        config.gradient_config(BF16, target, width=64, softcap=False)
 
 
 def test_keys_tell_everything_apart_that_a_tile_may_depend_on():
@@ -157,18 +196,16 @@ def test_keys_tell_everything_apart_that_a_tile_may_depend_on():
         config.key_of(kernel, dtype, width=width, **flags) for kernel, dtype, flags in EVERY for width in (1536, 1537, 3072, 3073)
     ]
     assert len(set(keys)) == 3 * len(EVERY)
-    assert KEY == "linear_statistics, bfloat16, regular, D > 3072"
-    assert config.key_of(GRADIENT, FP16, regular=False, softcap=True, cache=False, width=1) == (
-        "gradient_recompute, float16, irregular, softcap, D <= 1536"
-    )
+    assert KEY == "linear_statistics, bfloat16, D > 3072"
+    assert config.key_of(GRADIENT, FP16, softcap=True, cache=False, width=1) == ("gradient_recompute, float16, softcap, D <= 1536")
 
 
 def test_a_measured_tile_is_taken_for_what_it_was_measured_for_and_nothing_else():
     target, plain = Target("cuda", 90, 132, tiles=((KEY, TILE),)), Target("cuda", 90, 132)
-    assert config.statistics_config(BF16, target, width=4096, regular=True, softcap=False) == TILE
-    assert config.statistics_config(BF16, target, width=3072, regular=True, softcap=False) == config.WIDE
+    assert config.statistics_config(BF16, target, width=4096, softcap=False) == TILE
+    assert config.statistics_config(BF16, target, width=3072, softcap=False) == config.WIDE
     for kernel, dtype, flags in EVERY:
-        if (kernel, dtype, flags) != (STATISTICS, BF16, {"regular": True, "softcap": False, "cache": False}):
+        if (kernel, dtype, flags) != (STATISTICS, BF16, {"softcap": False, "cache": False}):
             assert config.chosen(kernel, dtype, target, width=4096, **flags) == config.chosen(
                 kernel, dtype, plain, width=4096, **flags
             )
@@ -176,13 +213,13 @@ def test_a_measured_tile_is_taken_for_what_it_was_measured_for_and_nothing_else(
 
 def test_a_measured_tile_that_does_not_fit_is_not_taken():
     target = Target("cuda", 120, 170, tiles=((KEY, KernelConfig(256, 128, 64, 8, 4)),))
-    assert config.statistics_config(BF16, target, width=4096, regular=True, softcap=False) == config.AMPERE
+    assert config.statistics_config(BF16, target, width=4096, softcap=False) == config.AMPERE
 
 
 def test_no_more_warps_than_can_share_tensor_memory_are_taken():
     wide = KernelConfig(128, 256, 64, 16, 3)
     hopper, blackwell = (Target("cuda", arch, 132, tiles=((KEY, wide),)) for arch in (90, 100))
-    kind = {"regular": True, "softcap": False}
+    kind = {"softcap": False}
     assert config.statistics_config(BF16, hopper, width=4096, **kind) == wide
     assert config.statistics_config(BF16, blackwell, width=4096, **kind) == config.WIDE
     assert wide not in config.candidates(STATISTICS, BF16, blackwell, **kind)
@@ -216,6 +253,7 @@ BAD = {
     "a depth that widths are no multiple of": ({KEY: FINE | {"depth": 128}}, "depth: 128 given"),
     "no warps": ({KEY: FINE | {"warps": 0}}, "warps: 0 given"),
     "no stages": ({KEY: FINE | {"stages": 0}}, "stages: 0 given"),
+    "no programs": ({KEY: FINE | {"programs": 0}}, "programs: 0 given, accepted are 1, 2, 3, 4"),
 }
 
 

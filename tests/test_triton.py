@@ -106,6 +106,59 @@ def test_a_small_budget_cuts_the_backward_into_slices_and_blocks_of_rows(arch, d
     assert plan.tile_plan.tile.columns < 700
 
 
+# Widths, and how rows of H and W lie: what the kernels then read of each.
+LAYOUTS = {
+    "odd width": (77, lambda x: x),
+    "whole units of 16 bytes": (72, lambda x: x),
+    "transposed": (WIDTH, lambda x: x.T.contiguous().T),
+    "odd stride": (WIDTH, lambda x: torch.cat([x, x[:, :1]], 1)[:, :-1]),
+    "odd start": (WIDTH, lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)),
+}
+
+
+@pytest.mark.parametrize("arch", PATHS.values(), ids=PATHS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+def test_operands_that_cannot_be_read_in_place_are_copied_in_pieces(arch, layout, dtype, monkeypatch):
+    width, lay = LAYOUTS[layout]
+    case = random_case(270, 1100, width, dtype=dtype, device=DEVICE)
+    case.hidden, case.weight = (lay(x.detach()).requires_grad_() for x in (case.hidden, case.weight))
+    case.options = {"mask": torch.arange(270, device=DEVICE) % 90 != 1}
+    pieces = []
+
+    def noted(weight, columns, width):
+        piece = weight_slice(weight, columns, width)
+        pieces.append((columns, piece.values.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr()))
+        return piece
+
+    weight_slice = triton_.weight_slice
+    monkeypatch.setattr(triton_, "weight_slice", noted)
+    with running_as(arch):
+        plan, _ = check(case, memory_budget=500 * 1024)
+    in_place = layout == "whole units of 16 bytes" and (arch >= 90 or not config.interpreted())
+    assert {copied for _, copied in pieces} == {not in_place}
+    # The forward takes two chunks of rows, each through all pieces of W.
+    of_chunk = next(i for i, (columns, _) in enumerate(pieces) if columns.stop == 1100) + 1
+    assert [columns for columns, _ in pieces[:of_chunk]] == [columns for columns, _ in pieces[of_chunk : 2 * of_chunk]]
+    assert (of_chunk == 1) == in_place
+    assert ("weight read in place" in plan.tile_plan.kernels[-1]) == in_place
+    assert "hidden gathered 256 rows at a time" in plan.tile_plan.kernels[-1]
+
+
+@pytest.mark.parametrize("backend", ["triton", "triton:cached"])
+def test_no_row_depends_on_the_chunk_that_it_is_gathered_in(backend):
+    case = random_case(600, 520, 77, dtype=BF16, device=DEVICE)
+    with torch.no_grad():  # products of whole numbers are exact; those of NumPy else depend on where a row lies
+        for x in (case.hidden, case.weight):
+            x.copy_((2 * x).round())
+    mask = torch.arange(600, device=DEVICE) % 7 != 1
+    for budget in (2**20, 2**30):
+        options = {"backend": backend, "memory_budget": budget, "temperature": 16.0}
+        out = linear_logprobs(case.hidden, case.weight, case.targets, mask=mask, **options)
+        alone = linear_logprobs(case.hidden[590:], case.weight, case.targets[590:], mask=mask[590:], **options)
+        assert all(torch.equal(a, b[590:]) for a, b in zip(alone, out, strict=True))
+
+
 @pytest.mark.parametrize(("arch", "masked"), [(80, True), (90, False)], ids=["sm_80, masked rows", "sm_90"])
 def test_rows_past_the_cache_are_recomputed(arch, masked):
     case = random_case(300, 520, WIDTH, dtype=BF16, device=DEVICE)
@@ -209,7 +262,7 @@ def test_logits_of_any_size_give_finite_gradients(size):
 @pytest.mark.parametrize(("arch", "columns"), [(80, 64), (90, 256)])
 def test_measured_tiles_run_in_place_of_the_defaults(arch, columns):
     # What shares an exponent of E follows the forward's tile, and the backward's may be another.
-    flags, other = {"regular": True, "softcap": False, "width": WIDTH}, 320 - columns
+    flags, other = {"softcap": False, "width": WIDTH}, 320 - columns
     tiles = (
         (config.key_of(config.STATISTICS, BF16, cache=False, **flags), config.KernelConfig(64, columns, 32, 4, 2)),
         (config.key_of(config.STATISTICS, BF16, cache=True, **flags), config.KernelConfig(128, columns, 32, 8, 2)),
@@ -242,6 +295,7 @@ def test_targets_of_several_dimensions_and_a_transposed_weight():
 @pytest.mark.parametrize("arch", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("options", ["plain", "everything"])
 def test_the_largest_logit_survives_splits_and_merge(arch, options):
+    from bupo_kernels.backends.triton_.copies import HiddenRows, weight_slice
     from bupo_kernels.backends.triton_.linear_statistics import linear_statistics
     from bupo_kernels.backends.triton_.merge import merge
     from bupo_kernels.backends.triton_.product import Launch
@@ -255,13 +309,13 @@ def test_the_largest_logit_survives_splits_and_merge(arch, options):
         operands = Operands(
             case.hidden.detach(), case.weight.detach(), None if bias is None else bias.detach(), case.targets, readout
         )
-        launch = Launch(operands, positions, config.Target("cuda", arch, 3))
-        count = torch.tensor([75], device=DEVICE)
-        partials = linear_statistics(launch, count, with_entropy=True)
+        hidden = HiddenRows(operands, positions, WIDTH, ascending=False)[:]
+        launch = Launch(operands, positions, hidden, config.Target("cuda", arch, 3))
+        count, partials = torch.tensor([75], device=DEVICE), torch.empty(5, 4, 150, device=DEVICE)
+        linear_statistics(launch, weight_slice(operands.weight, slice(0, 1100), WIDTH), count, partials, with_entropy=True)
         statistics = torch.full((4, 150), 7.0, device=DEVICE)
         merge(partials, count, positions, statistics, with_entropy=True)
         plain = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in case.options.items() if k != "mask"}
         z = reference.logits(case.hidden.double(), case.weight.double(), **plain)
-    assert partials.shape[0] == 5
     assert (statistics[0, rows] - z.amax(1)[rows]).abs().max() < 1e-5
     assert (statistics[:, 1::2] == 7).all()  # rows that do not count are not written

@@ -55,7 +55,7 @@ def test_a_tile_that_wins_goes_on_record_for_its_widths_and_any_number_of_rows(c
     records.add(Card.of(CPU), verdicts={"triton bfloat16": RIGHT})
     found = tuned(out=tmp_path / "out")
     keys = [
-        config.key_of(kernel, BF16, regular=True, softcap=False, cache=cache, width=64)
+        config.key_of(kernel, BF16, softcap=False, cache=cache, width=64)
         for kernel, cache in ((config.STATISTICS, False), (config.STATISTICS, True), (config.GRADIENT, False))
     ]
     assert found.tiles == dict.fromkeys(keys, asdict(OTHER))
@@ -113,9 +113,7 @@ def test_a_tile_whose_result_is_off_is_refused(clock, monkeypatch):
 
 
 def test_what_was_tuned_before_is_replaced_and_forgotten(clock, capsys):
-    key, other = (
-        config.key_of(config.GRADIENT, BF16, regular=True, softcap=False, cache=False, width=width) for width in (64, 4096)
-    )
+    key, other = (config.key_of(config.GRADIENT, BF16, softcap=False, cache=False, width=width) for width in (64, 4096))
     tiles = dict.fromkeys((key, other), asdict(DEFAULT))
     slower = {"triton bfloat16, D <= 1536": "x", "triton float16, D <= 1536": "y"}
     records.add(Card.of(CPU), verdicts={"triton bfloat16": RIGHT}, tiles=tiles, slower=slower)

@@ -57,6 +57,12 @@ class Operands(NamedTuple):
         return (rows, *reversed(coordinates))
 
 
+def is_aligned(matrix: Tensor) -> bool:  # [..., D]
+    """Tell whether rows are contiguous and begin on multiples of 16 bytes of the memory that ``matrix`` is a view of."""
+    unit = 16 // matrix.element_size()
+    return matrix.stride(-1) == 1 and all(start % unit == 0 for start in (matrix.storage_offset(), *matrix.stride()[:-1]))
+
+
 @dataclass(frozen=True)
 class Problem:
     """The facts that a plan depends on. Sizes are in elements, ``memory_budget`` is in bytes."""
@@ -74,6 +80,7 @@ class Problem:
     memory_budget: int
     quantised: bool = False  # whether the rows of the weight are dequantised, a slice at a time
     gpu: Gpu | None = None  # to plan for as if it were ``device``, with all backends installed; None for the device that is there
+    aligned: bool = True  # whether the rows of the weight are contiguous, and begin on multiples of 16 bytes
 
     @property
     def statistics_dtype(self) -> torch.dtype:

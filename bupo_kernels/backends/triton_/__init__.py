@@ -24,6 +24,7 @@ from bupo_kernels.backends.base import Backend, Cache, Operands, Problem, TilePl
 from bupo_kernels.backends.gradients import MatrixTile, RowsTile, whole_rows
 from bupo_kernels.backends.machine import Gpu, Seconds
 from bupo_kernels.backends.triton_ import config, counts, tiling
+from bupo_kernels.backends.triton_.copies import HiddenRows, reads_in_place, weight_slice
 from bupo_kernels.selfcheck import decision
 from bupo_kernels.selfcheck.decision import Variant
 
@@ -139,7 +140,7 @@ class Triton(Backend):
         """Return the seconds of a kernel with a product, which leaves so many ``stored`` rows of E or dz, and whether they follow
         from what `bupo tune` measured here."""
         shape, cache = problem.shape, kernel == config.STATISTICS and stored > 0
-        flags = {"regular": True, "softcap": False, "cache": cache}
+        flags = {"softcap": False, "cache": cache}
         target = _like(gpu)
         if problem.gpu is None and machine.present(problem.device) == gpu:
             target = target_of(problem.device)
@@ -151,7 +152,7 @@ class Triton(Backend):
             *(gpu, shape),
             tile=(tile.rows, tile.columns),
             warps=tile.warps,
-            blocks=1,
+            blocks=tile.programs,
             instructions=counts.between_products(kernel, target, cache=cache),
             main_loop=machine.MAIN_LOOP[target.matrix_unit],
         )
@@ -181,7 +182,7 @@ class Triton(Backend):
         cache = self.empty_cache(plan.problem, plan.cached_rows)
         if len(active):
             rows, count = _in_front(active)
-            _stream(operands, rows, count, rows, with_entropy, cache, result)
+            _stream(operands, rows, count, rows, plan, with_entropy, cache, result, ascending=False)
         return Statistics(*result), cache
 
     def row_statistics(
@@ -193,7 +194,7 @@ class Triton(Backend):
         if n:
             count = torch.full((1,), n, dtype=torch.int64, device=rows.device)
             positions = torch.arange(n, dtype=torch.int64, device=rows.device)
-            _stream(operands, rows, count, positions, with_entropy, cache, result)
+            _stream(operands, rows, count, positions, plan, with_entropy, cache, result, ascending=True)
         return Statistics(*result), cache
 
     def gradient_tiles(
@@ -207,52 +208,49 @@ class Triton(Backend):
     ) -> Iterator[MatrixTile | RowsTile]:
         from bupo_kernels.backends.triton_.gradient_cached import gradient_cached
         from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute
-        from bupo_kernels.backends.triton_.product import Launch, regular
+        from bupo_kernels.backends.triton_.product import Launch
 
         problem, n = plan.problem, len(rows)
         vocab, width = problem.vocab, problem.width
         if n == 0:
             return
         target = target_of(rows.device)
+        read = tiling.reads(problem, target)
         if cache_rows is not None:
-            as_written = regular(operands.hidden, operands.weight)
-            exponent_columns = config.statistics_config(
-                problem.dtype, target, width=width, regular=as_written, softcap=False, cache=True
-            ).columns
-        coordinates = operands.coordinates(rows)
-
-        def hidden_rows(block: slice) -> Tensor | None:  # [r, D]
-            if not problem.grad_weight:
-                return None
-            if n == problem.rows and operands.hidden.is_contiguous():
-                return operands.hidden.view(n, width)[block]
-            return operands.hidden[tuple(i[block] for i in coordinates)]
-
+            exponent_columns = config.statistics_config(problem.dtype, target, width=width, softcap=False, cache=True).columns
+        hidden_rows = HiddenRows(operands, rows, read.width, ascending=not plan.in_place)
         if plan.in_place:
             assert cache_rows is not None
             dz = cache.values[:n].view(self.gradient_dtype(problem))
             gradient_cached(cache, exponent_columns, cache_rows, coefficients, dz, slice(0, vocab))
-            yield from whole_rows(dz[:, :vocab], operands.weight, hidden_rows(slice(0, n)), plan.tile.columns)
+            hidden = hidden_rows[:][:, :width] if problem.grad_weight else None
+            yield from whole_rows(dz[:, :vocab], operands.weight, hidden, plan.tile.columns)
             return
         from_cache = 0 if cache_rows is None else int((cache_rows < len(cache.values)).sum())
         columns_of_dz = min(plan.tile.columns, config.padded(vocab))
         dz = torch.empty(min(plan.tile.rows, n), columns_of_dz, dtype=self.gradient_dtype(problem), device=rows.device)
         blocks = [slice(first, min(first + plan.tile.rows, n)) for first in range(0, n, plan.tile.rows)]
-        splits = [min(max(from_cache, block.start), block.stop) for block in blocks]  # before it from E, from it on recomputed
-        launches = [Launch(operands, rows[split : block.stop], target) for block, split in zip(blocks, splits, strict=True)]
-        all_hidden = hidden_rows(blocks[0]) if len(blocks) == 1 else None
+        hidden = launch = None
         for start in range(0, vocab, plan.tile.columns):
             columns = slice(start, min(start + plan.tile.columns, vocab))
-            for block, split, launch in zip(blocks, splits, launches, strict=True):
+            weight = weight_slice(operands.weight, columns, read.width) if from_cache < n else None
+            for block in blocks:
+                split = min(max(from_cache, block.start), block.stop)  # before it from E, from it on recomputed
+                if hidden is None and (weight is not None or problem.grad_weight):
+                    hidden = hidden_rows[block]
                 if cache_rows is not None and split > block.start:
                     part = slice(block.start, split)
                     gradient_cached(cache, exponent_columns, cache_rows[part], coefficients.rows(part), dz, columns)
-                if split < block.stop:
+                if hidden is not None and weight is not None and split < block.stop:
                     part = slice(split, block.stop)
-                    gradient_recompute(launch, coefficients.rows(part), dz[split - block.start :], columns)
+                    if launch is None:
+                        launch = Launch(operands, rows[part], hidden[split - block.start :], target)
+                    gradient_recompute(launch, weight, coefficients.rows(part), dz[split - block.start :])
                 tile = dz[: block.stop - block.start, : columns.stop - columns.start]
-                hidden = hidden_rows(block) if all_hidden is None else all_hidden
-                yield MatrixTile(columns, block, tile, operands.weight[columns], hidden)
+                yield MatrixTile(columns, block, tile, operands.weight[columns], None if hidden is None else hidden[:, :width])
+                if len(blocks) > 1:  # a single block's is gathered but once
+                    hidden = launch = None
+            del weight  # before the next slice is copied
 
 
 def _in_front(active: Tensor) -> tuple[Tensor, Tensor]:  # [N] bool -> [N] int64, [1] int64
@@ -270,15 +268,42 @@ def _stream(
     rows: Tensor,  # [n]
     count: Tensor,  # [1]
     positions: Tensor,  # [n]
+    plan: TilePlan,
     with_entropy: bool,
     cache: Cache,
     result: Tensor,  # [4, n]
+    *,
+    ascending: bool,
 ) -> None:
-    """Take the first ``count`` of ``rows`` through both kernels, into ``result`` at their ``positions``."""
+    """Take the first ``count`` of ``rows`` through both kernels, into ``result`` at their ``positions``, chunk by chunk;
+    of those past the ``count`` no program does a thing."""
     from bupo_kernels.backends.triton_.linear_statistics import linear_statistics
     from bupo_kernels.backends.triton_.merge import merge
     from bupo_kernels.backends.triton_.product import Launch
 
-    launch = Launch(operands, rows, target_of(rows.device))
-    partials = linear_statistics(launch, count, with_entropy=with_entropy, cache=None if cache.is_empty else cache)
-    merge(partials, count, positions, result, with_entropy=with_entropy)
+    target, device = target_of(rows.device), rows.device
+    n, vocab, split = len(rows), len(operands.weight), config.split_columns(len(operands.weight))
+    read = tiling.reads(plan.problem, target)
+    hidden_rows = HiddenRows(operands, rows, read.width, ascending=ascending)
+    in_place = not read.copies_weight and reads_in_place(operands.weight)
+    step = vocab if in_place else read.columns
+    counts = (count - torch.arange(0, n, read.rows, device=device)).clamp(0, read.rows)
+    for chunk, first_row in enumerate(range(0, n, read.rows)):
+        part = slice(first_row, min(first_row + read.rows, n))
+        launch = Launch(operands, rows[part], hidden_rows[part], target)
+        partials = torch.empty(-(-vocab // split), 4, len(launch.rows), dtype=torch.float32, device=device)
+        active = counts[chunk : chunk + 1]
+        for start in range(0, vocab, step):
+            weight = weight_slice(operands.weight, slice(start, min(start + step, vocab)), read.width)
+            linear_statistics(
+                launch,
+                weight,
+                active,
+                partials[start // split : -(-weight.columns.stop // split)],
+                with_entropy=with_entropy,
+                cache=None if cache.is_empty else cache,
+                first_row=first_row,
+            )
+            del weight  # before the next slice is copied
+        merge(partials, active, positions[part], result, with_entropy=with_entropy)
+        del launch, partials

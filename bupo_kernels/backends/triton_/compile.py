@@ -26,7 +26,7 @@ from functools import partial
 from io import StringIO
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -38,6 +38,7 @@ from bupo_kernels.backends import sass
 from bupo_kernels.backends.algebra import Coefficients
 from bupo_kernels.backends.base import Cache, Operands, Readout
 from bupo_kernels.backends.triton_ import config, counts
+from bupo_kernels.backends.triton_.copies import HiddenRows, weight_slice
 from bupo_kernels.backends.triton_.gradient_cached import gradient_cached
 from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute
 from bupo_kernels.backends.triton_.linear_statistics import linear_statistics
@@ -54,24 +55,19 @@ DTYPE_NAMES = ("bfloat16", "float16", "float32")
 
 # How many instructions kernels have with this Triton for each unit: of the cases, dtypes and targets, the one that has the most.
 MEASURED_WITH = "3.6."
-UNITS = ("mma.sync", "mma.sync, TMA", "wgmma", "tcgen05", "mfma")
+UNITS = ("mma.sync", "wgmma", "tcgen05", "mfma")
 BUDGETS = {
-    "linear_statistics, 16 bit": (1680, 1864, 2304, 2376, 1115),
-    "linear_statistics, 16 bit, E stored": (2128, 2160, 2624, 1880, 1392),
-    "gradient_recompute, 16 bit": (1544, 1560, 2240, 1600, 1115),
-    "linear_statistics, 16 bit, all options": (3464, 3736, 3264, 3296, 2362),
-    "gradient_recompute, 16 bit, all options": (2280, 2472, 2352, 2368, 1556),
-    "linear_statistics, 16 bit, irregular": (2232, 2224, 2088, 2368, 1436),
-    "gradient_recompute, 16 bit, irregular": (2448, 2384, 2440, 2728, 1475),
-    "gradient_cached, 16 bit": (824, 816, 816, 816, 272),
-    "gradient_cached, 16 bit, irregular": (440, 432, 440, 440, 189),
-    "linear_statistics, fp32": (1592, 1736, 1264, 1848, 1030),
-    "gradient_recompute, fp32": (1664, 1712, 1248, 1840, 865),
-    "linear_statistics, fp32, all options": (2464, 2608, 2128, 1936, 1575),
-    "gradient_recompute, fp32, all options": (2920, 3096, 2584, 3048, 1550),
-    "linear_statistics, fp32, irregular": (2720, 2248, 1848, 1848, 1673),
-    "gradient_recompute, fp32, irregular": (3248, 2656, 3016, 3000, 1831),
-    "merge, fp32": (376, 368, 416, 376, 118),
+    "linear_statistics, 16 bit": (1728, 2264, 2400, 1133),
+    "linear_statistics, 16 bit, E stored": (2160, 2608, 2016, 1415),
+    "gradient_recompute, 16 bit": (2720, 2128, 1472, 1111),
+    "linear_statistics, 16 bit, all options": (3608, 3208, 3152, 2383),
+    "gradient_recompute, 16 bit, all options": (4152, 2264, 2344, 1549),
+    "gradient_cached, 16 bit": (824, 816, 816, 272),
+    "linear_statistics, fp32": (1696, 1288, 1896, 1026),
+    "gradient_recompute, fp32": (1720, 1232, 1720, 856),
+    "linear_statistics, fp32, all options": (2576, 2080, 1832, 1633),
+    "gradient_recompute, fp32, all options": (3000, 2528, 1928, 1541),
+    "merge, fp32": (368, 368, 368, 118),
 }
 
 # The cases whose instructions between two products counts.py has, for predictions.
@@ -100,6 +96,8 @@ class Compiled:
     spills: int  # bytes written and read (NVIDIA), or registers (AMD)
     shared: int  # bytes
     bound: int  # bytes: what config.shared_bytes says of it
+    programs: int  # that a multiprocessor is to run at a time
+    threads: int  # of a program
     instructions: int
     warnings: str  # of ptxas, that wgmma is serialised; "" without
     instruction: str  # that the tensor cores run; "" without
@@ -171,10 +169,8 @@ def _zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.zeros(*shape, dtype=dtype, device="cpu")
 
 
-def _operands(dtype: torch.dtype, *, width: int = 512, vocab: int = COLUMNS, all_options: bool = False, shift: int = 0) -> Operands:
-    """Return hidden rows and a weight that start ``shift`` elements into their memory."""
-    hidden = _zeros(ROWS * width + 16, dtype=dtype)[shift : ROWS * width + shift].view(ROWS, width)
-    weight = _zeros(vocab * width + 16, dtype=dtype)[shift : vocab * width + shift].view(vocab, width)
+def _operands(dtype: torch.dtype, *, width: int = 512, vocab: int = COLUMNS, all_options: bool = False) -> Operands:
+    hidden, weight = _zeros(ROWS, width, dtype=dtype), _zeros(vocab, width, dtype=dtype)
     bias = _zeros(vocab) if all_options else None
     temperature = torch.ones(ROWS, dtype=torch.float32, device="cpu") if all_options else 0.7
     readout = Readout(temperature, 1.0, 30.0 if all_options else None)
@@ -191,32 +187,41 @@ def _cache() -> Cache:
     return Cache(_zeros(ROWS, e, dtype=torch.bfloat16), _zeros(ROWS, exponents, dtype=torch.int32))
 
 
-Case = tuple[str, Callable[[], object], int]  # its name, its launch, and what config.shared_bytes says of it
+class Case(NamedTuple):
+    """A kernel that is to be compiled."""
+
+    name: str
+    launch: Callable[[], object]
+    bound: int = 0  # bytes: what config.shared_bytes says of it
+    programs: int = 1  # that a multiprocessor is to run at a time
 
 
 def _products(target: config.Target, operands: Operands, with_entropy: bool, tuning: bool) -> Iterator[Case]:
     """Yield the cases of the kernels with a product: what runs by default or, for ``tuning``, what else may."""
     width, dtype, softcap = operands.hidden.shape[-1], operands.hidden.dtype, operands.readout.softcap is not None
     rows, active_rows = torch.arange(ROWS, dtype=torch.int64, device="cpu"), _zeros(1, dtype=torch.int64)
-    regular = Launch(operands, rows, target).regular
+    hidden = HiddenRows(operands, rows, config.read_width(width, dtype, target))[:]
+    vocab = len(operands.weight)
+    every, some = (weight_slice(operands.weight, slice(0, columns), hidden.shape[1]) for columns in (vocab, COLUMNS))
     for kernel, stored in ((config.STATISTICS, False), (config.STATISTICS, True), (config.GRADIENT, False)):
         if stored and config.why_not_cached(dtype, softcap):
             continue
-        flags = {"regular": regular, "softcap": softcap, "cache": stored}
+        flags = {"softcap": softcap, "cache": stored}
         default = config.chosen(kernel, dtype, target, width=width, **flags)
         tiles = config.candidates(kernel, dtype, target, **flags)[1:] if tuning else (default,)
         for tile in tiles:
             tuned = replace(target, tiles=((config.key_of(kernel, dtype, width=width, **flags), tile),))
-            launch = Launch(operands, rows, tuned)
+            launch = Launch(operands, rows, hidden, tuned)
             run: Callable[[], object]
             if kernel == config.GRADIENT:
                 dz = _zeros(ROWS, COLUMNS, dtype=dtype)
-                run = partial(gradient_recompute, launch, _coefficients(with_entropy), dz, slice(0, COLUMNS))
+                run = partial(gradient_recompute, launch, some, _coefficients(with_entropy), dz)
             else:
                 cache = _cache() if stored else None
-                run = partial(linear_statistics, launch, active_rows, with_entropy=with_entropy, cache=cache)
-            bound = config.shared_bytes(kernel, tile, dtype, target, regular=regular, cache=stored)
-            yield ", E stored" * stored, run, bound
+                partials = _zeros(-(-vocab // config.split_columns(vocab)), 4, ROWS)
+                run = partial(linear_statistics, launch, every, active_rows, partials, with_entropy=with_entropy, cache=cache)
+            bound = config.shared_bytes(kernel, tile, dtype, target, cache=stored)
+            yield Case(", E stored" * stored, run, bound, tile.programs)
 
 
 def _others(target: config.Target, dtype: torch.dtype, with_entropy: bool) -> Iterator[Case]:
@@ -224,13 +229,11 @@ def _others(target: config.Target, dtype: torch.dtype, with_entropy: bool) -> It
     rows = torch.arange(ROWS, dtype=torch.int64, device="cpu")
     if dtype == torch.float32:
         count = _zeros(1, dtype=torch.int64)
-        yield "", partial(merge, _zeros(4, 4, ROWS), count, rows, _zeros(4, ROWS), with_entropy=with_entropy), 0
+        yield Case("", partial(merge, _zeros(4, 4, ROWS), count, rows, _zeros(4, ROWS), with_entropy=with_entropy))
         return
-    for regular in (True, False):
-        columns = config.statistics_config(dtype, target, width=512, regular=regular, softcap=False, cache=True).columns
-        dz, coefficients = _zeros(ROWS, COLUMNS, dtype=dtype), _coefficients(with_entropy)
-        run = partial(gradient_cached, _cache(), columns, rows, coefficients, dz, slice(0, COLUMNS))
-        yield "" if regular else ", ragged width", run, 0
+    columns = config.statistics_config(dtype, target, width=512, softcap=False, cache=True).columns
+    dz, coefficients = _zeros(ROWS, COLUMNS, dtype=dtype), _coefficients(with_entropy)
+    yield Case("", partial(gradient_cached, _cache(), columns, rows, coefficients, dz, slice(0, COLUMNS)))
 
 
 @dataclass(frozen=True)
@@ -251,25 +254,29 @@ class Work:
             kinds = {
                 "": _operands(dtype),
                 ", all options": _operands(dtype, all_options=True),
-                ", ragged width": _operands(dtype, width=520),
-                ", odd, all options": _operands(dtype, width=509, shift=1, all_options=True),
             }
+            if self.target.uses_tma:  # elsewhere rows are made as wide as those of the first
+                kinds |= {", ragged width": _operands(dtype, width=520)}
             if self.everything:
                 kinds |= {
                     ", ragged vocabulary": _operands(dtype, vocab=RAGGED),
                     ", all options, ragged vocabulary": _operands(dtype, vocab=RAGGED, all_options=True),
-                    ", both ragged": _operands(dtype, width=509, vocab=RAGGED),
                 }
+                if self.target.uses_tma:
+                    kinds |= {
+                        ", all options, ragged width": _operands(dtype, width=520, all_options=True),
+                        ", both ragged": _operands(dtype, width=520, vocab=RAGGED),
+                    }
             for kind, operands in kinds.items():
-                for case, launch, bound in _products(self.target, operands, with_entropy, self.tuning):
-                    yield name + kind + case + ending, launch, bound
+                for case in _products(self.target, operands, with_entropy, self.tuning):
+                    yield case._replace(name=name + kind + case.name + ending)
             if not self.tuning:
-                for case, launch, bound in _others(self.target, dtype, with_entropy):
-                    yield name + case + ending, launch, bound
+                for case in _others(self.target, dtype, with_entropy):
+                    yield case._replace(name=name + case.name + ending)
 
     def compile(self, case: int, *, inspect: bool) -> Compiled | None:
         """Compile one of the cases into Triton's cache, and return its row of the table if it is to be looked at."""
-        name, launch, bound = next(itertools.islice(self.cases(), case, None))
+        name, launch, bound, programs = next(itertools.islice(self.cases(), case, None))
         with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), redirect_stdout(StringIO()) as log:
             # ptxas says nothing of a kernel that Triton finds in its cache.
             triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = inspect
@@ -288,6 +295,8 @@ class Work:
             config=configuration,
             shared=binary.metadata.shared,
             bound=bound,
+            programs=programs,
+            threads=self.gpu.warp_size * binary.metadata.num_warps,
             instruction=", ".join(found),
             between=_between_products(binary.asm["cubin"]) if name in COUNTED and found and self.gpu.backend == "cuda" else None,
             **read,
@@ -361,19 +370,25 @@ def code_bytes(cubin: bytes) -> int:
 def faults(row: Compiled, *, tuning: bool = False) -> list[str]:
     """Return what is wrong with a compiled kernel, in sentences; [] where all is well. For ``tuning`` a tile may be slow."""
     target = work_for(row.target).target
-    # On 12.x ptxas calls something before each copy by TMA and leaves it 8 bytes; no register is in them.
-    frame = 8 if target.tma_to_registers else 0
     found = []
     if row.shared > target.shared:
         found.append(f"it asks for {row.shared} bytes of shared memory, and a block may have {target.shared}")
     if row.shared > row.bound:
         found.append(f"it asks for {row.shared} bytes of shared memory, and config.shared_bytes says {row.bound}")
+    if row.programs > 1:
+        registers = -(-row.registers // 8) * 8 * row.threads
+        for taken, there, what in (
+            (row.shared + config.RESERVED, target.shared_of_processor, "bytes of shared memory"),
+            (registers, config.REGISTERS, "registers"),
+        ):
+            if row.programs * taken > there:
+                found.append(f"{row.programs} of it take {row.programs * taken} {what}, and a multiprocessor has {there}")
     if row.kernel in (config.STATISTICS, config.GRADIENT) and target.matrix_unit not in row.instruction:
         found.append(f"its products run as {row.instruction or 'sums'}, and {target.matrix_unit} is there for them")
     if tuning:
         return found
-    if row.spills or row.stack > frame:
-        found.append(f"it has spilled: {row.stack} bytes of stack, accepted are {frame}, and {row.spills} moved")
+    if row.spills or row.stack:
+        found.append(f"it has spilled: {row.stack} bytes of stack, and {row.spills} moved")
     if row.warnings:
         found.append(f"ptxas serialises its products: {row.warnings}")
     if triton.__version__.startswith(MEASURED_WITH) and row.instructions > (budget := instruction_budget(row)):
@@ -389,10 +404,9 @@ def faults(row: Compiled, *, tuning: bool = False) -> list[str]:
 
 def instruction_budget(row: Compiled) -> int:
     """Return how many instructions a default kernel may have: 5 % more than it had. Another tile has other numbers."""
-    target = work_for(row.target).target
-    unit = f"{target.matrix_unit}, TMA" if target.tma_to_registers else target.matrix_unit
+    unit = work_for(row.target).target.matrix_unit
     dtype, _, case = row.case.partition(", ")
-    kind = "irregular" if "ragged" in case or "odd" in case else case
+    kind = case.removesuffix("ragged width").removesuffix(", ").replace("ragged width, ", "")
     name = ", ".join(part for part in (row.kernel, "fp32" if dtype == "float32" else "16 bit", kind) if part)
     return BUDGETS[name][UNITS.index(unit)] * 21 // 20
 

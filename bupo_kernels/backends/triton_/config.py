@@ -36,6 +36,10 @@ def shared_memory(kind: str, arch: int) -> int:
     return 232448 if arch // 10 in (9, 10) else 49152
 
 
+RESERVED = 1024  # bytes of shared memory that CUDA takes for each block
+REGISTERS = 65536  # of a multiprocessor
+
+
 @dataclass(frozen=True)
 class KernelConfig:
     """The tile of a kernel, and how its program runs."""
@@ -46,9 +50,11 @@ class KernelConfig:
     warps: int
     stages: int
     group: int = 8  # row blocks that visit columns of W one after the other, while these are in L2
+    programs: int = 1  # of a multiprocessor at a time: while one is in its epilogue, another multiplies
 
     def __str__(self) -> str:
-        return f"{self.rows} x {self.columns} x {self.depth}, {self.warps} warps, {self.stages} stages"
+        of_several = f", {self.programs} a multiprocessor" if self.programs > 1 else ""
+        return f"{self.rows} x {self.columns} x {self.depth}, {self.warps} warps, {self.stages} stages{of_several}"
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class Target:
 
     kind: str  # "cuda" or "hip"
     arch: int  # compute capability x 10, or 0 for hip
-    processors: int  # persistent programs: one for each multiprocessor
+    processors: int  # multiprocessors, each of which runs the persistent programs that a tile plans
     shared: int = 0  # bytes of shared memory that a block may ask for; 0 stands for those of the architecture
     tiles: tuple[tuple[str, KernelConfig], ...] = ()  # (key_of(…), the fastest that was measured for it)
 
@@ -69,8 +75,9 @@ class Target:
             object.__setattr__(self, "shared", shared_memory(self.kind, self.arch))
 
     @property
-    def has_tma(self) -> bool:
-        return self.kind == "cuda" and self.arch >= 90
+    def shared_of_processor(self) -> int:
+        """The bytes of shared memory of a multiprocessor, of which a block takes RESERVED beside what it asks for."""
+        return self.shared + RESERVED
 
     @property
     def matrix_unit(self) -> str:
@@ -80,29 +87,28 @@ class Target:
         return {9: "wgmma", 10: "tcgen05", 11: "tcgen05"}.get(self.arch // 10, "mma.sync")
 
     @property
-    def reads_shared(self) -> bool:
-        """Whether the matrix unit takes its operands from shared memory, not from registers."""
-        return self.matrix_unit in ("wgmma", "tcgen05")
+    def uses_tma(self) -> bool:
+        """Whether the matrix unit takes its operands from shared memory, where TMA brings them.
 
-    @property
-    def tma_to_registers(self) -> bool:
-        """Whether tiles come by TMA and then go to the matrix unit through registers, as on 12.x."""
-        return self.has_tma and not self.reads_shared
+        Elsewhere they pass through registers and come by asynchronous copies, on 12.x too: from what TMA leaves there, Triton's
+        loop has twice the instructions (docs/gpu-kernels.md).
+        """
+        return self.matrix_unit in ("wgmma", "tcgen05")
 
 
 STATISTICS, GRADIENT = "linear_statistics", "gradient_recompute"  # the kernels with a product
 
 FP32 = KernelConfig(128, 64, 32, 8, 3)
 FP32_SMALL = KernelConfig(64, 64, 32, 8, 3)
-FP32_SHALLOW = KernelConfig(64, 64, 16, 8, 3)  # on 12.x addresses of a depth of 32 spill
 SMALL = KernelConfig(128, 64, 64, 8, 3)  # epilogues with many live values for each logit
-IRREGULAR = KernelConfig(128, 64, 32, 8, 3)  # addresses that take a register each
 AMPERE = KernelConfig(128, 128, 32, 8, 3)
+AMPERE_GRADIENT = KernelConfig(128, 128, 32, 4, 3, programs=2)
+AMPERE_SOFTCAP_GRADIENT = KernelConfig(128, 64, 32, 4, 3, programs=2)
 HOPPER = KernelConfig(128, 128, 64, 8, 4)
 WIDE = KernelConfig(128, 256, 64, 8, 4)
 WIDE_STORED = KernelConfig(128, 256, 64, 8, 3)  # E lies beside the operands
 HOPPER_GRADIENT = KernelConfig(256, 128, 64, 8, 3)  # and so does dz
-BLACKWELL_SOFTCAP = KernelConfig(128, 64, 64, 4, 4)
+BLACKWELL_SOFTCAP = KernelConfig(128, 64, 64, 4, 4, programs=2)
 SMALLEST = KernelConfig(64, 64, 32, 4, 2)
 
 # In order of what may be measured first.
@@ -113,7 +119,6 @@ OTHERS_FP32: tuple[KernelConfig, ...] = (
     KernelConfig(64, 64, 32, 4, 3),
     SMALLEST,
 )
-OTHERS_IRREGULAR: tuple[KernelConfig, ...] = (KernelConfig(128, 64, 64, 8, 3), AMPERE, KernelConfig(64, 128, 32, 8, 3), SMALLEST)
 OTHERS_FROM_SHARED: tuple[KernelConfig, ...] = (
     HOPPER,
     KernelConfig(128, 128, 64, 8, 3),
@@ -136,15 +141,17 @@ OTHERS_FROM_REGISTERS: tuple[KernelConfig, ...] = (
     KernelConfig(128, 128, 64, 8, 3),
     KernelConfig(128, 256, 32, 8, 3),
     KernelConfig(256, 128, 32, 8, 3),
-    KernelConfig(128, 64, 64, 4, 3),
-    KernelConfig(128, 64, 32, 4, 4),
-    KernelConfig(64, 128, 32, 4, 4),
+    AMPERE_GRADIENT,
+    AMPERE_SOFTCAP_GRADIENT,
+    KernelConfig(128, 64, 64, 4, 3, programs=2),
+    KernelConfig(128, 64, 32, 4, 4, programs=2),
+    KernelConfig(64, 128, 32, 4, 4, programs=2),
     SMALL,
     SMALLEST,
 )
 
 
-def shared_bytes(kernel: str, tile: KernelConfig, dtype: torch.dtype, target: Target, *, regular: bool, cache: bool = False) -> int:
+def shared_bytes(kernel: str, tile: KernelConfig, dtype: torch.dtype, target: Target, *, cache: bool = False) -> int:
     """Return a bound of the shared memory that a block of ``kernel`` asks for, after what Triton 3.6 allocates.
 
     A step of D has a buffer for each stage where the matrix unit reads shared memory, and for each but one where the operands pass
@@ -154,28 +161,25 @@ def shared_bytes(kernel: str, tile: KernelConfig, dtype: torch.dtype, target: Ta
     item, pipelined = dtype.itemsize, max(tile.stages - 1, 1)
     step = (tile.rows + tile.columns) * tile.depth * item
     operands = pipelined * step
-    if target.reads_shared and dtype == torch.float32:
+    if target.uses_tma and dtype == torch.float32:
         operands = max(tile.stages * step, operands + 2 * tile.columns * tile.depth * item)  # one TF32 product; three
-    elif target.reads_shared:
+    elif target.uses_tma:
         operands = tile.stages * step
     operands += 16 * tile.stages
     stored = tile.rows * tile.columns * (item if kernel == GRADIENT else 2 if cache else 0)
-    return operands + stored if target.has_tma and regular else max(operands, stored)
+    return operands + stored if target.uses_tma else max(operands, stored)
 
 
-def _default(kernel: str, target: Target, *, sixteen_bit: bool, regular: bool, softcap: bool, cache: bool) -> KernelConfig:
+def _default(kernel: str, target: Target, *, sixteen_bit: bool, softcap: bool, cache: bool) -> KernelConfig:
     """Return the configuration that is preferred where it fits."""
     statistics, tensor_memory = kernel == STATISTICS, target.matrix_unit == "tcgen05"
     if not sixteen_bit:
-        if not regular and target.tma_to_registers:
-            return FP32_SHALLOW
-        many_values = softcap and (tensor_memory or target.tma_to_registers)
-        return FP32_SMALL if statistics and (not regular or many_values) else FP32
-    if not regular:
-        return IRREGULAR
+        return FP32_SMALL if softcap and tensor_memory else FP32
+    if target.matrix_unit == "mma.sync" and not statistics:
+        return AMPERE_SOFTCAP_GRADIENT if softcap else AMPERE_GRADIENT
     if softcap and not statistics:
         return SMALL
-    if not target.reads_shared:
+    if not target.uses_tma:
         return AMPERE
     if softcap:
         return BLACKWELL_SOFTCAP if tensor_memory else HOPPER
@@ -187,25 +191,19 @@ def _default(kernel: str, target: Target, *, sixteen_bit: bool, regular: bool, s
 
 
 @functools.cache
-def candidates(
-    kernel: str, dtype: torch.dtype, target: Target, *, regular: bool, softcap: bool, cache: bool = False
-) -> tuple[KernelConfig, ...]:
+def candidates(kernel: str, dtype: torch.dtype, target: Target, *, softcap: bool, cache: bool = False) -> tuple[KernelConfig, ...]:
     """Return the configurations of ``kernel`` that ``target`` has the shared memory for, the default first; () where none fits."""
-    preferred = _default(kernel, target, sixteen_bit=dtype != torch.float32, regular=regular, softcap=softcap, cache=cache)
+    preferred = _default(kernel, target, sixteen_bit=dtype != torch.float32, softcap=softcap, cache=cache)
     if dtype == torch.float32:
         others = OTHERS_FP32
-    elif not regular:
-        others = OTHERS_IRREGULAR
     else:
-        others = OTHERS_FROM_SHARED if target.reads_shared else OTHERS_FROM_REGISTERS
+        others = OTHERS_FROM_SHARED if target.uses_tma else OTHERS_FROM_REGISTERS
     groups = tuple(replace(preferred, group=group) for group in (4, 16))
-    serving = (tile for tile in (preferred, *others, *groups) if _serves(tile, kernel, dtype, target, preferred, regular, cache))
+    serving = (tile for tile in (preferred, *others, *groups) if _serves(tile, kernel, dtype, target, preferred, cache))
     return tuple(dict.fromkeys(serving))
 
 
-def _serves(
-    tile: KernelConfig, kernel: str, dtype: torch.dtype, target: Target, preferred: KernelConfig, regular: bool, cache: bool
-) -> bool:
+def _serves(tile: KernelConfig, kernel: str, dtype: torch.dtype, target: Target, preferred: KernelConfig, cache: bool) -> bool:
     """Tell whether a tile fits the target, and sums along D in the order that all tiles for the dtype do.
 
     In 16 bit all do that whose instruction is the same, as it takes as many elements of D whatever the tile: 16 warps cannot share
@@ -216,12 +214,13 @@ def _serves(
         return False
     if dtype == torch.float32 and tile.depth != preferred.depth:
         return False
-    return shared_bytes(kernel, tile, dtype, target, regular=regular, cache=cache) <= target.shared
+    shared = shared_bytes(kernel, tile, dtype, target, cache=cache)
+    return shared <= target.shared and tile.programs * (shared + RESERVED) <= target.shared_of_processor
 
 
-def key_of(kernel: str, dtype: torch.dtype, *, regular: bool, softcap: bool, cache: bool, width: int) -> str:
+def key_of(kernel: str, dtype: torch.dtype, *, softcap: bool, cache: bool, width: int) -> str:
     """Return the name of what a measured tile is for. It must not name the number of rows: no row may depend on the others."""
-    flags = ["regular" if regular else "irregular"] + ["softcap"] * softcap + ["E stored"] * cache
+    flags = ["softcap"] * softcap + ["E stored"] * cache
     return ", ".join([kernel, str(dtype).removeprefix("torch."), *flags, widths_of(width)])
 
 
@@ -230,7 +229,7 @@ def widths_of(width: int) -> str:
     return "D <= 1536" if width <= 1536 else "D <= 3072" if width <= 3072 else "D > 3072"
 
 
-# What a measured tile may have. ``columns`` divide COLUMN_UNIT, and ``depth`` divides the WIDTH_UNIT of product.py.
+# What a measured tile may have. ``columns`` divide COLUMN_UNIT, and ``depth`` divides WIDTH_UNIT.
 ACCEPTED: dict[str, tuple[int, ...]] = {
     "rows": (64, 128, 256),
     "columns": (64, 128, 256),
@@ -238,6 +237,7 @@ ACCEPTED: dict[str, tuple[int, ...]] = {
     "warps": (4, 8, 16),
     "stages": tuple(range(1, 9)),
     "group": tuple(range(1, 65)),
+    "programs": (1, 2, 3, 4),
 }
 
 
@@ -246,10 +246,8 @@ def _keys() -> frozenset[str]:
     flags = (False, True)
     dtypes = (torch.bfloat16, torch.float16, torch.float32)
     return frozenset(
-        key_of(kernel, dtype, regular=regular, softcap=softcap, cache=cache, width=width)
-        for kernel, dtype, regular, softcap, cache, width in itertools.product(
-            (STATISTICS, GRADIENT), dtypes, flags, flags, flags, (1, 2000, 4000)
-        )
+        key_of(kernel, dtype, softcap=softcap, cache=cache, width=width)
+        for kernel, dtype, softcap, cache, width in itertools.product((STATISTICS, GRADIENT), dtypes, flags, flags, (1, 2000, 4000))
     )
 
 
@@ -278,15 +276,13 @@ def tiles_from(table: object) -> tuple[tuple[str, KernelConfig], ...]:
     return tuple(sorted(tiles, key=lambda item: item[0]))
 
 
-def chosen(
-    kernel: str, dtype: torch.dtype, target: Target, *, width: int, regular: bool, softcap: bool, cache: bool = False
-) -> KernelConfig:
+def chosen(kernel: str, dtype: torch.dtype, target: Target, *, width: int, softcap: bool, cache: bool = False) -> KernelConfig:
     """Return the tile that was measured to be the fastest, where there is one that serves, else the default."""
-    fitting = candidates(kernel, dtype, target, regular=regular, softcap=softcap, cache=cache)
+    fitting = candidates(kernel, dtype, target, softcap=softcap, cache=cache)
     if not fitting:
         raise ValueError(_too_little(target))
-    tuned = dict(target.tiles).get(key_of(kernel, dtype, regular=regular, softcap=softcap, cache=cache, width=width))
-    return tuned if tuned and _serves(tuned, kernel, dtype, target, fitting[0], regular, cache) else fitting[0]
+    tuned = dict(target.tiles).get(key_of(kernel, dtype, softcap=softcap, cache=cache, width=width))
+    return tuned if tuned and _serves(tuned, kernel, dtype, target, fitting[0], cache) else fitting[0]
 
 
 def _too_little(target: Target) -> str:
@@ -296,25 +292,36 @@ def _too_little(target: Target) -> str:
 @functools.cache  # every call of an op asks
 def why_not_fitting(dtype: torch.dtype, target: Target, softcap: bool) -> str | None:
     """Return the reason why a kernel has no configuration that fits the target, or None."""
-    every = itertools.product((STATISTICS, GRADIENT), (False, True))
-    fits = all(candidates(kernel, dtype, target, regular=regular, softcap=softcap) for kernel, regular in every)
+    fits = all(candidates(kernel, dtype, target, softcap=softcap) for kernel in (STATISTICS, GRADIENT))
     return None if fits else _too_little(target)
 
 
-def statistics_config(
-    dtype: torch.dtype, target: Target, *, width: int, regular: bool, softcap: bool, cache: bool = False
-) -> KernelConfig:
+def statistics_config(dtype: torch.dtype, target: Target, *, width: int, softcap: bool, cache: bool = False) -> KernelConfig:
     """Return the configuration of ``linear_statistics_kernel``. It does not depend on the number of rows, nor does any result.
 
-    ``width`` is D, ``regular`` that of ``product.regular``; ``cache`` says whether the epilogue also stores E (see
-    ``linear_statistics.py``).
+    ``width`` is D; ``cache`` says whether the epilogue also stores E (see ``linear_statistics.py``).
     """
-    return chosen(STATISTICS, dtype, target, width=width, regular=regular, softcap=softcap, cache=cache)
+    return chosen(STATISTICS, dtype, target, width=width, softcap=softcap, cache=cache)
 
 
-def gradient_config(dtype: torch.dtype, target: Target, *, width: int, regular: bool, softcap: bool) -> KernelConfig:
+def gradient_config(dtype: torch.dtype, target: Target, *, width: int, softcap: bool) -> KernelConfig:
     """Return the configuration of ``gradient_recompute_kernel``."""
-    return chosen(GRADIENT, dtype, target, width=width, regular=regular, softcap=softcap)
+    return chosen(GRADIENT, dtype, target, width=width, softcap=softcap)
+
+
+# Elements: a whole number of steps of any kernel.
+WIDTH_UNIT = 64
+
+
+def read_width(width: int, dtype: torch.dtype, target: Target) -> int:
+    """Return the width of the rows that kernels read of H and W, of which all past ``width`` is 0.
+
+    TMA brings zeros from past the end of a row by itself, and only asks that rows begin on multiples of 16 bytes. A copy through
+    pointers would need a mask, and none that has one is asynchronous: there rows are a whole number of steps.
+    """
+    if target.uses_tma and width * dtype.itemsize % 16 == 0:
+        return width
+    return -(-width // WIDTH_UNIT) * WIDTH_UNIT
 
 
 def precision(dtype: torch.dtype, target: Target, allow_tf32: bool) -> str:

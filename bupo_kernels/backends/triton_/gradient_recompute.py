@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bupo_kernels.backends.algebra import Coefficients
 from bupo_kernels.backends.triton_.config import gradient_config
+from bupo_kernels.backends.triton_.copies import WeightSlice
 from bupo_kernels.backends.triton_.product import (
     LEAST_EXPONENT,
     LN2,
@@ -32,13 +33,12 @@ DTYPES = {"torch.float32": tl.float32, "torch.bfloat16": tl.bfloat16, "torch.flo
 
 @triton.jit(do_not_specialize=["maximum", "constant", "slope", "dz_target", "slice_columns", "n"])
 def gradient_recompute_kernel(
-    hidden,
-    offsets,  # [n] int64
+    hidden,  # [n, D]: TMA descriptor, or pointer
     targets,  # [n] int64
     hidden_stride,
-    weight,
-    weight_stride_v,
-    weight_stride_d,
+    weight,  # [columns of the slice, D]: TMA descriptor, or pointer
+    weight_stride,
+    weight_first,  # of the slice, a multiple of BLOCK_V
     bias,
     row_scale,  # [n] fp32, or None
     scale,
@@ -49,7 +49,6 @@ def gradient_recompute_kernel(
     dz_target,  # [n] fp32: dz_y, on the target
     dz,  # [n, slice_columns up to whole blocks]: TMA descriptor, or pointer
     dz_stride,
-    first_column,  # of the slice, a multiple of BLOCK_V
     slice_columns,
     n,
     V,
@@ -61,7 +60,6 @@ def gradient_recompute_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     TMA: tl.constexpr,
-    REGULAR: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -74,19 +72,19 @@ def gradient_recompute_kernel(
         block, column_block = in_order(item, row_blocks, column_blocks, GROUP)
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
         within = rows < n
-        first = first_column + column_block * BLOCK_V
+        first = weight_first + column_block * BLOCK_V
         product = product_tile(
             hidden,
-            tl.load(offsets + rows, mask=within, other=0),
             hidden_stride,
+            block * BLOCK_N,
+            n,
             weight,
-            weight_stride_v,
-            weight_stride_d,
+            weight_stride,
+            weight_first,
             first,
             V,
             D,
             TMA,
-            REGULAR,
             PRECISION,
             BLOCK_N,
             BLOCK_V,
@@ -113,14 +111,14 @@ def gradient_recompute_kernel(
 
 def gradient_recompute(
     launch: Launch,
+    weight: WeightSlice,  # from a multiple of COLUMN_UNIT on
     coefficients: Coefficients,  # [n] each
     dz: Tensor,  # [n or more, whole blocks of columns], overwritten
-    columns: slice,  # of the vocabulary, from a multiple of COLUMN_UNIT on
 ) -> None:
     """Write the gradients of the logits of ``launch``'s rows in some columns into ``dz``."""
-    hidden, softcap = launch.operands.hidden, launch.operands.readout.softcap is not None
-    config = gradient_config(hidden.dtype, launch.target, width=hidden.shape[-1], regular=launch.regular, softcap=softcap)
-    n, width = len(launch.rows), columns.stop - columns.start
+    softcap = launch.readout.softcap is not None
+    config = gradient_config(launch.hidden.dtype, launch.target, width=launch.hidden.shape[1], softcap=softcap)
+    n, width = len(launch.rows), weight.columns.stop - weight.columns.start
     m, constant, slope, on_target, _ = coefficients
     gradient_recompute_kernel[launch.programs(config, triton.cdiv(width, config.columns))](
         maximum=m,
@@ -129,10 +127,9 @@ def gradient_recompute(
         dz_target=on_target,
         dz=launch.tile_of(dz[:n], config),
         dz_stride=dz.stride(0),
-        first_column=columns.start,
         slice_columns=width,
         n=n,
         DTYPE=DTYPES[str(dz.dtype)],
         WITH_ENTROPY=slope is not None,
-        **launch.arguments(config),
+        **launch.arguments(weight, config),
     )

@@ -11,13 +11,13 @@ block chosen so that the block's largest E is in (½, 1]: a relative error of 2�
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from bupo_kernels.backends.base import Cache
 from bupo_kernels.backends.triton_.config import split_columns, statistics_config
+from bupo_kernels.backends.triton_.copies import WeightSlice
 from bupo_kernels.backends.triton_.product import (
     LEAST_EXPONENT,
     LN2,
@@ -35,16 +35,15 @@ from bupo_kernels.backends.triton_.product import (
 )
 
 
-@triton.jit(do_not_specialize=["active_rows", "exponent_stride", "cached_rows", "N", "splits", "split_units"])
+@triton.jit(do_not_specialize=[*("active_rows", "exponent_stride", "cached_rows", "first_row", "N", "splits", "split_units")])
 def linear_statistics_kernel(
-    hidden,
-    offsets,  # [N] int64: where each row starts, the active ones first
+    hidden,  # [N, D]: TMA descriptor, or pointer; the active rows first
     targets,  # [N] int64
     active_rows,  # [1] int64: how many rows are active
     hidden_stride,
-    weight,
-    weight_stride_v,
-    weight_stride_d,
+    weight,  # [columns from weight_first on, D]: TMA descriptor, or pointer
+    weight_stride,
+    weight_first,  # where the first split begins
     bias,
     row_scale,  # [N] fp32, or None
     scale,
@@ -55,6 +54,7 @@ def linear_statistics_kernel(
     cache_stride,
     exponent_stride,
     cached_rows,
+    first_row,  # the row of E that the first of these rows has
     N,
     V,
     D,
@@ -67,7 +67,6 @@ def linear_statistics_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     TMA: tl.constexpr,
-    REGULAR: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -80,7 +79,6 @@ def linear_statistics_kernel(
         block, split = in_order(item, row_blocks, splits, GROUP)
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
         active = rows < active_count
-        offset = tl.load(offsets + rows, mask=active, other=0)
         y = tl.load(targets + rows, mask=active, other=-1).to(tl.int32)
         z_scale = positive_scale(scale, row_scale, rows, active, ROW_SCALE, BLOCK_N)
         scale_2 = z_scale * LOG2E
@@ -91,20 +89,20 @@ def linear_statistics_kernel(
         partial = partials + split.to(tl.int64) * 4 * N + rows
         # A row's target is in one tile of one split, and that tile's z_y takes the place of this 0.
         tl.store(partial + 3 * N, tl.zeros((BLOCK_N,), tl.float32), mask=active)
-        start = split * split_units * SPLIT_UNIT
+        start = weight_first + split * split_units * SPLIT_UNIT
         for first in tl.range(start, tl.minimum(V, start + split_units * SPLIT_UNIT), BLOCK_V):
             product = product_tile(
                 hidden,
-                offset,
                 hidden_stride,
+                block * BLOCK_N,
+                N,
                 weight,
-                weight_stride_v,
-                weight_stride_d,
+                weight_stride,
+                weight_first,
                 first,
                 V,
                 D,
                 TMA,
-                REGULAR,
                 PRECISION,
                 BLOCK_N,
                 BLOCK_V,
@@ -130,9 +128,10 @@ def linear_statistics_kernel(
                 base = tl.maximum(top * z_scale, -1e9)  # a block of −inf has an E of 0 for any k, which must be an int32
                 k = tl.ceil(base * LOG2E)
                 power = tl.math.fma(base, LOG2E_REST, tl.math.fma(base, LOG2E, -k))  # m·log2e − k
-                cached = rows < tl.minimum(cached_rows, active_count)
-                store_tile((e * tl.exp2(power)[:, None]).to(tl.bfloat16), cache, cache_stride, rows, cached, first, TMA)
-                tl.store(exponents + rows * exponent_stride + first // BLOCK_V, k.to(tl.int32), mask=cached)
+                of_cache = first_row + rows
+                cached = active & (of_cache < cached_rows)
+                store_tile((e * tl.exp2(power)[:, None]).to(tl.bfloat16), cache, cache_stride, of_cache, cached, first, TMA)
+                tl.store(exponents + of_cache * exponent_stride + first // BLOCK_V, k.to(tl.int32), mask=cached)
 
         tl.store(partial, tl.maximum(top * z_scale, LOWEST), mask=active)
         tl.store(partial + N, s, mask=active)
@@ -142,25 +141,23 @@ def linear_statistics_kernel(
 
 def linear_statistics(
     launch: Launch,
+    weight: WeightSlice,  # from a multiple of a split on
     active_rows: Tensor,  # [1] int64
+    partials: Tensor,  # [splits of the slice, 4, N]
     *,
     with_entropy: bool,
     cache: Cache | None = None,  # E and its exponents
-) -> Tensor:
-    """Return the partials [splits, 4, N] of the first ``active_rows`` rows of ``launch``, and fill the ``cache``."""
-    hidden, weight = launch.operands.hidden, launch.operands.weight
-    softcap = launch.operands.readout.softcap is not None
+    first_row: int = 0,  # the row of the cache that the first row has
+) -> None:
+    """Write the ``partials`` of the first ``active_rows`` rows of ``launch`` and some columns, and their part of the ``cache``."""
     config = statistics_config(
-        hidden.dtype,
+        launch.hidden.dtype,
         launch.target,
-        width=hidden.shape[-1],
-        regular=launch.regular,
-        softcap=softcap,
+        width=launch.hidden.shape[1],
+        softcap=launch.readout.softcap is not None,
         cache=cache is not None,
     )
-    n, split = len(launch.rows), split_columns(weight.shape[0])
-    splits = triton.cdiv(weight.shape[0], split)
-    partials = torch.empty(splits, 4, n, dtype=torch.float32, device=hidden.device)
+    splits = partials.shape[0]
     cached: dict[str, object] = {"cache": None, "exponents": None, "cache_stride": 0, "exponent_stride": 0, "cached_rows": 0}
     if cache is not None:
         e, exponents = cache
@@ -174,12 +171,12 @@ def linear_statistics(
     linear_statistics_kernel[launch.programs(config, splits)](
         active_rows=active_rows,
         partials=partials,
-        N=n,
+        first_row=first_row,
+        N=len(launch.rows),
         splits=splits,
-        split_units=split // SPLIT_UNIT.value,
+        split_units=split_columns(launch.vocab) // SPLIT_UNIT.value,
         WITH_ENTROPY=with_entropy,
         CACHE=cache is not None,
         **cached,
-        **launch.arguments(config),
+        **launch.arguments(weight, config),
     )
-    return partials

@@ -9,12 +9,13 @@ from torch import Tensor
 from bupo_kernels.backends.triton_.product import LEAST_EXPONENT, LOWEST
 
 
-@triton.jit(do_not_specialize=["active_rows", "splits", "N"])
+@triton.jit(do_not_specialize=["active_rows", "results", "splits", "N"])
 def merge_kernel(
     partials,  # [splits, 4, N] fp32: m, s, t, z_y
     active_rows,  # [1] int64: how many rows are active, the first ones
     positions,  # [N] int64: where each row belongs in the results
-    statistics,  # [4, N] fp32: the same four, over the whole vocabulary
+    statistics,  # [4, results] fp32: the same four, over the whole vocabulary
+    results,
     splits,
     N,
     WITH_ENTROPY: tl.constexpr,
@@ -42,16 +43,16 @@ def merge_kernel(
         partial += 4 * N
     position = tl.load(positions + rows, mask=active, other=0)
     tl.store(statistics + position, m, mask=active)
-    tl.store(statistics + N + position, s, mask=active)
-    tl.store(statistics + 2 * N + position, t, mask=active)
-    tl.store(statistics + 3 * N + position, z_y, mask=active)
+    tl.store(statistics + results + position, s, mask=active)
+    tl.store(statistics + 2 * results + position, t, mask=active)
+    tl.store(statistics + 3 * results + position, z_y, mask=active)
 
 
 def merge(
     partials: Tensor,  # [splits, 4, N]
     active_rows: Tensor,  # [1]
     positions: Tensor,  # [N]
-    statistics: Tensor,  # [4, N], written at the positions of active rows
+    statistics: Tensor,  # [4, results], written at the positions of active rows
     *,
     with_entropy: bool,
 ) -> None:
@@ -63,6 +64,7 @@ def merge(
         active_rows,
         positions,
         statistics,
+        statistics.shape[1],
         splits,
         n,
         WITH_ENTROPY=with_entropy,

@@ -1,8 +1,8 @@
 """What the kernels with a product share: a tile of logits, the order in which tiles are visited, and the arguments of a launch.
 
-``linear_statistics.py`` and ``gradient_recompute.py`` get their logits here, from operands that are read where they lie: rows of
-``hidden`` through their offsets, so any view will do and rows that are not active are never touched; W through a TMA descriptor
-where the GPU and the strides allow it, through pointers elsewhere.
+``linear_statistics.py`` and ``gradient_recompute.py`` get their logits here, from operands that lie as ``copies.py`` has them: rows
+of H side by side, and rows of W that begin on multiples of 16 bytes. Both come by TMA where the GPU has it, and elsewhere through
+pointers, by asynchronous copies that need no mask.
 
 Triton compiles a kernel anew for each pattern of arguments that are 1 or a multiple of 16, and no call may wait for that in the
 middle of a run. So ``do_not_specialize`` names what changes from call to call: numbers of rows, and vectors that may begin in the
@@ -22,6 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from bupo_kernels.backends.base import Operands
 from bupo_kernels.backends.triton_.config import COLUMN_UNIT, KernelConfig, Target, interpreted, precision
+from bupo_kernels.backends.triton_.copies import WeightSlice
 
 # The interpreter stores bf16 as integers and multiplies them as such; on the GPU this is False and compiled away.
 INTERPRETED = tl.constexpr(interpreted())
@@ -35,10 +36,6 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 LEAST_EXPONENT = tl.constexpr(-1e4)  # of e and of 2: both powers are 0 in fp32
 LEAST_SCALE = tl.constexpr(1.1754943508222875e-38)  # stands for 0, as −inf past V remains −inf with it
 
-# Elements. They are 16 bytes or more, as TMA asks of a row, and a vectorised, asynchronous load of its address.
-ALIGNMENT = tl.constexpr(8)
-# Elements. They are a whole number of steps of any kernel, so that nothing along D is masked. Every model's width is a multiple.
-WIDTH_UNIT = 64
 # Columns. A split is a multiple, and thus whole blocks; the kernel is told how many, since a number of columns that is not compiled
 # in would not be known to be a multiple of 16.
 SPLIT_UNIT = tl.constexpr(COLUMN_UNIT)
@@ -69,48 +66,43 @@ def tanh_and_slope(x):
 
 @triton.jit
 def product_tile(
-    hidden,  # base of [..., D]
-    offsets,  # [BLOCK_N] int64: where each row starts, in elements; in units of ALIGNMENT where REGULAR
-    hidden_stride,  # between the elements of a row
-    weight,  # TMA descriptor of [V, D], or its base pointer
-    weight_stride_v,
-    weight_stride_d,
+    hidden,  # [n, D]: TMA descriptor, or base pointer
+    hidden_stride,  # between rows
+    first_row,
+    n,
+    weight,  # [some columns of the vocabulary, D]: TMA descriptor, or base pointer
+    weight_stride,  # between rows
+    weight_first,  # the first of these columns
     first_column,
     V,
     D,
     TMA: tl.constexpr,
-    REGULAR: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Return ``h·W_j`` of a tile, ``[BLOCK_N, BLOCK_V]`` fp32. Columns past V repeat the last (pointers) or hold 0 (TMA)."""
-    columns = tl.minimum(first_column + tl.arange(0, BLOCK_V), V - 1).to(tl.int64)
-    depth = tl.arange(0, BLOCK_D)
-    if REGULAR:
-        offsets *= ALIGNMENT
-    hidden_pointers = hidden + offsets[:, None] + depth[None, :].to(tl.int64) * hidden_stride
+    """Return ``h·W_j`` of a tile, ``[BLOCK_N, BLOCK_V]`` fp32. Rows past n and columns past V repeat the last (pointers) or hold 0
+    (TMA, which also reads 0 past D)."""
     if not TMA:
-        weight_pointers = weight + columns[None, :] * weight_stride_v + depth[:, None].to(tl.int64) * weight_stride_d
+        depth = tl.arange(0, BLOCK_D)
+        rows = tl.minimum(first_row + tl.arange(0, BLOCK_N), n - 1).to(tl.int64)
+        columns = (tl.minimum(first_column + tl.arange(0, BLOCK_V), V - 1) - weight_first).to(tl.int64)
+        hidden_pointers = hidden + (rows * hidden_stride)[:, None] + depth[None, :]
+        weight_pointers = weight + (columns * weight_stride)[None, :] + depth[:, None]
     product = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     for start in tl.range(0, D, BLOCK_D):
-        if REGULAR:
-            h = tl.load(hidden_pointers)
-        else:
-            h = tl.load(hidden_pointers, mask=(start + depth < D)[None, :], other=0.0)
         if TMA:
-            w = weight.load([first_column, start]).T
-        elif REGULAR:
-            w = tl.load(weight_pointers)
+            h = hidden.load([first_row, start])
+            w = weight.load([first_column - weight_first, start]).T
         else:
-            w = tl.load(weight_pointers, mask=(start + depth < D)[:, None], other=0.0)
+            h = tl.load(hidden_pointers)
+            w = tl.load(weight_pointers)
+            hidden_pointers += BLOCK_D
+            weight_pointers += BLOCK_D
         if INTERPRETED:
             h, w = h.to(tl.float32), w.to(tl.float32)
         product = tl.dot(h, w, product, input_precision=PRECISION)
-        hidden_pointers += BLOCK_D * hidden_stride
-        if not TMA:
-            weight_pointers += BLOCK_D * weight_stride_d
     return product
 
 
@@ -182,25 +174,13 @@ for helper in (in_order, tanh_and_slope, product_tile, positive_scale, readout, 
     getattr(helper, "cache_key", None)
 
 
-def regular(hidden: Tensor, weight: Tensor) -> bool:
-    """Tell whether rows of both are contiguous, start on multiples of 16 bytes and need no mask. All others run too, but slower."""
-    return hidden.shape[-1] % WIDTH_UNIT == 0 and all(
-        x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % ALIGNMENT.value == 0 for stride in x.stride()[:-1])
-        for x in (hidden, weight)
-    )
-
-
 class Launch:
     """The arguments that both kernels with a product take, for some rows of a call."""
 
-    def __init__(self, operands: Operands, rows: Tensor, target: Target):  # [n] int64: rows, numbered through
-        hidden, weight, _, targets, readout = operands
-        self.operands, self.target, self.rows = operands, target, rows
-        self.regular = regular(hidden, weight)
-        self.tma = target.has_tma and self.regular
-        unit = ALIGNMENT.value if self.regular else 1
-        strides, coordinates = hidden.stride()[:-1], operands.coordinates(rows)
-        self.offsets = sum(i * (stride // unit) for i, stride in zip(coordinates, strides, strict=True))
+    def __init__(self, operands: Operands, rows: Tensor, hidden: Tensor, target: Target):  # [n] int64, [n, D]: numbers, and hidden
+        _, _, bias, targets, readout = operands
+        self.rows, self.hidden, self.target = rows, hidden, target
+        self.vocab, self.bias, self.readout = operands.weight.shape[0], bias, readout
         self.targets = targets.flatten()[rows]
         # Kernels multiply products by the sign, so that what is left of the scale is positive.
         scale = readout.logit_scale
@@ -215,31 +195,29 @@ class Launch:
     @property
     def precision(self) -> str:
         """The precision of the products, after torch's own setting."""
-        return precision(self.operands.hidden.dtype, self.target, torch.backends.cuda.matmul.fp32_precision == "tf32")
+        return precision(self.hidden.dtype, self.target, torch.backends.cuda.matmul.fp32_precision == "tf32")
 
-    def arguments(self, config: KernelConfig) -> dict[str, Any]:
-        """Return the arguments of a launch with ``config``, by name."""
-        hidden, weight, bias, _, readout = self.operands
+    def arguments(self, weight: WeightSlice, config: KernelConfig) -> dict[str, Any]:
+        """Return the arguments of a launch over some columns with ``config``, by name."""
+        readout = self.readout
         return {
-            "hidden": hidden,
-            "offsets": self.offsets,
+            "hidden": self._read(self.hidden, config.rows, config.depth),
             "targets": self.targets,
-            "hidden_stride": hidden.stride(-1),
-            "weight": TensorDescriptor.from_tensor(weight, [config.columns, config.depth]) if self.tma else weight,
-            "weight_stride_v": weight.stride(0),
-            "weight_stride_d": weight.stride(1),
-            "bias": bias,
+            "hidden_stride": self.hidden.stride(0),
+            "weight": self._read(weight.values, config.columns, config.depth),
+            "weight_stride": weight.values.stride(0),
+            "weight_first": weight.columns.start,
+            "bias": self.bias,
             "row_scale": self.row_scale,
             "scale": self.scale,
             "inner": 0.0 if readout.softcap is None else readout.logit_scale / readout.softcap,
-            "V": weight.shape[0],
-            "D": weight.shape[1],
+            "V": self.vocab,
+            "D": self.hidden.shape[1],
             "SIGN": self.sign,
             "ROW_SCALE": self.row_scale is not None,
-            "HAS_BIAS": bias is not None,
+            "HAS_BIAS": self.bias is not None,
             "HAS_SOFTCAP": readout.softcap is not None,
-            "TMA": self.tma,
-            "REGULAR": self.regular,
+            "TMA": self.target.uses_tma,
             "PRECISION": self.precision,
             "GROUP": config.group,
             "BLOCK_N": config.rows,
@@ -251,9 +229,12 @@ class Launch:
         }
 
     def programs(self, config: KernelConfig, column_units: int) -> tuple[int]:
-        """Return a persistent grid: one program for each multiprocessor, or fewer where there is less to do."""
-        return (min(self.target.processors, triton.cdiv(len(self.rows), config.rows) * column_units),)
+        """Return a persistent grid: the programs that the multiprocessors run at a time, or fewer where there is less to do."""
+        return (min(self.target.processors * config.programs, triton.cdiv(len(self.rows), config.rows) * column_units),)
 
     def tile_of(self, matrix: Tensor, config: KernelConfig) -> Tensor | TensorDescriptor:
         """Return ``matrix`` as the ``target`` of ``store_tile``."""
-        return TensorDescriptor.from_tensor(matrix, [config.rows, config.columns]) if self.tma else matrix
+        return self._read(matrix, config.rows, config.columns)
+
+    def _read(self, matrix: Tensor, *block: int) -> Tensor | TensorDescriptor:
+        return TensorDescriptor.from_tensor(matrix, list(block)) if self.target.uses_tma else matrix

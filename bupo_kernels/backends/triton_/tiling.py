@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 
@@ -48,19 +49,49 @@ def _bytes_of_e(problem: Problem) -> int:
     return 2 * e + 4 * exponents
 
 
+class Reads(NamedTuple):
+    """What the kernels with a product read of H and W, and in what pieces it is copied (``copies.py``)."""
+
+    width: int  # of rows, D or more
+    rows: int  # of H that a forward gathers, and takes through the kernels, at a time
+    columns: int  # of W that a forward copies at a time, where it copies
+    copies_weight: bool
+
+
+def reads(problem: Problem, target: Target) -> Reads:
+    """Plan what the forward copies: H within an eighth of the budget, with the partials of its rows, and W within a quarter.
+
+    W is copied, where it has to be, for any number of rows. A copy moves 4 bytes for each element in 16 bit, at 3 TB/s the time of
+    470 rows' products at 700 TFLOP/s; without asynchronous copies products take five times as long or more, so that a call of 120
+    rows, a block, has it back. For fewer it costs what reading W twice does. Only that is why there could be two ways, and then a
+    row's last bits would depend on how many others there are.
+    """
+    width, item = config.read_width(problem.width, problem.dtype, target), problem.dtype.itemsize
+    copies = 1 if width == problem.width else 2  # rows are gathered, and then put into wider ones
+    split = config.split_columns(problem.vocab)
+    rows = problem.memory_budget // 8 // (copies * width * item + 16 * -(-problem.vocab // split)) // ROW_UNIT * ROW_UNIT
+    columns = problem.memory_budget // 4 // (width * item) // split * split
+    copies_weight = width != problem.width or not problem.aligned
+    return Reads(width, max(rows, ROW_UNIT), min(max(columns, split), problem.vocab), copies_weight)
+
+
+# Rows that are gathered together are whole blocks of any kernel: one that stores E writes whole blocks.
+ROW_UNIT = max(config.ACCEPTED["rows"])
+
+
 def tile_plan(problem: Problem, strategy: str | None, target: Target) -> TilePlan:
     """Plan the tiles of the backward whose sums move the fewest bytes. Raise ``ValueError`` when the budget does not hold the
     smallest tile."""
     cached = cached_rows(problem, strategy)
-    least = memory(problem, SMALLEST, 0).working
+    least = memory(problem, SMALLEST, 0, target).working
     if problem.needs_grad and (cached or strategy == "cached"):
         least = 2 * (least + _bytes_of_e(problem))  # E takes up to half
     problem.require_budget(least)
-    tile = largest_tile(problem, strategy)
+    tile = largest_tile(problem, strategy, target)
     name = "statistics only" if not problem.needs_grad else "cached and recompute" if cached else "recompute"
     if cached and cached >= problem.rows:
         name = "cached"
-    return TilePlan(problem, name, tile, memory(problem, tile, cached), cached, _kernels(problem, target, cached))
+    return TilePlan(problem, name, tile, memory(problem, tile, cached, target), cached, _kernels(problem, target, cached))
 
 
 def one_pass_plan(problem: Problem, strategy: str | None, target: Target) -> TilePlan:
@@ -73,7 +104,7 @@ def one_pass_plan(problem: Problem, strategy: str | None, target: Target) -> Til
         columns = _half(columns)
 
     def spent(rows: int) -> int:
-        used = memory(replace(problem, rows=rows, active_rows=rows), Tile(rows, columns), cached=rows, in_place=True)
+        used = memory(replace(problem, rows=rows, active_rows=rows), Tile(rows, columns), rows, target, in_place=True)
         return used.working + used.accumulator
 
     problem.require_budget(spent(1))
@@ -89,14 +120,14 @@ SMALLEST = Tile(1, config.COLUMN_UNIT)
 MANY_ROWS = 2**15  # slices that are best for these are what a call of any number of rows has
 
 
-def largest_tile(problem: Problem, strategy: str | None) -> Tile:
+def largest_tile(problem: Problem, strategy: str | None, target: Target) -> Tile:
     """Return the tile of the backward: slices as :func:`slice_columns` has them, of all rows or, where the budget does not hold
     them, of blocks of one height. Where it only just holds what all rows have beside tiles, slices are narrowed in the end."""
     cached = cached_rows(problem, strategy)
-    columns = slice_columns(replace(problem, rows=0, active_rows=0), strategy)
+    columns = slice_columns(replace(problem, rows=0, active_rows=0), strategy, target)
 
     def fits(rows: int) -> bool:
-        return memory(problem, Tile(rows, columns), cached).backward <= problem.memory_budget
+        return memory(problem, Tile(rows, columns), cached, target).backward <= problem.memory_budget
 
     while columns > config.COLUMN_UNIT and not fits(1):
         columns = _half(columns)
@@ -104,7 +135,7 @@ def largest_tile(problem: Problem, strategy: str | None) -> Tile:
 
 
 @functools.lru_cache(256)  # every call of an op asks
-def slice_columns(problem: Problem, strategy: str | None) -> int:
+def slice_columns(problem: Problem, strategy: str | None, target: Target) -> int:
     """Return the columns of a slice with which the sums of dH and dW move the fewest bytes in a call of many rows.
 
     A slice is a pass over the sum of dH, and each of its blocks of rows one over its part of dW: wide slices leave room for few
@@ -112,13 +143,13 @@ def slice_columns(problem: Problem, strategy: str | None) -> int:
     others.
     """
     # What many rows have beside tiles is to leave most of a small budget.
-    beside = memory(replace(problem, rows=1, active_rows=1), Tile(0, 0), 0).backward
+    beside = memory(replace(problem, rows=1, active_rows=1), Tile(0, 0), 0, target).backward
     count = min(MANY_ROWS, max(problem.memory_budget // (4 * beside), 1)) if beside else 1
     many = replace(problem, rows=count, active_rows=count)
     cached = cached_rows(many, strategy)
 
     def moved(columns: int) -> int:
-        rows = _most(lambda rows: memory(many, Tile(rows, columns), cached).backward <= many.memory_budget, count)
+        rows = _most(lambda rows: memory(many, Tile(rows, columns), cached, target).backward <= many.memory_budget, count)
         return sum(bytes_of_sums(many, Tile(rows, columns)))
 
     slices = range(-(-problem.vocab // config.MOST_COLUMNS), config.padded(problem.vocab) // config.COLUMN_UNIT + 1)
@@ -145,29 +176,35 @@ def _most(fits: Callable[[int], bool], most: int) -> int:
 
 
 def _kernels(problem: Problem, target: Target, cached: int) -> tuple[str, ...]:
-    forward = config.statistics_config(
-        problem.dtype, target, width=problem.width, regular=True, softcap=problem.softcap, cache=cached > 0
-    )
+    forward = config.statistics_config(problem.dtype, target, width=problem.width, softcap=problem.softcap, cache=cached > 0)
+    read = reads(problem, target)
+    of_weight = f"copied {read.columns} columns at a time, {_why_copied(read, problem)}" if read.copies_weight else "read in place"
     lines = [f"statistics {forward}, splits of {config.split_columns(problem.vocab)} columns"]
     if problem.needs_grad:
-        backward = config.gradient_config(problem.dtype, target, width=problem.width, regular=True, softcap=problem.softcap)
+        backward = config.gradient_config(problem.dtype, target, width=problem.width, softcap=problem.softcap)
         lines.append(f"gradient {backward}")
-    return tuple(lines)
+    return (*lines, f"hidden gathered {min(read.rows, problem.rows)} rows at a time, weight {of_weight}")
 
 
-def memory(problem: Problem, tile: Tile, cached: int, in_place: bool = False) -> Memory:
+def _why_copied(read: Reads, problem: Problem) -> str:
+    return f"{read.width} elements wide" if read.width != problem.width else "since its rows do not begin on multiples of 16 bytes"
+
+
+def memory(problem: Problem, tile: Tile, cached: int, target: Target, *, in_place: bool = False) -> Memory:
     """Return what a call allocates; the gpu tests hold it against the allocator."""
-    rows, item = problem.rows, problem.dtype.itemsize
+    rows, item, read = problem.rows, problem.dtype.itemsize, reads(problem, target)
     cache = cached * _bytes_of_e(problem)
     splits = -(-problem.vocab // config.split_columns(problem.vocab))
-    # A row has masks, position, offset and target (int64), scale, four statistics and their merged values.
-    forward = cache + rows * (16 * splits + 6 * 8 + 16 * 4)
+    of_row = read.width * item + (problem.width * item if read.width != problem.width else 0)  # gathered, and made wider
+    of_column = read.width * item * read.copies_weight
+    # A row has masks, position, coordinates and target (int64), scale, four statistics and their merged values.
+    forward = cache + rows * (6 * 8 + 16 * 4) + min(read.rows, rows) * (16 * splits + of_row) + read.columns * of_column
     backward = accumulator = 0
     if problem.needs_grad:
         sixteen_bit = item < 4
         backward = cache + rows * (10 * 8 + 26 * 4) + tile.rows * tile.columns * item * (not in_place)
-        # Rows of H are gathered where some have left; of several blocks, the next is gathered while the last is still held.
-        backward += tile.rows * problem.width * item * problem.grad_weight * (1 + (problem.planned_rows > tile.rows))
+        recomputes = cached < rows
+        backward += tile.rows * of_row * (recomputes or problem.grad_weight) + tile.columns * of_column * recomputes
         if in_place:  # a product of dW, added to a sum of the whole; that of dH is made where it is to be
             backward += tile.columns * problem.width * 4 * problem.grad_weight
         else:
