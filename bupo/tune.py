@@ -26,7 +26,7 @@ from bupo.tables import columns
 from bupo_kernels import dispatch, linear_logprobs, numerics
 from bupo_kernels.backends.algebra import Coefficients
 from bupo_kernels.backends.base import Backend, Operands, Problem, Readout
-from bupo_kernels.backends.triton_ import config, in_tiles, target_of
+from bupo_kernels.backends.triton_ import config, target_of, with_target
 from bupo_kernels.backends.triton_.config import KernelConfig
 from bupo_kernels.selfcheck import records
 from bupo_kernels.selfcheck.card import Card
@@ -175,7 +175,7 @@ def time_tiles(work: Work, key: str, tiles: Sequence[KernelConfig], device: torc
     ways = [Timing(f"{tile}, group {tile.group}", tile) for tile in tiles] + [Timing(WITHOUT_TRITON, None)]
 
     def run(way: Timing) -> Tensor:
-        context = nullcontext() if way.tile is None else in_tiles(device, ((key, way.tile),))
+        context = nullcontext() if way.tile is None else with_target(device, tiles=((key, way.tile),))
         with context:
             seconds, found = timed(work.with_triton if way.tile else work.without, device)
         way.milliseconds.append(1e3 * seconds)

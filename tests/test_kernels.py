@@ -54,6 +54,16 @@ def test_no_configuration_spills_or_waits_or_asks_for_more_shared_memory_than_th
 
 
 @pytest.mark.broad
+@pytest.mark.parametrize("target", ["sm_100", "sm_103"])
+def test_on_blackwell_every_product_of_16_bit_without_softcap_is_compiled_in_both_forms(compiled, target):
+    found = [kernel for kernel in compiled if kernel["target"] == target and kernel["kernel"] in PRODUCTS]
+    of_16_bit = [kernel for kernel in found if "16" in kernel["case"] and "all options" not in kernel["case"]]
+    forms = [kernel["case"].endswith("warp-specialised") for kernel in of_16_bit]
+    assert forms.count(True) == forms.count(False) > 0
+    assert {(kernel["threads"], kernel["tensor_memory"]) for kernel in of_16_bit if kernel["threads"] > 256} == {ahead.SPECIALISED}
+
+
+@pytest.mark.broad
 @pytest.mark.parametrize("target", TARGETS)
 def test_products_run_on_the_tensor_cores_in_steps_that_do_not_depend_on_the_tile(compiled, target):
     products = [kernel for kernel in compiled if kernel["target"] == target and kernel["kernel"] in PRODUCTS]
@@ -110,6 +120,11 @@ STATISTICS = {
         ({"spills": 4}, "4 moved"),
         ({"warnings": "(C7510) Potential Performance Loss"}, "serialises its products"),
         ({"instructions": 10000}, "10000 instructions"),
+        (
+            {"target": "sm_100", "kernel": "linear_statistics", "case": "bfloat16, warp-specialised", "threads": 256}
+            | {"instruction": "tcgen05.mma kind::f16", "tensor_memory": 256},
+            "not warp-specialised: it has 256 threads and 256 columns",
+        ),
         ({"kernel": "gradient_recompute", "instruction": "mma.sync m16n8k8"}, "run as mma.sync m16n8k8, and wgmma is there"),
         (STATISTICS | {"between": 1300}, "it has 1300 instructions between products, and counts.py says 1238"),
         (STATISTICS | {"between": 1200}, "it has 1200 instructions between products"),
@@ -134,6 +149,13 @@ def test_a_regression_of_five_percent_exceeds_the_budget(monkeypatch):
             found = [ahead.faults(row(**of, instructions=n)) for n in (count, count * 21 // 20 + 1)]
             assert found[0] == []
             assert len(found[1]) == 1
+    for name, measured in ahead.SPECIALISED_BUDGETS.items():
+        kernel, _, kind = name.partition(", ")
+        case = ", ".join(filter(None, ("float16", kind, "warp-specialised")))
+        of = {"target": "sm_103", "kernel": kernel, "case": case, "instruction": "tcgen05"}
+        block = dict(zip(("threads", "tensor_memory"), ahead.SPECIALISED, strict=True))
+        found = [ahead.faults(row(**of, **block, instructions=n)) for n in (measured, measured * 21 // 20 + 1)]
+        assert [len(faults) for faults in found] == [0, 1]
     monkeypatch.setattr(ahead.triton, "__version__", "3.9.0")  # another compiler, other numbers
     assert ahead.faults(row(instructions=10**6)) == []
 

@@ -239,7 +239,11 @@ def test_slices_are_those_whose_sums_move_least_whatever_the_number_of_rows(on_h
     cached = tiling.cached_rows(many, strategy)
 
     def moved(columns: int) -> float:
-        fit = [rows for rows in (2**k for k in range(18)) if tiling.memory(many, Tile(rows, columns), cached, HOPPER).backward <= budget]
+        fit = [
+            rows
+            for rows in (2**k for k in range(18))
+            if tiling.memory(many, Tile(rows, columns), cached, HOPPER).backward <= budget
+        ]
         return sum(bytes_of_sums(many, Tile(max(fit), columns))) if fit else math.inf
 
     others = [moved(columns) for columns in range(config.COLUMN_UNIT, config.MOST_COLUMNS + 1, 4 * config.COLUMN_UNIT)]

@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from bupo_kernels import dispatch, explain, linear_logprobs
-from bupo_kernels.backends import torch_
+from bupo_kernels.backends import torch_, triton_
 from bupo_kernels.selfcheck import __main__ as command
 from bupo_kernels.selfcheck import card as cards
 from bupo_kernels.selfcheck import decision, problems, records
@@ -159,6 +159,21 @@ def test_the_interpreted_triton_kernels_pass(small, monkeypatch, softcap):
         pytest.skip(reason)
     verdict = problems.check(variant, CPU)
     assert verdict.passed, verdict.reason
+
+
+def test_the_variant_of_a_form_runs_that_form(small, monkeypatch):
+    seen = []
+
+    def cases(variant, device):
+        seen.append(triton_.target_of(device).proven)
+        return iter(())
+
+    monkeypatch.setattr(problems, "cases", cases)
+    for specialised in (True, False):
+        variant = Variant("triton", "bfloat16", specialised=specialised)
+        assert Variant.named(variant.name) == variant
+        assert problems.check(variant, CPU).passed
+    assert seen == [("bfloat16",), ()]
 
 
 # ---- what stands for a driver

@@ -68,7 +68,7 @@ def test_a_device_has_the_tiles_on_record_and_no_others(monkeypatch, caplog):
         monkeypatch.setattr(triton_.decision, "tuned", lambda device, tiles=tiles: Record(tiles=tiles))
         assert triton_.target_of(torch.device("cuda", 0)).tiles == found
     assert "what `bupo tune` has on record is not taken: tiles:" in caplog.text
-    with triton_.in_tiles(torch.device("cuda", 0), ((key, tile),)):
+    with triton_.with_target(torch.device("cuda", 0), tiles=((key, tile),)):
         assert triton_.target_of(torch.device("cuda", 0)).tiles == ((key, tile),)
     assert triton_.target_of(torch.device("cuda", 0)).tiles == ()
 
@@ -261,3 +261,89 @@ BAD = {
 def test_a_file_with_anything_else_is_refused(table, message):
     with pytest.raises(ValueError, match=f"tiles: .*{message}"):
         config.tiles_from(table)
+
+
+B200 = Target("cuda", 100, 148, triton=(3, 6))
+PROVEN = replace(B200, proven=("bfloat16",))
+
+
+def test_the_warp_specialised_tiles_are_the_default_where_they_are_proven_and_candidates_before():
+    for kernel, dtype, flags in EVERY:
+        may = dtype in config.SPECIALISED_DTYPES and not flags["softcap"] and (kernel == STATISTICS or not flags["cache"])
+        for target in (B200, PROVEN):
+            found = config.candidates(kernel, dtype, target, **flags)
+            assert any(tile.specialised for tile in found) == may
+            assert found[0].specialised == (may and dtype == BF16 and target is PROVEN)
+            assert not all(tile.specialised for tile in found)  # what there was stays for `bupo tune`
+
+
+@pytest.mark.parametrize("triton", [(0, 0), (3, 5), (3, 10)])
+def test_a_version_of_triton_that_nobody_has_looked_at_specialises_nothing(triton):
+    unknown = replace(PROVEN, triton=triton)
+    for kernel, dtype, flags in EVERY:
+        assert not any(tile.specialised for tile in config.candidates(kernel, dtype, unknown, **flags))
+    key = config.key_of(STATISTICS, BF16, softcap=False, cache=False, width=4096)
+    tuned = replace(unknown, tiles=((key, config.SPECIALISED),))
+    assert config.statistics_config(BF16, tuned, width=4096, softcap=False) == config.WIDE
+
+
+def test_with_e_stored_only_the_triton_that_spills_nothing_specialises():
+    for triton, specialised in (((3, 6), True), ((3, 7), False), ((3, 9), False)):
+        target = replace(PROVEN, triton=triton)
+        assert config.statistics_config(BF16, target, width=64, softcap=False, cache=True).specialised == specialised
+        assert config.gradient_config(BF16, target, width=64, softcap=False).specialised
+
+
+def test_a_measured_tile_that_is_specialised_otherwise_than_it_was_compiled_is_not_taken():
+    key = config.key_of(STATISTICS, BF16, softcap=False, cache=False, width=4096)
+    for tile, taken in ((replace(config.SPECIALISED, group=4), True), (replace(config.SPECIALISED, rows=256, columns=128), False)):
+        tuned = replace(B200, tiles=((key, tile),))
+        assert (config.statistics_config(BF16, tuned, width=4096, softcap=False) == tile) == taken
+
+
+@pytest.mark.parametrize(
+    ("version", "found"), [("3.6.0", (3, 6)), ("3.10.1 /opt/ptxas", (3, 10)), ("unknown", (0, 0)), ("", (0, 0))]
+)
+def test_the_version_of_triton_is_read_from_what_a_card_has(version, found):
+    assert config.version_of(version) == found
+
+
+@pytest.fixture
+def blackwell(monkeypatch):
+    properties = SimpleNamespace(major=10, minor=0, multi_processor_count=148, shared_memory_per_block_optin=232448)
+    monkeypatch.setattr(config, "interpreted", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(triton_, "_targets", {})
+    monkeypatch.setattr(triton_.Card, "of", lambda device: SimpleNamespace(triton_version="3.6.0"))
+    monkeypatch.setattr(triton_.decision, "tuned", lambda device: Record())
+    return torch.device("cuda", 0)
+
+
+def test_a_form_that_fails_its_check_leaves_the_other_and_the_verdict_is_asked_for_once(blackwell, monkeypatch):
+    asked = []
+
+    def decide(variant, device):
+        asked.append(variant.name)
+        return SimpleNamespace(passed=variant.dtype == "float16")
+
+    monkeypatch.setattr(triton_.decision, "decide", decide)
+    for _ in range(2):
+        target = triton_.target_of(blackwell)
+        assert target.proven == ("float16",)
+    assert asked == ["triton bfloat16 warp-specialised", "triton float16 warp-specialised"]
+    assert config.statistics_config(BF16, target, width=64, softcap=False) == config.WIDE
+    assert config.statistics_config(FP16, target, width=64, softcap=False) == config.SPECIALISED
+
+
+def test_within_the_check_of_a_form_nothing_is_asked_and_nothing_stays(blackwell, monkeypatch):
+    monkeypatch.setattr(triton_.decision, "decide", lambda *_: pytest.fail("the check asks for its own verdict"))
+    with triton_.with_target(blackwell, proven=("bfloat16",)):
+        assert triton_.target_of(blackwell) == replace(PROVEN, processors=148)
+    assert triton_._targets == {}
+
+
+def test_what_is_only_asked_about_is_not_kept(blackwell, monkeypatch):
+    monkeypatch.setattr(triton_.decision, "decide", lambda *_: SimpleNamespace(passed=False))
+    with triton_.decision.only_records():
+        assert triton_.target_of(blackwell).proven == ()
+    assert triton_._targets == {}

@@ -2,6 +2,7 @@
 run in Triton's interpreter, where each path is chosen by naming a GPU that has it."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,16 +32,22 @@ pytest.importorskip("triton")
 DEVICE = device_of("triton")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDTH = 64  # rows of whole, aligned blocks: what TMA takes
-PATHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100}  # sm_120 takes the tiles of the first by the loads of the second
+SPECIALISED = config.Target("cuda", 100, 3, triton=(3, 6), proven=("bfloat16", "float16"))
+# sm_120 takes the tiles of the first by the loads of the second.
+PATHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_100, warp-specialised": SPECIALISED}
 
 
 @contextmanager
 def running_as(arch, tiles=()):
-    """A GPU of that architecture, with 3 processors: several work items for each program."""
+    """A GPU of that architecture, or a target, with 3 processors: several work items for each program."""
     with pytest.MonkeyPatch.context() as patch:
         if config.interpreted():
-            patch.setattr(triton_, "target_of", lambda device: config.Target("cuda", arch, 3, tiles=tiles))
+            patch.setattr(triton_, "target_of", lambda device: target_of(arch, tiles))
         yield
+
+
+def target_of(arch, tiles=()):
+    return replace(arch, tiles=tiles) if isinstance(arch, config.Target) else config.Target("cuda", arch, 3, tiles=tiles)
 
 
 def check(case, backend="triton", *, memory_budget=None, upstream=None):
@@ -66,7 +73,7 @@ EVERY_PATH = [
     for backend in ("triton", "triton:cached")
     for dtype in (BF16, FP16, FP32)
     for option in ("plain", "temperature per row", "everything")
-    if runs(backend, dtype, OPTIONS[option]) and (dtype == BF16 or arch >= 90)
+    if runs(backend, dtype, OPTIONS[option]) and (dtype == BF16 or target_of(arch).uses_tma)
 ]
 
 
@@ -292,6 +299,32 @@ def test_targets_of_several_dimensions_and_a_transposed_weight():
         assert (a.double() - b).norm() <= 2 * torch.finfo(BF16).eps * b.norm()
 
 
+@pytest.mark.parametrize("backend", ["triton", "triton:cached"])
+def test_warp_specialised_tiles_run_where_they_are_proven_and_nowhere_else(backend):
+    flags = {"width": WIDTH, "softcap": False}
+    for target, specialised in ((SPECIALISED, True), (replace(SPECIALISED, proven=("float16",)), False)):
+        with running_as(target):
+            plan = explain(*(torch.zeros(n, WIDTH, dtype=BF16, device=DEVICE) for n in (9, 600)), backend=backend)
+        if config.interpreted():
+            assert ["warp-specialised" in kernel for kernel in plan.tile_plan.kernels[:1]] == [specialised]
+        for cache in (False, True):
+            assert config.statistics_config(BF16, target, cache=cache, **flags).specialised == specialised
+        assert config.gradient_config(BF16, target, **flags).specialised == specialised
+
+
+@pytest.mark.parametrize("vocab", [200, 256, 1061])
+def test_a_partial_for_each_tile_gives_a_row_the_same_bits_alone_and_among_others(vocab):
+    # Products of small integers are exact in any order: numpy's, which multiplies here, depends on the size.
+    hidden, weight = (torch.randint(-3, 4, (n, WIDTH), device=DEVICE).to(BF16) / 4 for n in (150, vocab))
+    targets = torch.randint(0, vocab, (150,), device=DEVICE)
+    with running_as(SPECIALISED):
+        many = linear_logprobs(hidden, weight, targets, backend="triton")
+        for rows in (slice(0, 150), slice(0, 1), slice(128, 129), slice(3, 140)):
+            some = linear_logprobs(hidden[rows], weight, targets[rows], backend="triton")
+            for of_some, of_many in zip(some, many, strict=True):
+                assert of_some is None or torch.equal(of_some, of_many[rows])
+
+
 @pytest.mark.parametrize("arch", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("options", ["plain", "everything"])
 def test_the_largest_logit_survives_splits_and_merge(arch, options):
@@ -310,8 +343,10 @@ def test_the_largest_logit_survives_splits_and_merge(arch, options):
             case.hidden.detach(), case.weight.detach(), None if bias is None else bias.detach(), case.targets, readout
         )
         hidden = HiddenRows(operands, positions, WIDTH, ascending=False)[:]
-        launch = Launch(operands, positions, hidden, config.Target("cuda", arch, 3))
-        count, partials = torch.tensor([75], device=DEVICE), torch.empty(5, 4, 150, device=DEVICE)
+        target = target_of(arch)
+        tile = config.statistics_config(BF16, target, width=WIDTH, softcap=readout.softcap is not None)
+        launch, splits = Launch(operands, positions, hidden, target), -(-1100 // config.partial_columns(1100, tile))
+        count, partials = torch.tensor([75], device=DEVICE), torch.empty(splits, 4, 150, device=DEVICE)
         linear_statistics(launch, weight_slice(operands.weight, slice(0, 1100), WIDTH), count, partials, with_entropy=True)
         statistics = torch.full((4, 150), 7.0, device=DEVICE)
         merge(partials, count, positions, statistics, with_entropy=True)

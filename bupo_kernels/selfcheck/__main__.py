@@ -14,10 +14,11 @@ from dataclasses import asdict
 import torch
 
 from bupo_kernels.backends.base import Problem
+from bupo_kernels.backends.triton_ import config, target_of
 from bupo_kernels.dispatch import BACKENDS, default_memory_budget
 from bupo_kernels.selfcheck import records
 from bupo_kernels.selfcheck.card import Card
-from bupo_kernels.selfcheck.decision import Variant, checked
+from bupo_kernels.selfcheck.decision import Variant, checked, only_records
 from bupo_kernels.selfcheck.problems import check
 from bupo_kernels.selfcheck.records import Verdict
 
@@ -85,17 +86,26 @@ def _variants(device: torch.device, dtypes: Sequence[str]) -> Iterator[tuple[Var
     """Yield every variant, with the reason why it cannot run here, if there is one."""
     for backend, stands_for in BACKENDS.items():
         for dtype in dtypes:
-            for softcap in (False, True) if backend == "triton" else (False,):
-                variant = Variant(backend, dtype, softcap)
+            kinds = [{}, {"softcap": True}] if backend == "triton" else [{}]
+            if backend == "triton" and device.type == "cuda" and _specialised(dtype, device):
+                kinds.insert(0, {"specialised": True})
+            for kind in kinds:
+                variant = Variant(backend, dtype, **kind)
                 problem = Problem(
                     *(1, 1, 1, 64, variant.torch_dtype, device),
                     grad_hidden=True,
                     grad_weight=True,
                     grad_bias=False,
-                    softcap=softcap,
+                    softcap=variant.softcap,
                     memory_budget=default_memory_budget(device),
                 )
                 yield variant, stands_for(problem).why_not(problem, None)
+
+
+def _specialised(dtype: str, device: torch.device) -> bool:
+    with only_records():
+        target = target_of(device)
+    return config.specialises(config.STATISTICS, getattr(torch, dtype), target, softcap=False)
 
 
 def _line(device: str, variant: str, verdict: Verdict | None, reason: str | None) -> str:

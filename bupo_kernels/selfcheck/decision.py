@@ -39,11 +39,13 @@ log = logging.getLogger("bupo_kernels")
 
 @dataclass(frozen=True)
 class Variant:
-    """The kernels that are checked together: those of a backend for operands of one dtype, with a softcap or without."""
+    """The kernels that are checked together: those of a backend for operands of one dtype, with a softcap or without. Triton's
+    warp-specialised ones are a variant of their own, in whose place there are others where it fails."""
 
     backend: str  # "triton", "native" or "torch"
     dtype: str  # "bfloat16"
     softcap: bool = False
+    specialised: bool = False
 
     @staticmethod
     def of(backend: str, dtype: torch.dtype, softcap: bool = False) -> Variant:
@@ -56,15 +58,17 @@ class Variant:
 
     @property
     def name(self) -> str:
-        return f"{self.backend} {self.dtype}{' softcap' if self.softcap else ''}"
+        return f"{self.backend} {self.dtype}{' softcap' * self.softcap}{' warp-specialised' * self.specialised}"
 
     @staticmethod
     def named(name: str) -> Variant:
         """Return the variant of a ``name``. Raise ``ValueError`` where it is none."""
         backend, dtype, *rest = name.split(" ")
-        if backend not in ("triton", "native", "torch") or not hasattr(torch, dtype) or rest not in ([], ["softcap"]):
-            raise ValueError(f"variant: {name!r} given, accepted are a backend, a dtype and perhaps softcap: 'triton bfloat16'")
-        return Variant(backend, dtype, bool(rest))
+        known = backend in ("triton", "native", "torch") and hasattr(torch, dtype)
+        if not known or rest not in ([], ["softcap"], ["warp-specialised"]):
+            accepted = "a backend, a dtype and perhaps softcap or warp-specialised"
+            raise ValueError(f"variant: {name!r} given, accepted are {accepted}: 'triton bfloat16'")
+        return Variant(backend, dtype, rest == ["softcap"], rest == ["warp-specialised"])
 
 
 _lock = threading.RLock()
@@ -93,6 +97,11 @@ def only_records() -> Iterator[None]:
             yield
         finally:
             _only_records = before
+
+
+def only_asked() -> bool:
+    """Tell whether nothing is decided now, since the caller is within :func:`only_records`."""
+    return _only_records
 
 
 def why_not(variant: Variant, device: torch.device, widths: str = "") -> str | None:

@@ -12,7 +12,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bupo_kernels import numerics, reference
 from bupo_kernels.backends.gradients import accumulate_
-from bupo_kernels.backends.triton_ import config
+from bupo_kernels.backends.triton_ import config, with_target
 from bupo_kernels.functional import explain, linear_logprobs, linear_policy_loss
 from bupo_kernels.policy_losses import PolicyObjective
 from bupo_kernels.selfcheck.decision import Variant
@@ -94,7 +94,7 @@ def check(variant: Variant, device: torch.device) -> Verdict:
     started, reason = time.perf_counter(), ""
     shares: list[float] = []
     try:
-        with _on_our_terms(device):
+        with _on_our_terms(device), _in_form(variant, device):
             for case in cases(variant, device):
                 truth = _truth(case)
                 for backend in ways(variant):
@@ -253,6 +253,11 @@ def _compare_policy_loss(name: Callable[[str], str], case: Case, options: dict[s
     share_of_bound(name("the loss"), loss.detach(), -terms.sum() / count, spent)
     found = torch.autograd.grad(loss, case.leaves)
     _compare_gradients(lambda what: name(f"{what} of the loss"), case, (-advantages / count, None, None), found, backend, truth)
+
+
+def _in_form(variant: Variant, device: torch.device) -> AbstractContextManager[None]:
+    """Have Triton's warp-specialised kernels run where they are what is checked, as if they had been already."""
+    return with_target(device, proven=(variant.dtype,)) if variant.specialised else nullcontext()
 
 
 @contextmanager

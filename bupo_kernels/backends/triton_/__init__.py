@@ -1,6 +1,6 @@
 """Fused kernels for GPUs: a tile of logits is multiplied, folded into the row's statistics or turned into its gradient, and gone.
 
-``linear_statistics.py`` streams W once and leaves partials per vocabulary split, ``merge.py`` folds them in order.
+``linear_statistics.py`` streams W once and leaves partials per vocabulary split or tile, ``merge.py`` folds them in order.
 ``gradient_recompute.py`` forms dz of a vocabulary slice again, ``gradient_cached.py`` has it from the E that the forward kept; the
 products of dz with W and H are the library's. ``tiling.py`` says which rows take which way, ``config.py`` has every number. Under
 ``TRITON_INTERPRET=1`` all of it runs on the CPU, which is how it is tested without a GPU.
@@ -14,6 +14,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ from bupo_kernels.backends.machine import Gpu, Seconds
 from bupo_kernels.backends.triton_ import config, counts, tiling
 from bupo_kernels.backends.triton_.copies import HiddenRows, reads_in_place, weight_slice
 from bupo_kernels.selfcheck import decision
+from bupo_kernels.selfcheck.card import Card
 from bupo_kernels.selfcheck.decision import Variant
 
 log = logging.getLogger("bupo_kernels")
@@ -41,21 +43,34 @@ _targets: dict[torch.device, config.Target] = {}
 
 def target_of(device: torch.device) -> config.Target:
     """Return the GPU as configurations depend on it: the same in every call of a process."""
-    if device not in _targets:
-        _targets[device] = _target(device)
-    return _targets[device]
+    if (known := _targets.get(device)) is not None:
+        return known
+    target = _target(device)
+    if config.specialises(config.STATISTICS, torch.bfloat16, target, softcap=False):
+        target = replace(target, proven=_proven(device))
+    if not decision.only_asked():
+        _targets[device] = target
+    return target
+
+
+def _proven(device: torch.device) -> tuple[str, ...]:
+    dtypes = tuple(str(dtype).removeprefix("torch.") for dtype in config.SPECIALISED_DTYPES)
+    return tuple(dtype for dtype in dtypes if decision.decide(Variant("triton", dtype, specialised=True), device).passed)
 
 
 @contextmanager
-def in_tiles(device: torch.device, tiles: tuple[tuple[str, config.KernelConfig], ...]) -> Iterator[None]:
-    """Have other tiles on ``device``, to measure them. No backward may follow of a forward that was within it, nor the other way
-    round."""
-    before = target_of(device)
-    _targets[device] = replace(before, tiles=tiles)
+def with_target(device: torch.device, **changes: Any) -> Iterator[None]:
+    """Have another :class:`config.Target` on ``device``, to measure or to check it. No backward may follow of a forward that was
+    within it, nor the other way round."""
+    before = _targets.get(device)
+    _targets[device] = replace(before or _target(device), **changes)
     try:
         yield
     finally:
-        _targets[device] = before
+        if before is None:
+            del _targets[device]
+        else:
+            _targets[device] = before
 
 
 def _target(device: torch.device) -> config.Target:
@@ -67,11 +82,15 @@ def _target(device: torch.device) -> config.Target:
     shared = config.shared_memory(kind, arch)
     if kind == "cuda":  # not every build of torch has this property
         shared = getattr(properties, "shared_memory_per_block_optin", shared)
-    return config.Target(kind, arch, properties.multi_processor_count, shared, _tiles(device))
+    # Elsewhere nothing depends on it.
+    triton = config.version_of(Card.of(device).triton_version) if arch // 10 == 10 else (0, 0)
+    return config.Target(kind, arch, properties.multi_processor_count, shared, _tiles(device), triton)
 
 
 def _like(gpu: Gpu) -> config.Target:
-    return config.Target("cuda", gpu.arch, gpu.processors)
+    """Return the GPU as if it were there, with the Triton that kernels are counted with, and had passed every self-check."""
+    proven = tuple(str(dtype).removeprefix("torch.") for dtype in config.SPECIALISED_DTYPES)
+    return config.Target("cuda", gpu.arch, gpu.processors, triton=(3, 6), proven=proven)
 
 
 def _target_for(problem: Problem) -> config.Target:
@@ -152,8 +171,8 @@ class Triton(Backend):
             *(gpu, shape),
             tile=(tile.rows, tile.columns),
             warps=tile.warps,
-            blocks=tile.programs,
-            instructions=counts.between_products(kernel, target, cache=cache),
+            blocks=2 if tile.specialised else tile.programs,  # a second accumulator is as good as a second block
+            instructions=counts.between_products(kernel, target, cache=cache, specialised=tile.specialised),
             main_loop=machine.MAIN_LOOP[target.matrix_unit],
         )
         return seconds + machine.moved(gpu, 2 * stored * shape.vocab), False
@@ -282,8 +301,10 @@ def _stream(
     from bupo_kernels.backends.triton_.product import Launch
 
     target, device = target_of(rows.device), rows.device
-    n, vocab, split = len(rows), len(operands.weight), config.split_columns(len(operands.weight))
-    read = tiling.reads(plan.problem, target)
+    n, vocab, problem = len(rows), len(operands.weight), plan.problem
+    tile = config.statistics_config(problem.dtype, target, width=problem.width, softcap=problem.softcap, cache=not cache.is_empty)
+    columns = config.partial_columns(vocab, tile)
+    read = tiling.reads(problem, target)
     hidden_rows = HiddenRows(operands, rows, read.width, ascending=ascending)
     in_place = not read.copies_weight and reads_in_place(operands.weight)
     step = vocab if in_place else read.columns
@@ -291,7 +312,7 @@ def _stream(
     for chunk, first_row in enumerate(range(0, n, read.rows)):
         part = slice(first_row, min(first_row + read.rows, n))
         launch = Launch(operands, rows[part], hidden_rows[part], target)
-        partials = torch.empty(-(-vocab // split), 4, len(launch.rows), dtype=torch.float32, device=device)
+        partials = torch.empty(-(-vocab // columns), 4, len(launch.rows), dtype=torch.float32, device=device)
         active = counts[chunk : chunk + 1]
         for start in range(0, vocab, step):
             weight = weight_slice(operands.weight, slice(start, min(start + step, vocab)), read.width)
@@ -299,7 +320,7 @@ def _stream(
                 launch,
                 weight,
                 active,
-                partials[start // split : -(-weight.columns.stop // split)],
+                partials[start // columns : -(-weight.columns.stop // columns)],
                 with_entropy=with_entropy,
                 cache=None if cache.is_empty else cache,
                 first_row=first_row,

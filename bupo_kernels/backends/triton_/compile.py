@@ -67,7 +67,13 @@ BUDGETS = {
     "gradient_recompute, fp32": (1720, 1232, 1720, 856),
     "linear_statistics, fp32, all options": (2576, 2080, 1832, 1633),
     "gradient_recompute, fp32, all options": (3000, 2528, 1928, 1541),
-    "merge, fp32": (368, 368, 368, 118),
+    "merge, fp32": (432, 432, 416, 419),
+}
+
+SPECIALISED_BUDGETS = {
+    "linear_statistics": 2416,
+    "linear_statistics, E stored": 2736,
+    "gradient_recompute": 2272,
 }
 
 # The cases whose instructions between two products counts.py has, for predictions.
@@ -77,6 +83,11 @@ MATRIX_INSTRUCTION = {
     "cuda": re.compile(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*?(m\d+n\d+k\d+|kind::\w+)"),
     "hip": re.compile(r"(v_mfma)_(\w+)"),
 }
+# What the code of a kernel that is warp-specialised begins with: 8 warps of epilogue and 4 others, and room for two accumulators of
+# 128 x 256, one of which is read while the other is written.
+THREADS = re.compile(r"\.reqntid (\d+)")
+TENSOR_MEMORY = re.compile(r"tcgen05\.alloc[\w.:]* \[%?\w+\], (\d+);")
+SPECIALISED = (384, 512)
 # What ptxas says of a kernel, and of a wait that it had to add to wgmma, which then no longer runs beside anything else.
 FRAME = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 REGISTERS = re.compile(r"Used (\d+) registers")
@@ -101,6 +112,7 @@ class Compiled:
     instructions: int
     warnings: str  # of ptxas, that wgmma is serialised; "" without
     instruction: str  # that the tensor cores run; "" without
+    tensor_memory: int = 0  # columns, where there is any
     between: int | None = None  # instructions between two tiles' products; None where that is not counted
 
     def __str__(self) -> str:
@@ -197,7 +209,8 @@ class Case(NamedTuple):
 
 
 def _products(target: config.Target, operands: Operands, with_entropy: bool, tuning: bool) -> Iterator[Case]:
-    """Yield the cases of the kernels with a product: what runs by default or, for ``tuning``, what else may."""
+    """Yield the cases of the kernels with a product: what runs by default, before the self-check and after it, or, for ``tuning``,
+    what else may."""
     width, dtype, softcap = operands.hidden.shape[-1], operands.hidden.dtype, operands.readout.softcap is not None
     rows, active_rows = torch.arange(ROWS, dtype=torch.int64, device="cpu"), _zeros(1, dtype=torch.int64)
     hidden = HiddenRows(operands, rows, config.read_width(width, dtype, target))[:]
@@ -208,8 +221,9 @@ def _products(target: config.Target, operands: Operands, with_entropy: bool, tun
             continue
         flags = {"softcap": softcap, "cache": stored}
         default = config.chosen(kernel, dtype, target, width=width, **flags)
-        tiles = config.candidates(kernel, dtype, target, **flags)[1:] if tuning else (default,)
-        for tile in tiles:
+        proven = replace(target, proven=DTYPE_NAMES)
+        tiles = dict.fromkeys((default, config.chosen(kernel, dtype, proven, width=width, **flags)))
+        for tile in config.candidates(kernel, dtype, target, **flags)[1:] if tuning else tiles:
             tuned = replace(target, tiles=((config.key_of(kernel, dtype, width=width, **flags), tile),))
             launch = Launch(operands, rows, hidden, tuned)
             run: Callable[[], object]
@@ -218,10 +232,10 @@ def _products(target: config.Target, operands: Operands, with_entropy: bool, tun
                 run = partial(gradient_recompute, launch, some, _coefficients(with_entropy), dz)
             else:
                 cache = _cache() if stored else None
-                partials = _zeros(-(-vocab // config.split_columns(vocab)), 4, ROWS)
+                partials = _zeros(-(-vocab // config.partial_columns(vocab, tile)), 4, ROWS)
                 run = partial(linear_statistics, launch, every, active_rows, partials, with_entropy=with_entropy, cache=cache)
             bound = config.shared_bytes(kernel, tile, dtype, target, cache=stored)
-            yield Case(", E stored" * stored, run, bound, tile.programs)
+            yield Case(", E stored" * stored + ", warp-specialised" * tile.specialised, run, bound, tile.programs)
 
 
 def _others(target: config.Target, dtype: torch.dtype, with_entropy: bool) -> Iterator[Case]:
@@ -229,7 +243,8 @@ def _others(target: config.Target, dtype: torch.dtype, with_entropy: bool) -> It
     rows = torch.arange(ROWS, dtype=torch.int64, device="cpu")
     if dtype == torch.float32:
         count = _zeros(1, dtype=torch.int64)
-        yield Case("", partial(merge, _zeros(4, 4, ROWS), count, rows, _zeros(4, ROWS), with_entropy=with_entropy))
+        merging = partial(merge, _zeros(4, 4, ROWS), count, rows, _zeros(4, ROWS), with_entropy=with_entropy)
+        yield Case("", merging, 512)  # for its sums
         return
     columns = config.statistics_config(dtype, target, width=512, softcap=False, cache=True).columns
     dz, coefficients = _zeros(ROWS, COLUMNS, dtype=dtype), _coefficients(with_entropy)
@@ -296,8 +311,9 @@ class Work:
             shared=binary.metadata.shared,
             bound=bound,
             programs=programs,
-            threads=self.gpu.warp_size * binary.metadata.num_warps,
+            threads=max(map(int, THREADS.findall(assembly)), default=self.gpu.warp_size * binary.metadata.num_warps),
             instruction=", ".join(found),
+            tensor_memory=sum(map(int, TENSOR_MEMORY.findall(assembly))),
             between=_between_products(binary.asm["cubin"]) if name in COUNTED and found and self.gpu.backend == "cuda" else None,
             **read,
         )
@@ -306,7 +322,8 @@ class Work:
 def work_for(name: str, *, brief: bool = False, tuning: bool = False) -> Work:
     """Return all that runs by default on a target. ``brief`` takes bfloat16 alone where a target has the code of another."""
     gpu = TARGETS[name]
-    target = config.Target(gpu.backend, gpu.arch if gpu.backend == "cuda" else 0, processors=132)
+    version = config.version_of(triton.__version__)
+    target = config.Target(gpu.backend, gpu.arch if gpu.backend == "cuda" else 0, processors=132, triton=version)
     return Work(name, gpu, target, DTYPE_NAMES[:1] if brief and name in TWINS else DTYPE_NAMES, tuning=tuning)
 
 
@@ -389,6 +406,11 @@ def faults(row: Compiled, *, tuning: bool = False) -> list[str]:
         return found
     if row.spills or row.stack:
         found.append(f"it has spilled: {row.stack} bytes of stack, and {row.spills} moved")
+    if row.case.endswith("warp-specialised") and (row.threads, row.tensor_memory) != SPECIALISED:
+        found.append(
+            f"it is not warp-specialised: it has {row.threads} threads and {row.tensor_memory} columns of tensor memory, "
+            f"and that takes {SPECIALISED[0]} and {SPECIALISED[1]}"
+        )
     if row.warnings:
         found.append(f"ptxas serialises its products: {row.warnings}")
     if triton.__version__.startswith(MEASURED_WITH) and row.instructions > (budget := instruction_budget(row)):
@@ -407,6 +429,8 @@ def instruction_budget(row: Compiled) -> int:
     unit = work_for(row.target).target.matrix_unit
     dtype, _, case = row.case.partition(", ")
     kind = case.removesuffix("ragged width").removesuffix(", ").replace("ragged width, ", "")
+    if kind.endswith("warp-specialised"):
+        return SPECIALISED_BUDGETS[(row.kernel + ", " + kind).removesuffix(", warp-specialised")] * 21 // 20
     name = ", ".join(part for part in (row.kernel, "fp32" if dtype == "float32" else "16 bit", kind) if part)
     return BUDGETS[name][UNITS.index(unit)] * 21 // 20
 

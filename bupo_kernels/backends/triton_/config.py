@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import re
 from dataclasses import asdict, dataclass, fields, replace
 
 import torch
@@ -51,10 +52,14 @@ class KernelConfig:
     stages: int
     group: int = 8  # row blocks that visit columns of W one after the other, while these are in L2
     programs: int = 1  # of a multiprocessor at a time: while one is in its epilogue, another multiplies
+    # Whether loads and products have warps of their own beside those of the epilogue, which then runs during the next products; the
+    # statistics leave a partial for each tile, since nothing may be carried from one to the next.
+    specialised: bool = False
 
     def __str__(self) -> str:
+        size = f"{self.rows} x {self.columns} x {self.depth}, {self.warps} warps, {self.stages} stages"
         of_several = f", {self.programs} a multiprocessor" if self.programs > 1 else ""
-        return f"{self.rows} x {self.columns} x {self.depth}, {self.warps} warps, {self.stages} stages{of_several}"
+        return size + of_several + ", warp-specialised" * self.specialised
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,8 @@ class Target:
     processors: int  # multiprocessors, each of which runs the persistent programs that a tile plans
     shared: int = 0  # bytes of shared memory that a block may ask for; 0 stands for those of the architecture
     tiles: tuple[tuple[str, KernelConfig], ...] = ()  # (key_of(…), the fastest that was measured for it)
+    triton: tuple[int, int] = (0, 0)  # the version that compiles, major and minor; (0, 0) stands for one that nobody has looked at
+    proven: tuple[str, ...] = ()  # dtypes whose warp-specialised kernels have passed the self-check on the card
 
     def __post_init__(self) -> None:
         if self.shared == 0:
@@ -108,8 +115,33 @@ HOPPER = KernelConfig(128, 128, 64, 8, 4)
 WIDE = KernelConfig(128, 256, 64, 8, 4)
 WIDE_STORED = KernelConfig(128, 256, 64, 8, 3)  # E lies beside the operands
 HOPPER_GRADIENT = KernelConfig(256, 128, 64, 8, 3)  # and so does dz
+SPECIALISED = KernelConfig(128, 256, 64, 8, 4, specialised=True)
+SPECIALISED_STORED = replace(SPECIALISED, stages=3)  # E, or dz, lies beside the operands
 BLACKWELL_SOFTCAP = KernelConfig(128, 64, 64, 4, 4, programs=2)
 SMALLEST = KernelConfig(64, 64, 32, 4, 2)
+
+# The versions of Triton that compile a kernel warp-specialised, with nothing spilled (docs/gpu-kernels.md), by whether E is stored.
+SPECIALISED_BY = {
+    (STATISTICS, False): ((3, 6), (3, 7), (3, 8), (3, 9)),
+    (STATISTICS, True): ((3, 6),),
+    (GRADIENT, False): ((3, 6), (3, 7), (3, 8), (3, 9)),
+}
+SPECIALISED_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def version_of(triton: str) -> tuple[int, int]:
+    """Return what ``Target.triton`` has of a version like "3.6.0"."""
+    found = re.match(r"(\d+)\.(\d+)", triton)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
+
+
+def specialises(kernel: str, dtype: torch.dtype, target: Target, *, softcap: bool, cache: bool = False) -> bool:
+    """Tell whether a kernel can be warp-specialised: where accumulators lie in tensor memory, apart from the registers of the
+    epilogue. With a softcap the gradient would spill."""
+    if target.arch // 10 != 10 or dtype not in SPECIALISED_DTYPES or softcap:
+        return False
+    return target.triton in SPECIALISED_BY.get((kernel, cache), ())
+
 
 # In order of what may be measured first.
 OTHERS_FP32: tuple[KernelConfig, ...] = (
@@ -120,6 +152,8 @@ OTHERS_FP32: tuple[KernelConfig, ...] = (
     SMALLEST,
 )
 OTHERS_FROM_SHARED: tuple[KernelConfig, ...] = (
+    SPECIALISED,
+    SPECIALISED_STORED,
     HOPPER,
     KernelConfig(128, 128, 64, 8, 3),
     WIDE,
@@ -156,7 +190,8 @@ def shared_bytes(kernel: str, tile: KernelConfig, dtype: torch.dtype, target: Ta
 
     A step of D has a buffer for each stage where the matrix unit reads shared memory, and for each but one where the operands pass
     through registers. So do those that are split for three TF32 products, and both parts of W's then need room of their own.
-    Barriers take 16 bytes a stage. The tile that is stored lies beside the buffers for TMA, and where they were for pointers.
+    Barriers take 16 bytes a stage; what is warp-specialised has more of them, and keeps its reductions apart. The tile that is
+    stored lies beside the buffers for TMA, and where they were for pointers.
     """
     item, pipelined = dtype.itemsize, max(tile.stages - 1, 1)
     step = (tile.rows + tile.columns) * tile.depth * item
@@ -165,15 +200,17 @@ def shared_bytes(kernel: str, tile: KernelConfig, dtype: torch.dtype, target: Ta
         operands = max(tile.stages * step, operands + 2 * tile.columns * tile.depth * item)  # one TF32 product; three
     elif target.uses_tma:
         operands = tile.stages * step
-    operands += 16 * tile.stages
+    operands += 16 * tile.stages + tile.specialised * (8 * tile.rows + 64)
     stored = tile.rows * tile.columns * (item if kernel == GRADIENT else 2 if cache else 0)
     return operands + stored if target.uses_tma else max(operands, stored)
 
 
-def _default(kernel: str, target: Target, *, sixteen_bit: bool, softcap: bool, cache: bool) -> KernelConfig:
+def _default(kernel: str, dtype: torch.dtype, target: Target, *, softcap: bool, cache: bool) -> KernelConfig:
     """Return the configuration that is preferred where it fits."""
+    if specialises(kernel, dtype, target, softcap=softcap, cache=cache) and str(dtype).removeprefix("torch.") in target.proven:
+        return SPECIALISED if kernel == STATISTICS and not cache else SPECIALISED_STORED
     statistics, tensor_memory = kernel == STATISTICS, target.matrix_unit == "tcgen05"
-    if not sixteen_bit:
+    if dtype == torch.float32:
         return FP32_SMALL if softcap and tensor_memory else FP32
     if target.matrix_unit == "mma.sync" and not statistics:
         return AMPERE_SOFTCAP_GRADIENT if softcap else AMPERE_GRADIENT
@@ -193,17 +230,17 @@ def _default(kernel: str, target: Target, *, sixteen_bit: bool, softcap: bool, c
 @functools.cache
 def candidates(kernel: str, dtype: torch.dtype, target: Target, *, softcap: bool, cache: bool = False) -> tuple[KernelConfig, ...]:
     """Return the configurations of ``kernel`` that ``target`` has the shared memory for, the default first; () where none fits."""
-    preferred = _default(kernel, target, sixteen_bit=dtype != torch.float32, softcap=softcap, cache=cache)
+    preferred = _default(kernel, dtype, target, softcap=softcap, cache=cache)
     if dtype == torch.float32:
         others = OTHERS_FP32
     else:
         others = OTHERS_FROM_SHARED if target.uses_tma else OTHERS_FROM_REGISTERS
     groups = tuple(replace(preferred, group=group) for group in (4, 16))
-    serving = (tile for tile in (preferred, *others, *groups) if _serves(tile, kernel, dtype, target, preferred, cache))
-    return tuple(dict.fromkeys(serving))
+    every = dict.fromkeys((preferred, *others, *groups))
+    return tuple(tile for tile in every if _serves(tile, kernel, dtype, target, preferred.depth, softcap=softcap, cache=cache))
 
 
-def _serves(tile: KernelConfig, kernel: str, dtype: torch.dtype, target: Target, preferred: KernelConfig, cache: bool) -> bool:
+def _serves(tile: KernelConfig, kernel: str, dtype: torch.dtype, target: Target, depth: int, *, softcap: bool, cache: bool) -> bool:
     """Tell whether a tile fits the target, and sums along D in the order that all tiles for the dtype do.
 
     In 16 bit all do that whose instruction is the same, as it takes as many elements of D whatever the tile: 16 warps cannot share
@@ -212,8 +249,12 @@ def _serves(tile: KernelConfig, kernel: str, dtype: torch.dtype, target: Target,
     """
     if target.matrix_unit == "tcgen05" and tile.warps > 8:
         return False
-    if dtype == torch.float32 and tile.depth != preferred.depth:
+    if dtype == torch.float32 and tile.depth != depth:
         return False
+    if tile.specialised:
+        compiled = replace(tile, stages=SPECIALISED.stages, group=SPECIALISED.group) == SPECIALISED
+        if not (compiled and specialises(kernel, dtype, target, softcap=softcap, cache=cache)):
+            return False
     shared = shared_bytes(kernel, tile, dtype, target, cache=cache)
     return shared <= target.shared and tile.programs * (shared + RESERVED) <= target.shared_of_processor
 
@@ -230,7 +271,7 @@ def widths_of(width: int) -> str:
 
 
 # What a measured tile may have. ``columns`` divide COLUMN_UNIT, and ``depth`` divides WIDTH_UNIT.
-ACCEPTED: dict[str, tuple[int, ...]] = {
+ACCEPTED: dict[str, tuple[int, ...] | tuple[bool, ...]] = {
     "rows": (64, 128, 256),
     "columns": (64, 128, 256),
     "depth": (16, 32, 64),
@@ -238,6 +279,7 @@ ACCEPTED: dict[str, tuple[int, ...]] = {
     "stages": tuple(range(1, 9)),
     "group": tuple(range(1, 65)),
     "programs": (1, 2, 3, 4),
+    "specialised": (False, True),
 }
 
 
@@ -251,7 +293,7 @@ def _keys() -> frozenset[str]:
     )
 
 
-def tiles_to_json(tiles: tuple[tuple[str, KernelConfig], ...]) -> dict[str, dict[str, int]]:
+def tiles_to_json(tiles: tuple[tuple[str, KernelConfig], ...]) -> dict[str, dict[str, int | bool]]:
     """Return ``Target.tiles`` as what ``json.dumps`` takes."""
     return {key: asdict(tile) for key, tile in tiles}
 
@@ -269,7 +311,7 @@ def tiles_from(table: object) -> tuple[tuple[str, KernelConfig], ...]:
         if not isinstance(tile, dict) or set(tile) != set(names):
             raise ValueError(f"tiles: {key}: {tile!r} given, accepted is a table of {', '.join(names)}")
         for name in names:
-            if type(tile[name]) is not int or tile[name] not in ACCEPTED[name]:
+            if type(tile[name]) is not type(ACCEPTED[name][0]) or tile[name] not in ACCEPTED[name]:
                 accepted = ", ".join(map(str, ACCEPTED[name]))
                 raise ValueError(f"tiles: {key}: {name}: {tile[name]!r} given, accepted are {accepted}")
         tiles.append((key, KernelConfig(**tile)))
@@ -282,7 +324,8 @@ def chosen(kernel: str, dtype: torch.dtype, target: Target, *, width: int, softc
     if not fitting:
         raise ValueError(_too_little(target))
     tuned = dict(target.tiles).get(key_of(kernel, dtype, softcap=softcap, cache=cache, width=width))
-    return tuned if tuned and _serves(tuned, kernel, dtype, target, fitting[0], cache) else fitting[0]
+    serves = tuned and _serves(tuned, kernel, dtype, target, fitting[0].depth, softcap=softcap, cache=cache)
+    return tuned if tuned and serves else fitting[0]
 
 
 def _too_little(target: Target) -> str:
@@ -343,6 +386,11 @@ def split_columns(vocab: int) -> int:
     """Return the width of a vocabulary split. V alone fixes it: about 128 splits, enough to occupy a GPU with a single block of
     rows, and for many rows still few partials (16 bytes each) against the columns they stand for."""
     return max(COLUMN_UNIT, -(-vocab // (128 * COLUMN_UNIT)) * COLUMN_UNIT)
+
+
+def partial_columns(vocab: int, tile: KernelConfig) -> int:
+    """Return how many columns a partial of the statistics stands for: those of a tile, or of a split."""
+    return tile.columns if tile.specialised else split_columns(vocab)
 
 
 # Below this width E takes more time to write and to read than the product that it saves: 2·V·D FLOP at 700 TFLOP/s and 4 bytes for

@@ -61,6 +61,7 @@ def gradient_recompute_kernel(
     HAS_SOFTCAP: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
+    SPECIALISED: tl.constexpr,
     GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
@@ -68,11 +69,14 @@ def gradient_recompute_kernel(
 ):
     row_blocks = tl.cdiv(n, BLOCK_N)
     column_blocks = tl.cdiv(slice_columns, BLOCK_V)
-    for item in tl.range(tl.program_id(0), row_blocks * column_blocks, tl.num_programs(0)):
+    items = row_blocks * column_blocks
+    if SPECIALISED:
+        tl.assume(D > 0)  # else the flattened loop is compiled once more, for tiles without a step
+    for item in tl.range(tl.program_id(0), items, tl.num_programs(0), flatten=SPECIALISED, warp_specialize=SPECIALISED):
         block, column_block = in_order(item, row_blocks, column_blocks, GROUP)
         rows = block * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
         within = rows < n
-        first = weight_first + column_block * BLOCK_V
+        first = (weight_first // BLOCK_V + column_block) * BLOCK_V  # seen to be a multiple: no column needs a register
         product = product_tile(
             hidden,
             hidden_stride,

@@ -1,4 +1,4 @@
-"""The ordered finaliser: the partials of the vocabulary splits, folded one after the other, always in the same order."""
+"""The ordered finaliser: the partials of the vocabulary splits, or tiles, folded so many at once and always in the same order."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def merge_kernel(
     N,
     WITH_ENTROPY: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     active = rows < tl.load(active_rows)
@@ -27,20 +28,22 @@ def merge_kernel(
     s = tl.zeros((BLOCK_N,), tl.float32)
     t = tl.zeros((BLOCK_N,), tl.float32)
     z_y = tl.zeros((BLOCK_N,), tl.float32)
-    partial = partials + rows
-    for _ in tl.range(0, splits):
-        split_m = tl.load(partial, mask=active, other=0.0)
-        split_s = tl.load(partial + N, mask=active, other=1.0)
-        new_m = tl.maximum(m, split_m)
-        a, b = tl.exp(m - new_m), tl.exp(split_m - new_m)
+    for first in tl.range(0, splits, AT_ONCE):  # several at once, so that their loads are under way together
+        some = first + tl.arange(0, AT_ONCE)
+        there = (some < splits)[:, None] & active[None, :]
+        partial = partials + (some.to(tl.int64) * 4 * N)[:, None] + rows[None, :]
+        split_m = tl.load(partial, mask=there, other=LOWEST)
+        split_s = tl.load(partial + N, mask=there, other=0.0)
+        new_m = tl.maximum(m, tl.max(split_m, 0))
+        a, b = tl.exp(m - new_m), tl.exp(split_m - new_m[None, :])
         if WITH_ENTROPY:
-            split_t = tl.load(partial + 2 * N, mask=active, other=0.0)
+            split_t = tl.load(partial + 2 * N, mask=there, other=0.0)
             carried = tl.maximum(m - new_m, LEAST_EXPONENT) * s
-            t = a * (t + carried) + b * (split_t + tl.maximum(split_m - new_m, LEAST_EXPONENT) * split_s)
-        s = a * s + b * split_s
+            below = tl.maximum(split_m - new_m[None, :], LEAST_EXPONENT)
+            t = a * (t + carried) + tl.sum(b * (split_t + below * split_s), 0)
+        s = a * s + tl.sum(b * split_s, 0)
         m = new_m
-        z_y += tl.load(partial + 3 * N, mask=active, other=0.0)
-        partial += 4 * N
+        z_y += tl.sum(tl.load(partial + 3 * N, mask=there, other=0.0), 0)
     position = tl.load(positions + rows, mask=active, other=0)
     tl.store(statistics + position, m, mask=active)
     tl.store(statistics + results + position, s, mask=active)
@@ -58,7 +61,7 @@ def merge(
 ) -> None:
     """Fold the ``partials`` of each row into its ``statistics``."""
     splits, _, n = partials.shape
-    rows = 128
+    rows = 32
     merge_kernel[(triton.cdiv(n, rows),)](
         partials,
         active_rows,
@@ -69,6 +72,7 @@ def merge(
         n,
         WITH_ENTROPY=with_entropy,
         BLOCK_N=rows,
+        AT_ONCE=16,
         num_warps=4,
         enable_fp_fusion=True,
     )

@@ -219,6 +219,7 @@ class Launch:
             "HAS_SOFTCAP": readout.softcap is not None,
             "TMA": self.target.uses_tma,
             "PRECISION": self.precision,
+            "SPECIALISED": config.specialised,
             "GROUP": config.group,
             "BLOCK_N": config.rows,
             "BLOCK_V": config.columns,

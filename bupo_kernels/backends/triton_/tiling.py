@@ -69,10 +69,18 @@ def reads(problem: Problem, target: Target) -> Reads:
     width, item = config.read_width(problem.width, problem.dtype, target), problem.dtype.itemsize
     copies = 1 if width == problem.width else 2  # rows are gathered, and then put into wider ones
     split = config.split_columns(problem.vocab)
-    rows = problem.memory_budget // 8 // (copies * width * item + 16 * -(-problem.vocab // split)) // ROW_UNIT * ROW_UNIT
+    stored = () if config.why_not_cached(problem.dtype, problem.softcap) else (True,)
+    partials = max(_partials(problem, target, cache) for cache in (False, *stored))
+    rows = problem.memory_budget // 8 // (copies * width * item + 16 * partials) // ROW_UNIT * ROW_UNIT
     columns = problem.memory_budget // 4 // (width * item) // split * split
     copies_weight = width != problem.width or not problem.aligned
     return Reads(width, max(rows, ROW_UNIT), min(max(columns, split), problem.vocab), copies_weight)
+
+
+def _partials(problem: Problem, target: Target, cache: bool) -> int:
+    """Return how many partials a row has."""
+    tile = config.statistics_config(problem.dtype, target, width=problem.width, softcap=problem.softcap, cache=cache)
+    return -(-problem.vocab // config.partial_columns(problem.vocab, tile))
 
 
 # Rows that are gathered together are whole blocks of any kernel: one that stores E writes whole blocks.
@@ -179,7 +187,7 @@ def _kernels(problem: Problem, target: Target, cached: int) -> tuple[str, ...]:
     forward = config.statistics_config(problem.dtype, target, width=problem.width, softcap=problem.softcap, cache=cached > 0)
     read = reads(problem, target)
     of_weight = f"copied {read.columns} columns at a time, {_why_copied(read, problem)}" if read.copies_weight else "read in place"
-    lines = [f"statistics {forward}, splits of {config.split_columns(problem.vocab)} columns"]
+    lines = [f"statistics {forward}, partials of {config.partial_columns(problem.vocab, forward)} columns"]
     if problem.needs_grad:
         backward = config.gradient_config(problem.dtype, target, width=problem.width, softcap=problem.softcap)
         lines.append(f"gradient {backward}")
@@ -194,11 +202,11 @@ def memory(problem: Problem, tile: Tile, cached: int, target: Target, *, in_plac
     """Return what a call allocates; the gpu tests hold it against the allocator."""
     rows, item, read = problem.rows, problem.dtype.itemsize, reads(problem, target)
     cache = cached * _bytes_of_e(problem)
-    splits = -(-problem.vocab // config.split_columns(problem.vocab))
+    partials = _partials(problem, target, cached > 0)
     of_row = read.width * item + (problem.width * item if read.width != problem.width else 0)  # gathered, and made wider
     of_column = read.width * item * read.copies_weight
     # A row has masks, position, coordinates and target (int64), scale, four statistics and their merged values.
-    forward = cache + rows * (6 * 8 + 16 * 4) + min(read.rows, rows) * (16 * splits + of_row) + read.columns * of_column
+    forward = cache + rows * (6 * 8 + 16 * 4) + min(read.rows, rows) * (16 * partials + of_row) + read.columns * of_column
     backward = accumulator = 0
     if problem.needs_grad:
         sixteen_bit = item < 4
