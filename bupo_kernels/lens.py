@@ -102,6 +102,8 @@ def logit_lens(
         raise TypeError(f"norm: {type(norm).__name__} given, accepted are None and functions [n, D] -> [n, D]")
     if targets is None:
         targets = torch.zeros(states[0].shape[:-1], dtype=torch.int64, device=states[0].device)
+    if options.get("support") is not None:
+        raise ValueError("support: given, accepted is None: the policies of a lens are whole")
     request = Request.of(states[0], weight, targets, return_entropy="entropy" in outputs, **options)
     vocab = len(request.weight)
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k <= vocab:

@@ -163,12 +163,8 @@ def is_captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-class Backend(ABC):
-    """An implementation of the ops, importable everywhere. ``dispatch.py`` asks whether it can run a problem, and with what plan;
-    ``engine.py`` then has it stream statistics and tiles of dz. Its methods hold no state: plans and caches are the caller's.
-
-    ``rows`` [n] number the leading dimensions of ``operands.hidden`` through, in ascending order.
-    """
+class Candidate(ABC):
+    """An implementation that ``dispatch.py`` can choose for a problem."""
 
     strategies: ClassVar[tuple[str, ...]]  # accepted in backend="name:strategy"
     reads_quantised: ClassVar[bool] = False  # whether it takes a weight slice by slice, through quantised.rows_of
@@ -185,6 +181,14 @@ class Backend(ABC):
         """Return the share of the rate of bare 16-bit products that a forward is expected to reach on an H100, counted and not
         measured; None where there is no such expectation."""
         return None
+
+
+class Backend(Candidate):
+    """An implementation of the ops, importable everywhere. ``dispatch.py`` asks whether it can run a problem, and with what plan;
+    ``engine.py`` then has it stream statistics and tiles of dz. Its methods hold no state: plans and caches are the caller's.
+
+    ``rows`` [n] number the leading dimensions of ``operands.hidden`` through, in ascending order.
+    """
 
     @abstractmethod
     def plan(self, problem: Problem, strategy: str | None) -> TilePlan:
