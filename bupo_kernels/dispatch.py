@@ -16,7 +16,7 @@ from bupo_kernels.backends.gathers import Gathers, TorchGathers
 from bupo_kernels.backends.native_gathers import NativeGathers
 from bupo_kernels.backends.native_rows import NativeCpu, NativeCuda
 from bupo_kernels.backends.torch_ import Torch
-from bupo_kernels.backends.triton_ import Triton
+from bupo_kernels.backends.triton_ import Triton, TritonGathers
 
 TRITON, CPU_BF16, NATIVE_CPU, NATIVE_CUDA, TORCH = Triton(), CpuBf16(), NativeCpu(), NativeCuda(), Torch()
 
@@ -43,7 +43,7 @@ def _names(strategies: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
 NAMES = _names(STRATEGIES)
 
 # The same for a call on supports.
-GATHERS: dict[str, Gathers] = {"native": NativeGathers(), "torch": TorchGathers()}
+GATHERS: dict[str, Gathers] = {"triton": TritonGathers(), "native": NativeGathers(), "torch": TorchGathers()}
 
 Chosen = TypeVar("Chosen", bound=Candidate)
 

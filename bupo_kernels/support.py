@@ -152,13 +152,7 @@ def statistics(operands: Operands, support: Support, mask: Tensor | None, settin
     check(support, operands.weight.shape[0])
     plan = plan_for(operands, len(support.ids), active.numel(), settings)
     rows, active = support.rows(), active.flatten()
-    with on(operands.hidden.device):
-        if is_captured(active.device):  # where nothing may wait to be told which rows are active
-            z = _logits(operands, rows, support.ids, plan)
-        else:
-            entries = active[rows].nonzero().squeeze(1)
-            z = torch.full((len(rows),), -torch.inf, dtype=plan.problem.statistics_dtype, device=rows.device)
-            z[entries] = _logits(operands, rows[entries], support.ids[entries], plan)
+    z = _logits(operands, support, rows, active, plan)
     streamed = algebra.of_active_rows(_statistics(z, rows, support, operands.targets.flatten()), active)
     found = algebra.finish(streamed, plan.problem.vocab, settings.with_entropy)
     logprob, entropy, logsumexp, log_s = (x if x is None else x.to(z.dtype) for x in found)
@@ -167,11 +161,46 @@ def statistics(operands: Operands, support: Support, mask: Tensor | None, settin
     return Forward(logprob, entropy, logsumexp, saved, z if plan.problem.needs_grad else z.new_empty(0))
 
 
-def _logits(operands: Operands, rows: Tensor, ids: Tensor, plan: SupportPlan) -> Tensor:  # [m], [m] -> [m]
-    hidden, weight = _rows_of(operands.hidden), _rows_of(operands.weight)
-    z = plan.implementation.dots(hidden, rows, weight, ids, plan.problem.memory_budget, plan.strategy).unsqueeze(1)
+def _logits(operands: Operands, support: Support, rows: Tensor, active: Tensor, plan: SupportPlan) -> Tensor:  # [M], [N] -> [M]
+    """Return the logit of each entry of an active row, which ``rows`` names, and −inf for the others."""
+    z = torch.full((len(rows),), -torch.inf, dtype=plan.problem.statistics_dtype, device=rows.device)
+    ids, entries = support.ids, slice(None)
+    if not is_captured(rows.device):  # where nothing may wait to be told which rows are active
+        entries = active[rows].nonzero().squeeze(1)
+        rows, ids = rows[entries], ids[entries]
     bias = None if operands.bias is None else operands.bias[ids].unsqueeze(1)
-    return to_logits_(z, bias, operands.readout.rows(operands.coordinates(rows), z.dtype)).squeeze(1)
+    readout = operands.readout.rows(operands.coordinates(rows), z.dtype)
+    with on(z.device):
+        hidden, weight, budget = _rows_of(operands.hidden), _rows_of(operands.weight), plan.problem.memory_budget
+        products = plan.implementation.dots(hidden, rows, weight, ids, budget, plan.strategy)
+    z[entries] = to_logits_(products.unsqueeze(1), bias, readout).squeeze(1)
+    return z
+
+
+def divergence(
+    operands: Operands,
+    reference: Tensor,  # [..., D]
+    support: Support,
+    active: Tensor,  # [...] bool
+    settings: Settings,
+) -> Tensor:  # [...]
+    """Return ``KL(π ‖ ρ)`` of the policies of ``operands.hidden`` and of ``reference`` on one support, 0 on rows that are not
+    active and NaN on those without an id."""
+    check_rows(operands, active, settings.ignore_index)
+    check(support, operands.weight.shape[0])
+    plan = plan_for(operands, len(support.ids), active.numel(), settings)
+    rows, shape, active = support.rows(), active.shape, active.flatten()
+    both = []
+    for hidden in (operands.hidden, reference):
+        z = _logits(operands._replace(hidden=hidden), support, rows, active, plan)
+        streamed = _statistics(z, rows, support, operands.targets.flatten())
+        both.append(z - (streamed.m + streamed.s.log())[rows])
+    log_p, log_q = both
+    p = log_p.exp()
+    terms = torch.where(p == 0, 0, p * (log_p - log_q))
+    kl = _reduce(terms, support.offsets, "sum").clamp(min=0)
+    kl = kl.masked_fill(support.sizes == 0, torch.nan).masked_fill(~active, 0)
+    return kl.to(plan.problem.statistics_dtype).view(shape)
 
 
 def _rows_of(x: Tensor) -> Tensor:  # [..., D] -> [n, D]

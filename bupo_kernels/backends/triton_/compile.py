@@ -35,6 +35,7 @@ from triton.backends.compiler import GPUTarget
 from bupo_kernels.backends.algebra import Coefficients
 from bupo_kernels.backends.base import Cache, Operands, Readout
 from bupo_kernels.backends.triton_ import config
+from bupo_kernels.backends.triton_.gathers import gathered_dots, gathered_sums
 from bupo_kernels.backends.triton_.gradient_cached import gradient_cached
 from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute
 from bupo_kernels.backends.triton_.linear_statistics import linear_statistics
@@ -138,7 +139,7 @@ def _compiling(target: GPUTarget) -> Iterator[list[tuple[str, str, Any]]]:
     compiled: list[tuple[str, str, Any]] = []
 
     def compile_only(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        tile = " x ".join(str(kwargs[block]) for block in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if block in kwargs)
+        tile = " x ".join(str(kwargs[block]) for block in ("BLOCK_M", "BLOCK_N", "BLOCK_V", "BLOCK_D") if block in kwargs)
         configuration = f"{tile}, {kwargs['num_warps']} warps" + (
             f", {kwargs['num_stages']} stages" if "num_stages" in kwargs else ""
         )
@@ -156,6 +157,7 @@ def _compiling(target: GPUTarget) -> Iterator[list[tuple[str, str, Any]]]:
 
 
 ROWS, COLUMNS = 64, 1024  # of the launches
+GATHERED_BYTES = 8192  # a tile of 8 x 256 fp32, whose sums pass between warps
 RAGGED = 1061  # a vocabulary that is no multiple of 16: Triton tells kernels apart by that
 
 
@@ -214,6 +216,10 @@ def _products(target: config.Target, operands: Operands, with_entropy: bool, tun
 def _others(target: config.Target, dtype: torch.dtype, with_entropy: bool) -> Iterator[Case]:
     """Yield the cases of the kernels without a product."""
     rows = torch.arange(ROWS, dtype=torch.int64, device="cpu")
+    for width in (512, 509):  # a row that ends within a line, too
+        matrix, ending = _zeros(ROWS, width, dtype=dtype), "" if width % 16 == 0 else ", ragged width"
+        yield ending, partial(gathered_dots, matrix, rows, matrix, rows, _zeros(ROWS)), GATHERED_BYTES
+        yield ending, partial(gathered_sums, _zeros(ROWS), matrix, rows, rows, matrix, rows[1:]), GATHERED_BYTES
     if dtype == torch.float32:
         count = _zeros(1, dtype=torch.int64)
         yield "", partial(merge, _zeros(4, 4, ROWS), count, rows, _zeros(4, ROWS), with_entropy=with_entropy), 0
