@@ -88,8 +88,8 @@ def linear_logprobs(
         mask: ``[...]`` bool, True = the row counts. Masked rows cost nothing: no product is formed for them.
         support: the ids that each row can have, as samplers with top-p, top-k or min-p keep them: with ``N`` rows, numbered
             through, row i has ``ids[offsets[i]:offsets[i + 1]]``, in any order. The policy is renormalised on them,
-            ``p_j = e^(z_j) / Σ e^(z_k)`` over the row's ids, as if all other logits were −inf, and every result is of that policy. The
-            work is that of M logits instead of N·V; see below.
+            ``p_j = e^(z_j) / Σ e^(z_k)`` over the row's ids, as if all other logits were −inf, and every result is of that policy.
+            The work is that of M logits instead of N·V; see below.
         return_entropy: False skips the entropy; the field is then None.
         backend: ``"auto"``, ``"triton"``, ``"native"`` (C++ and CUDA) or ``"torch"``, or one with its strategy:
             ``"triton:recompute"``, ``"triton:cached"``, or an instruction set, as in ``"native:avx2"``; :func:`explain` says which
@@ -101,12 +101,12 @@ def linear_logprobs(
         check: look for NaN and inf in the inputs first (this waits for the device), and name the first; with a ``support``, also
             for a row that counts and has no id, has an id twice, or has a target that is none of its ids.
 
-    With a ``support`` a target that is none of its row's ids has log-prob −inf, and the gradient −p of the ids that are there (those
-    of logits masked with −inf). A row of one id has log-prob and entropy 0, of which there is no gradient, and which cost nothing
-    in the backward; its logsumexp is still that logit, and costs the forward one dot product. A row without an id has no policy: NaN,
-    and no gradient. An id that stands twice in a row counts twice. Masked rows may have any ids, and none. dW is dense, and summed
-    for each of its rows in one order: repeatable bit for bit, on a GPU too. It runs on ``torch``, on a CPU in fp32 and bf16 on
-    ``native``; a quantised weight is refused.
+    With a ``support`` a target that is none of its row's ids has log-prob −inf, and the gradient −p of the ids that are there, as
+    with logits masked by −inf. A row of one id has log-prob and entropy 0, of which there is no gradient, and which cost nothing in
+    the backward; its logsumexp is still that logit, and costs the forward one dot product. A row without an id has no policy: NaN,
+    and no gradient. An id that stands twice in a row counts twice. Masked rows may have any ids, or none. dW is dense, and each of
+    its rows is summed in one order: repeatable bit for bit, on a GPU too. It runs on ``native`` in fp32 and bf16 on a CPU, on
+    ``torch`` anywhere, and on ``triton`` where that is asked for; a quantised weight is refused.
 
     Returns:
         :class:`LinearLogprobs`. All three are differentiable, alone or together, with respect to ``hidden``, ``weight`` and

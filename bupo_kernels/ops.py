@@ -1,8 +1,9 @@
 """The ops as torch sees them: registered, with shapes for tracing and a gradient, opaque to compilers.
 
-One op and its backward, one for the one-pass loss, and the first two again for supports, serve every backend. A traced graph holds one node whatever the number of
-rows is. Tensors and the readout's numbers are arguments of their own, for torch to differentiate, batch and trace; all else is one
-string of :class:`engine.Settings`. (Lists of tensors, which would be shorter, torch neither batches nor differentiates.)
+One op and its backward, one for the one-pass loss, and the first two again for supports, serve every backend. A traced graph holds
+one node whatever the number of rows is. Tensors and the readout's numbers are arguments of their own, for torch to differentiate,
+batch and trace; all else is one string of :class:`engine.Settings`. (Lists of tensors, which would be shorter, torch neither
+batches nor differentiates.)
 """
 
 from __future__ import annotations

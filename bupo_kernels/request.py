@@ -227,8 +227,8 @@ def _support_of(given: Any) -> Support:
         raise TypeError(f"support: {what} given, accepted is a pair (ids, offsets) of Tensors")
     for name, x in zip(Support._fields, given, strict=True):
         if not isinstance(x, Tensor) or x.dtype != torch.int64:
-            what = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"support: {name} of {what} given, accepted is a Tensor of torch.int64")
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"support: {name} of {kind} given, accepted is a Tensor of torch.int64")
         check_plain("support", x)
     return Support(*given)
 

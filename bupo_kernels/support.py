@@ -4,8 +4,8 @@ With the support S of a row the policy is ``p_j = e^(z_j) / Σ_(k ∈ S) e^(z_k)
 outside S. The logits of all rows are as many numbers as there are ids, so all that is not a product of vectors is done on them at
 once, in float64: statistics segment by segment, and dz. Those two products are what a backend has (``backends/gathers.py``).
 
-An *entry* is an id in the support of a row. Entries that add exactly nothing to a gradient (those of rows without upstream gradient,
-and of rows with one id, whose log-prob and entropy are constants) are left out of its products.
+An *entry* is an id in the support of a row. Entries that add exactly nothing to a gradient (those of rows without upstream
+gradient, and of rows with one id, whose log-prob and entropy are constants) are left out of its products.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class SupportPlan:
     def __str__(self) -> str:
         problem, mib = self.problem, 2**20
         lines = [
-            f"problem   {self.ids} ids of {problem.active_rows} of {problem.rows} rows x {problem.width}, of {problem.vocab} columns, "
+            f"problem   {self.ids} of {problem.vocab} ids in all, {problem.active_rows} of {problem.rows} rows x {problem.width}, "
             f"{str(problem.dtype).removeprefix('torch.')} on {problem.device.type}",
             f"backend   {self.backend}: gathers" + (f" with {self.strategy}" if self.strategy else ""),
             f"forward   {self.flops_forward / 1e9:.3f} GFLOP",
@@ -155,19 +155,19 @@ def statistics(operands: Operands, support: Support, mask: Tensor | None, settin
     z = _logits(operands, support, rows, active, plan)
     streamed = algebra.of_active_rows(_statistics(z, rows, support, operands.targets.flatten()), active)
     found = algebra.finish(streamed, plan.problem.vocab, settings.with_entropy)
-    logprob, entropy, logsumexp, log_s = (x if x is None else x.to(z.dtype) for x in found)
-    assert logprob is not None and log_s is not None and logsumexp is not None
-    saved = torch.stack([streamed.m.to(z.dtype), log_s, logprob, *([] if entropy is None else [entropy])])
+    entropy = None if found.entropy is None else found.entropy.to(z.dtype)
+    m, log_s, logprob, logsumexp = (x.to(z.dtype) for x in (streamed.m, found.log_s, found.logprob, found.logsumexp))
+    saved = torch.stack([m, log_s, logprob, *([] if entropy is None else [entropy])])
     return Forward(logprob, entropy, logsumexp, saved, z if plan.problem.needs_grad else z.new_empty(0))
 
 
 def _logits(operands: Operands, support: Support, rows: Tensor, active: Tensor, plan: SupportPlan) -> Tensor:  # [M], [N] -> [M]
     """Return the logit of each entry of an active row, which ``rows`` names, and −inf for the others."""
     z = torch.full((len(rows),), -torch.inf, dtype=plan.problem.statistics_dtype, device=rows.device)
-    ids, entries = support.ids, slice(None)
+    entries = torch.arange(len(rows), device=rows.device)
     if not is_captured(rows.device):  # where nothing may wait to be told which rows are active
-        entries = active[rows].nonzero().squeeze(1)
-        rows, ids = rows[entries], ids[entries]
+        entries = entries[active[rows]]
+    rows, ids = rows[entries], support.ids[entries]
     bias = None if operands.bias is None else operands.bias[ids].unsqueeze(1)
     readout = operands.readout.rows(operands.coordinates(rows), z.dtype)
     with on(z.device):
@@ -275,9 +275,9 @@ def _gradient_of_products(
 ) -> Tensor:  # [M]
     """Return the gradient of each entry's product, 0 on rows that are not active."""
     m, log_s, logprob, *entropy = saved
-    gs = [g if g is None else g.flatten().to(saved.dtype) for g in upstream]
+    g_logprob, g_entropy, g_logsumexp = (g if g is None else g.flatten().to(saved.dtype) for g in upstream)
     targets, readout = operands.targets.flatten(), operands.readout.rows(operands.coordinates(rows), logits.dtype)
-    of_rows = algebra.coefficients(*gs, m, log_s, logprob, entropy[0] if entropy else None, targets)
+    of_rows = algebra.coefficients(g_logprob, g_entropy, g_logsumexp, m, log_s, logprob, entropy[0] if entropy else None, targets)
     x = logits - m[rows]
     dz = x.exp()
     if of_rows.slope is None:

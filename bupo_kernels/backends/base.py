@@ -182,6 +182,10 @@ class Candidate(ABC):
         measured; None where there is no such expectation."""
         return None
 
+    def gradient_dtype(self, problem: Problem) -> torch.dtype:
+        """Return the dtype dz is held in. For fp16 the coefficients are scaled so that it does not underflow."""
+        return problem.statistics_dtype
+
 
 class Backend(Candidate):
     """An implementation of the ops, importable everywhere. ``dispatch.py`` asks whether it can run a problem, and with what plan;
@@ -207,10 +211,6 @@ class Backend(Candidate):
         """Return uninitialised memory for the cache of so many ``rows``, also while torch traces; [0]s for none."""
         nothing = torch.empty(0, dtype=problem.statistics_dtype, device=problem.device)
         return Cache(nothing, nothing.clone())
-
-    def gradient_dtype(self, problem: Problem) -> torch.dtype:
-        """Return the dtype dz is held in. For fp16 the coefficients are scaled so that it does not underflow."""
-        return problem.statistics_dtype
 
     def statistics(
         self,

@@ -1,8 +1,9 @@
 """Gathers: the two products of a call on supports, where a row has logits of a few ids alone (``support.py``).
 
 A logit is the dot product of a row of the hidden states and a row of W, and all logits together are as many as there are ids. A
-gradient is a sum of weighted rows: dH of rows of W, one segment for each token; dW of rows of the hidden states, one segment for each
-id, once the entries are sorted by it. So both are the same sum, each result is added up in a fixed order, and nothing is scattered.
+gradient is a sum of weighted rows: dH of rows of W, one segment for each token; dW of rows of the hidden states, one segment for
+each id, once the entries are sorted by it. So both are the same sum, each result is added up in a fixed order, and nothing is
+scattered.
 """
 
 from __future__ import annotations
@@ -58,9 +59,7 @@ class TorchGathers(Gathers):
     def why_not(self, problem: Problem, strategy: str | None) -> str | None:
         return None
 
-    def dots(
-        self, left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Tensor, budget: int, strategy: str | None
-    ) -> Tensor:
+    def dots(self, left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Tensor, budget: int, strategy: str | None) -> Tensor:
         wide = torch.promote_types(left.dtype, torch.float32)
         found = left.new_empty(len(left_rows), dtype=wide)
         step = _entries(left, budget // 2)

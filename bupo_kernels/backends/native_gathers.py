@@ -21,9 +21,7 @@ class NativeGathers(Gathers):
             return f"device: {problem.device.type} given, accepted with a support is cpu"
         return why_not_native(problem, strategy)
 
-    def dots(
-        self, left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Tensor, budget: int, strategy: str | None
-    ) -> Tensor:
+    def dots(self, left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Tensor, budget: int, strategy: str | None) -> Tensor:
         count, width = len(left_rows), left.shape[1]
         found = torch.empty(count, dtype=torch.float32, device=left.device)
         left_rows, right_rows = left_rows.contiguous(), right_rows.contiguous()

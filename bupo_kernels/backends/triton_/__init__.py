@@ -2,8 +2,9 @@
 
 ``linear_statistics.py`` streams W once and leaves partials per vocabulary split, ``merge.py`` folds them in order.
 ``gradient_recompute.py`` forms dz of a vocabulary slice again, ``gradient_cached.py`` has it from the E that the forward kept; the
-products of dz with W and H are the library's. ``gathers.py`` has what a call on supports takes instead. ``tiling.py`` says which rows take which way, ``config.py`` has every number. Under
-``TRITON_INTERPRET=1`` all of it runs on the CPU, which is how it is tested without a GPU.
+products of dz with W and H are the library's. ``gathers.py`` has what a call on supports takes instead. ``tiling.py`` says which
+rows take which way, ``config.py`` has every number. Under ``TRITON_INTERPRET=1`` all of it runs on the CPU, which is how it is
+tested without a GPU.
 """
 
 from __future__ import annotations
@@ -224,9 +225,7 @@ class TritonGathers(Gathers):
             return "the interpreter is for tests; backend='triton' asks for it"
         return "its products on a support are in no self-check and have run on no GPU yet; backend='triton' asks for them"
 
-    def dots(
-        self, left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Tensor, budget: int, strategy: str | None
-    ) -> Tensor:
+    def dots(self, left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Tensor, budget: int, strategy: str | None) -> Tensor:
         from bupo_kernels.backends.triton_.gathers import gathered_dots
 
         found = torch.empty(len(left_rows), dtype=torch.float32, device=left.device)

@@ -1,8 +1,8 @@
 """The products of a call on supports: dot products of gathered rows, and sums of them.
 
-Both are bound by memory: of a row of D elements that is read, each is multiplied once. ``gathered_dots`` has BLOCK_M entries a program
-and goes down D; ``gathered_sums`` has one segment and BLOCK_D columns a program, adds up the segment's rows in their order, BLOCK_M at
-a time, and writes each sum once, so no two programs write the same place and the result repeats bit for bit.
+Both are bound by memory: of a row of D elements that is read, each is multiplied once. ``gathered_dots`` has BLOCK_M entries a
+program and goes down D; ``gathered_sums`` has one segment and BLOCK_D columns a program, adds up the segment's rows in their order,
+BLOCK_M at a time, and writes each sum once: no two programs write the same place, and the result repeats bit for bit.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ def gathered_dots(left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Te
 
 
 def gathered_sums(factors: Tensor, source: Tensor, index: Tensor, offsets: Tensor, out: Tensor, places: Tensor) -> None:
-    """Write the weighted sums of segments of rows, as :meth:`bupo_kernels.backends.gathers.Gathers.sums` has them; there is at least
-    one segment, and its rows have an element."""
+    """Write the weighted sums of segments of rows, as :meth:`bupo_kernels.backends.gathers.Gathers.sums` has them; there is at
+    least one segment, and its rows have an element."""
     gathered_sums_kernel[(len(places), triton.cdiv(out.shape[1], 256))](
         factors,
         source,
