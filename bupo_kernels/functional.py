@@ -104,9 +104,9 @@ def linear_logprobs(
     With a ``support`` a target that is none of its row's ids has log-prob −inf, and the gradient −p of the ids that are there, as
     with logits masked by −inf. A row of one id has log-prob and entropy 0, of which there is no gradient, and which cost nothing in
     the backward; its logsumexp is still that logit, and costs the forward one dot product. A row without an id has no policy: NaN,
-    and no gradient. An id that stands twice in a row counts twice. Masked rows may have any ids, or none. dW is dense, and each of
-    its rows is summed in one order: repeatable bit for bit, on a GPU too. It runs on ``native`` in fp32 and bf16 on a CPU, on
-    ``torch`` anywhere, and on ``triton`` where that is asked for; a quantised weight is refused.
+    and no gradient. An id that stands twice in a row counts as two, of which the first is the target. Masked rows may have any ids,
+    or none. dW is dense, and each of its rows is summed in one order: repeatable bit for bit, on a GPU too. It runs on ``native``
+    in fp32 and bf16 on a CPU, on ``torch`` anywhere, and on ``triton`` where that is asked for; a quantised weight is refused.
 
     Returns:
         :class:`LinearLogprobs`. All three are differentiable, alone or together, with respect to ``hidden``, ``weight`` and

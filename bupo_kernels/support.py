@@ -44,6 +44,12 @@ class Support(NamedTuple):
         numbers = torch.arange(len(self.offsets) - 1, device=self.ids.device)
         return numbers.repeat_interleave(self.sizes, output_size=len(self.ids))
 
+    def is_target(self, targets: Tensor, rows: Tensor) -> Tensor:  # [N], [M] -> [M] bool
+        """Return which entries are the target of their row, the first one of each that has it."""
+        numbers = torch.arange(len(rows), device=rows.device)
+        hits = torch.where(self.ids == targets[rows], -numbers, -len(rows)).to(torch.float64)
+        return numbers == -_reduce(hits, self.offsets, "max")[rows]
+
     def settled(self, targets: Tensor) -> Tensor:  # [N] -> [N] bool
         """Return which rows have their target and no other id: their log-prob and entropy are 0, whatever the logit."""
         if len(self.ids) == 0:
@@ -154,8 +160,9 @@ def statistics(operands: Operands, support: Support, mask: Tensor | None, settin
     rows, active = support.rows(), active.flatten()
     z = _logits(operands, support, rows, active, plan)
     streamed = algebra.of_active_rows(_statistics(z, rows, support, operands.targets.flatten()), active)
-    found = algebra.finish(streamed, plan.problem.vocab, settings.with_entropy)
-    entropy = None if found.entropy is None else found.entropy.to(z.dtype)
+    found = algebra.finish(streamed, max(len(support.ids), 1), settings.with_entropy)
+    greatest = support.sizes.clamp(min=1).log()
+    entropy = None if found.entropy is None else torch.minimum(found.entropy, greatest).to(z.dtype)
     m, log_s, logprob, logsumexp = (x.to(z.dtype) for x in (streamed.m, found.log_s, found.logprob, found.logsumexp))
     saved = torch.stack([m, log_s, logprob, *([] if entropy is None else [entropy])])
     return Forward(logprob, entropy, logsumexp, saved, z if plan.problem.needs_grad else z.new_empty(0))
@@ -217,7 +224,7 @@ def _statistics(z: Tensor, rows: Tensor, support: Support, targets: Tensor) -> S
     e = shifted.exp()
     s = _reduce(e, support.offsets, "sum")
     t = _reduce(e.mul_(shifted.clamp_(min=LEAST_EXPONENT)), support.offsets, "sum")  # 0 · −inf is left out
-    z_y = _reduce(torch.where(support.ids == targets[rows], z, -torch.inf), support.offsets, "max")
+    z_y = _reduce(torch.where(support.is_target(targets, rows), z, -torch.inf), support.offsets, "max")
     return Statistics(m, s, t, z_y)
 
 
@@ -284,7 +291,7 @@ def _gradient_of_products(
         dz.mul_(of_rows.constant[rows])
     else:
         dz.mul_(of_rows.constant[rows] - of_rows.slope[rows] * x.clamp_(min=LEAST_EXPONENT))
-    dz = torch.where(support.ids == targets[rows], of_rows.on_target[rows], dz)
+    dz = torch.where(support.is_target(targets, rows), of_rows.on_target[rows], dz)
     temperature = readout.temperature.squeeze(1) if isinstance(readout.temperature, Tensor) else readout.temperature
     if readout.softcap is not None:
         dz.mul_(1 - (logits * (temperature / readout.softcap)).square_())  # 1 − tanh²

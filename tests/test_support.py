@@ -1,4 +1,4 @@
-"""Log-probs on supports: the float64 oracle on ragged sets, the full op where a support is the whole vocabulary, and what is refused."""
+"""Log-probs on supports: float64 on ragged sets, the full op where a support is the whole vocabulary, and what is refused."""
 
 import math
 from dataclasses import replace
@@ -77,8 +77,12 @@ def judge(case: Case, backend: str, bound: float | None = None) -> None:
         assert value.dtype == torch.promote_types(case.hidden.dtype, torch.float32)
         assert torch.equal(value.double().nan_to_num(-1)[~finite], truth.detach().nan_to_num(-1)[~finite])
         assert ((value.double() - truth)[finite].abs() <= bound * factor).all()
-    finite = [u.where(x.isfinite(), 0) for u, x in zip(upstream, exact, strict=True)]
-    ours, truth = (sum((x.double().nan_to_num(0, neginf=0) * u).sum() for x, u in zip(values, finite)) for values in (found, exact))
+    counted = [u.where(x.isfinite(), 0) for u, x in zip(upstream, exact, strict=True)]
+
+    def total(values):
+        return sum((x.double().nan_to_num(0, neginf=0) * u).sum() for x, u in zip(values, counted, strict=True))
+
+    ours, truth = total(found), total(exact)
     assert_same_gradients(gradients(ours, *leaves(case)), gradients(truth, *leaves(case)), replace_support(case))
 
 
@@ -105,7 +109,7 @@ def ragged(draw):
     """Sets of any size, none and duplicates included, and any target."""
     vocab = draw(st.integers(1, 20))
     ids = st.lists(st.integers(0, vocab - 1), max_size=12)
-    rows = draw(st.lists(st.tuples(ids, st.integers(0, vocab - 1), st.booleans()), max_size=12))
+    rows = draw(st.lists(st.tuples(ids, st.integers(0, vocab - 1), st.booleans()), min_size=1, max_size=12))
     return vocab, rows
 
 
@@ -237,6 +241,16 @@ def test_a_nan_in_a_row_is_in_all_of_its_results():
     assert weight.isnan().any()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_rows_are_a_call_like_any_other(backend):
+    hidden, weight = torch.randn(0, 8, requires_grad=True), torch.randn(9, 8, requires_grad=True)
+    none = torch.zeros(0, dtype=torch.int64)
+    options = {"support": (none, torch.zeros(1, dtype=torch.int64)), "backend": backend, "check": True}
+    found = linear_logprobs(hidden, weight, none, **options)
+    assert [x.shape for x in found] == [(0,)] * 3
+    assert not gradients(found.logprobs.sum(), weight)[0].any()
+
+
 # ---- the losses and the divergence
 
 
@@ -347,7 +361,8 @@ def test_a_compiled_call_is_one_graph_for_any_number_of_rows_and_ids():
             linear_logprobs(case.hidden, case.weight, case.targets, support=support, backend="torch"),
         )
         assert all(torch.equal(a, b) for a, b in zip(found, plain, strict=True))
-        got, want = (gradients(x.logprobs.sum() + x.entropy.sum(), case.hidden, case.weight) for x in (found, plain))
+        losses = [x.logprobs.sum() + x.entropy.sum() for x in (found, plain)]
+        got, want = (torch.autograd.grad(loss, (case.hidden, case.weight)) for loss in losses)
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
@@ -401,9 +416,9 @@ def test_the_torch_backend_copies_no_more_rows_than_the_budget_has_room_for(dtyp
     class Watch(torch.overrides.TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             found = func(*args, **(kwargs or {}))
-            if isinstance(found, torch.Tensor) and found.dim() == 2 and found.shape[1] == 256:
-                if found.data_ptr() not in (case.hidden.data_ptr(), case.weight.data_ptr()):
-                    largest.append(found.nbytes)
+            is_rows = isinstance(found, torch.Tensor) and found.dim() == 2 and found.shape[1] == 256
+            if is_rows and found.data_ptr() not in (case.hidden.data_ptr(), case.weight.data_ptr()):
+                largest.append(found.nbytes)
             return found
 
     gathers = GATHERS["torch"]
