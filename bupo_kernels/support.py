@@ -20,6 +20,7 @@ from torch import Tensor
 from bupo_kernels.backends import algebra
 from bupo_kernels.backends.algebra import LEAST_EXPONENT, Statistics
 from bupo_kernels.backends.base import Operands, Problem, is_captured
+from bupo_kernels.backends.compiled import present
 from bupo_kernels.backends.gathers import Gathers
 from bupo_kernels.backends.torch_ import to_logits_
 from bupo_kernels.dispatch import choose_gathers
@@ -263,7 +264,7 @@ def gradients(
             offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
             dz, rows = dz[order], rows[order]
             if need_weight:
-                found[1] = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+                found[1] = present(torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)).zero_()
                 _sum(plan, dz, hidden, rows, offsets, found[1], places)
             if need_bias and bias is not None:
                 found[2] = torch.zeros_like(bias)

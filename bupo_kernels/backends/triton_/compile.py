@@ -70,6 +70,14 @@ BUDGETS = {
     "linear_statistics, fp32, irregular": (2720, 2248, 1848, 1848, 1673),
     "gradient_recompute, fp32, irregular": (3248, 2656, 3016, 3000, 1831),
     "merge, fp32": (376, 368, 416, 376, 118),
+    "gathered_dots, 16 bit": (224, 232, 240, 232, 145),
+    "gathered_sums, 16 bit": (256, 264, 280, 272, 287),
+    "gathered_dots, 16 bit, irregular": (664, 592, 680, 608, 496),
+    "gathered_sums, 16 bit, irregular": (344, 280, 352, 352, 216),
+    "gathered_dots, fp32": (288, 304, 304, 328, 182),
+    "gathered_sums, fp32": (224, 224, 240, 240, 221),
+    "gathered_dots, fp32, irregular": (624, 544, 640, 552, 479),
+    "gathered_sums, fp32, irregular": (320, 248, 328, 328, 200),
 }
 
 MATRIX_INSTRUCTION = {
