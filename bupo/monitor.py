@@ -26,6 +26,8 @@ from bupo.output import progress_bar, replace_file
 from bupo.plots import draw_run
 from bupo.rollout import Sample
 
+PICTURES_EVERY = 60.0  # seconds, at least: to draw takes one or more, and an evaluation may take less
+
 # The parts of a step's line, each shown where all of its metrics are there.
 PARTS = (
     ("reward {:.3f}", "reward"),
@@ -73,7 +75,7 @@ class RunFolder:
     ``metrics.jsonl``         one line per step, written as it happens
     ``accuracy.jsonl``        held-out accuracy, one line per evaluation
     ``episodes.txt``          groups of sampled responses with reward and advantage, to read
-    ``run.png``               reward, entropies and the phase boundary, drawn at every evaluation and at the end
+    ``run.png``               reward, entropies and the phase boundary, drawn at evaluations, once a minute at most, and at the end
     ``layers.png``, ``.svg``  entropy of every layer's policy and its KL to the final one, over the steps
     ``tensorboard/``          the same numbers for TensorBoard
     ``wandb/``, ``wandb.id``  what Weights & Biases keeps here, and the name by which a resumed run finds its own
@@ -102,7 +104,7 @@ class RunFolder:
         if exists:
             self._cut()
         replace_file(self.path / "config.yaml", dump_config(self.config))
-        self.started = time.perf_counter()
+        self.started = self.drawn = time.perf_counter()
         self.progress.start()
         self.task = self.progress.add_task("training", total=self.steps, completed=self.resumed_step)
         self.parts: dict[str, Any] = {}
@@ -156,7 +158,8 @@ class RunFolder:
         replace_file(self.path / "accuracy.jsonl", "".join(json.dumps(row) + "\n" for row in self.accuracies))
         self.say(f"held-out after step {step}: {accuracy}")
         self._publish("heldout", step, self.accuracies[-1])
-        self._draw()
+        if time.perf_counter() - self.drawn >= PICTURES_EVERY:
+            self._draw()
 
     def has_accuracy(self, step: int) -> bool:
         """Return whether held-out accuracy after ``step`` has been logged. A collective."""
@@ -249,6 +252,7 @@ class RunFolder:
         if self.metrics:
             draw_run(self.metrics, self.accuracies, self.path / "run.png")
             draw_training(self.metrics, self.path / "layers.png")
+            self.drawn = time.perf_counter()
 
 
 def _finite(value: Any) -> Any:

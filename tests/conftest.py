@@ -71,6 +71,14 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def pictures_only_where_they_matter(request, monkeypatch):
+    """Pictures of a run take seconds: an empty file stands for one, but in tests that have "picture" in their name."""
+    if "picture" not in request.node.name:
+        monkeypatch.setattr("bupo.monitor.draw_run", lambda metrics, accuracies, path: path.touch())
+        monkeypatch.setattr("bupo.monitor.draw_training", lambda metrics, path: [])
+
+
 @pytest.fixture(params=["torch", "native", "triton"], scope="session")
 def backend(request):
     """For ``linear_logprobs(..., backend=backend)``; its tensors belong on ``problems.device_of(backend)``. Tests whose operands

@@ -25,6 +25,8 @@ from bupo.monitor import RunFolder, step_line
 from bupo.output import progress_bar, replace_file
 from bupo.plots import draw_run
 
+pytestmark = pytest.mark.usefixtures("pictures_only_where_they_matter")
+
 MAIN, OTHER = World(0, 2, torch.device("cpu")), World(1, 2, torch.device("cpu"))
 
 
@@ -81,13 +83,6 @@ def rows(path):
 
 def steps_in(path):
     return [row["step"] for row in rows(path)]
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(request, monkeypatch):
-    """They take most of a second; an empty file stands for one, but where the test is about them."""
-    if "picture" not in request.node.name:
-        monkeypatch.setattr(monitor, "draw_run", lambda metrics, accuracies, path: path.touch())
 
 
 # ---- what is written and shown
@@ -164,6 +159,14 @@ def test_on_other_ranks_every_method_does_nothing(tmp_path, capsys):
 def test_an_interrupted_run_leaves_its_picture(tmp_path):
     interrupted(RunFolder(configured(tmp_path), MAIN), 1)
     assert (tmp_path / "run.png").exists()
+
+
+def test_pictures_are_drawn_once_a_minute_at_most_and_at_the_end(tmp_path, monkeypatch):
+    drawn, now = [], iter(range(0, 1000, 25))  # a look at the clock every 25 seconds
+    monkeypatch.setattr(monitor, "draw_run", lambda metrics, accuracies, path: drawn.append(len(metrics)))
+    monkeypatch.setattr(monitor, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    trained(tmp_path, range(1, 8))
+    assert drawn == [3, 6, 7]
 
 
 def test_what_is_seen_of_the_layers_is_logged_and_has_a_picture(tmp_path, tensorboard):

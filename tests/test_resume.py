@@ -32,6 +32,8 @@ from bupo.model import make_optimizer
 from bupo.rollout import _Asking
 from bupo.trainer import train
 
+pytestmark = pytest.mark.usefixtures("pictures_only_where_they_matter")
+
 STEPS, INTERNAL = 8, 4
 OVERRIDES = [
     f"steps={STEPS}",

@@ -30,6 +30,8 @@ from bupo.model import load_model, load_tokenizer, read_model
 from bupo.schedule import FINAL, OptimisedPolicy
 from bupo.trainer import look, look_at_layers, make_mini_batches, train, update, with_old_logprobs
 
+pytestmark = pytest.mark.usefixtures("pictures_only_where_they_matter")
+
 # What differs between two runs that are the same.
 TIMES = ("seconds", "tokens_per_second", "tflops", "mfu", "memory_gib")
 
@@ -83,7 +85,7 @@ def moved(start: Path, end: Path) -> set[str]:
 # ---- whole runs
 
 
-def test_a_run_leaves_everything_a_reader_needs(config_file, tmp_path, capsys):
+def test_a_run_leaves_everything_a_reader_needs_and_pictures(config_file, tmp_path, capsys):
     assert main(["train", str(config_file)]) == 0
     run, printed = tmp_path / "run", capsys.readouterr().out
     files = (
