@@ -1,7 +1,7 @@
 """What the results say: docs/benchmarks.md with its pictures, and the marked places of README.md: ``python -m benchmarks.report``.
 
-The places are named "speed", "step" and "support" (the headlines of each machine), "demo" (the table of its accuracies), and as the numbers of
-results/recorded.json. That file is kept by hand, the others by the benchmarks.
+The places are named "speed", "step" and "support" (the headlines of each machine), "demo" (the table of its accuracies), and as the
+numbers of results/recorded.json. That file is kept by hand, the others by the benchmarks.
 """
 
 from __future__ import annotations

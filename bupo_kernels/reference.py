@@ -46,7 +46,8 @@ def linear_logprobs(
         active = active & mask
     if support is not None:
         by_row = _on_support(z.flatten(0, -2), targets.flatten(), *support)
-        return tuple(torch.where(active, x.view(targets.shape), torch.zeros_like(x).view(targets.shape)) for x in by_row)
+        logprob, entropy, lse = (torch.where(active, x.view(targets.shape), 0) for x in by_row)
+        return logprob, entropy, lse
     logprobs = z.log_softmax(-1)
     chosen = logprobs.gather(-1, targets.where(active, 0).unsqueeze(-1)).squeeze(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)

@@ -501,6 +501,16 @@ def test_a_plan_says_what_a_support_costs():
     assert set(plan.why_not) == {"triton", "torch"}
 
 
+def test_torchs_flop_counter_is_told():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    case = random_case(3, 1000, 64)
+    with FlopCounterMode(display=False) as counter:
+        found = linear_logprobs(case.hidden, case.weight, case.targets, support=random_support(case, [2, 1, 3]))
+        found.logprobs.sum().backward()
+    assert counter.get_total_flops() == 3 * 2 * 6 * 64
+
+
 def test_a_head_hands_a_support_on():
     head = FusedLMHead(8, 9, bias=False)
     found = head(torch.randn(3, 8), torch.tensor([1, 2, 3]), support=(IDS, OFFSETS))
