@@ -97,7 +97,7 @@ def linear_logprobs(
         memory_budget: upper bound in bytes on working memory, what is kept for the backward included; 256 MiB by default on
             the CPU, 1 GiB elsewhere. Outputs and gradients come on top, and for 16-bit inputs one fp32 sum of dH;
             :func:`explain` states each. With a ``support`` it bounds the rows of ``hidden`` and ``weight`` that are copied; the
-            logits and what they become take up to 64 bytes an id, of which 4 are kept for the backward.
+            logits and what they become take up to 72 bytes an id, of which 4 are kept for the backward.
         check: look for NaN and inf in the inputs first (this waits for the device), and name the first; with a ``support``, also
             for a row that counts and has no id, has an id twice, or has a target that is none of its ids.
 

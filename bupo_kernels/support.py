@@ -26,7 +26,7 @@ from bupo_kernels.backends.torch_ import to_logits_
 from bupo_kernels.dispatch import choose_gathers
 from bupo_kernels.engine import Settings, active_rows, check_rows, on, problem_of
 
-BYTES_PER_ID = 64  # of what a call has at hand for each entry: its logit, its row, dz, and these sorted by id
+BYTES_PER_ID = 72  # of what a call has at hand for each entry: its logit, its row, dz, and these sorted by id
 
 
 class Support(NamedTuple):
@@ -48,7 +48,7 @@ class Support(NamedTuple):
     def is_target(self, targets: Tensor, rows: Tensor) -> Tensor:  # [N], [M] -> [M] bool
         """Return which entries are the target of their row, the first one of each that has it."""
         numbers = torch.arange(len(rows), device=rows.device)
-        hits = torch.where(self.ids == targets[rows], -numbers, -len(rows)).to(torch.float64)
+        hits = _wide(torch.where(self.ids == targets[rows], -numbers, -len(rows)))
         return numbers == -_reduce(hits, self.offsets, "max")[rows]
 
     def settled(self, targets: Tensor) -> Tensor:  # [N] -> [N] bool
@@ -219,7 +219,7 @@ def _rows_of(x: Tensor) -> Tensor:  # [..., D] -> [n, D]
 
 def _statistics(z: Tensor, rows: Tensor, support: Support, targets: Tensor) -> Statistics:  # [M], [M], [N]
     """Return the statistics of all rows in float64: the sum of a row that has most of the vocabulary is one after the other."""
-    z = z if z.device.type == "mps" else z.double()
+    z = _wide(z)
     m = _reduce(z, support.offsets, "max").clamp(min=algebra.lowest(torch.float32))
     shifted = z - m[rows]
     e = shifted.exp()
@@ -227,6 +227,11 @@ def _statistics(z: Tensor, rows: Tensor, support: Support, targets: Tensor) -> S
     t = _reduce(e.mul_(shifted.clamp_(min=LEAST_EXPONENT)), support.offsets, "sum")  # 0 · −inf is left out
     z_y = _reduce(torch.where(support.is_target(targets, rows), z, -torch.inf), support.offsets, "max")
     return Statistics(m, s, t, z_y)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Return ``x`` in float64, or in the widest dtype that its device has."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
 
 
 def _reduce(values: Tensor, offsets: Tensor, how: str) -> Tensor:  # [M], [N + 1] -> [N]
@@ -268,8 +273,7 @@ def gradients(
                 _sum(plan, dz, hidden, rows, offsets, found[1], places)
             if need_bias and bias is not None:
                 found[2] = torch.zeros_like(bias)
-                wide = dz if dz.device.type == "mps" else dz.double()
-                found[2][places] = _reduce(wide, offsets, "sum").to(bias.dtype)
+                found[2][places] = _reduce(_wide(dz), offsets, "sum").to(bias.dtype)
     return found[0], found[1], found[2]
 
 

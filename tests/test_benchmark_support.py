@@ -32,6 +32,14 @@ def test_what_computes_the_same_must_give_the_same(monkeypatch):
         support.main(["--device", "cpu", "--models", "tiny", "--rounds", "1"])
 
 
+def test_a_sure_policy_has_the_sizes_that_are_known_of_one():
+    sizes = sorted(support.sure_sizes(20000))
+    assert 0.45 < sizes.count(1) / 20000 < 0.49
+    assert 7 < sum(sizes) / 20000 < 9
+    assert sizes[10000] == 2
+    assert 70 < sizes[19800] < 95
+
+
 def test_the_record_is_of_a_real_model():
     recorded = json.loads(support.DATA.read_text())
     sizes = sorted(recorded["sizes"])

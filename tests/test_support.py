@@ -22,6 +22,7 @@ from problems import (
     random_case,
 )
 
+from bupo.measurement import peak_bytes
 from bupo_kernels import (
     FusedLMHead,
     PolicyObjective,
@@ -38,6 +39,7 @@ from bupo_kernels import (
 from bupo_kernels.backends.compiled import isas
 from bupo_kernels.dispatch import GATHERS
 from bupo_kernels.numerics import contract, entropy_factor
+from bupo_kernels.support import BYTES_PER_ID
 
 BACKENDS = ("torch", "native", "triton")
 
@@ -431,6 +433,22 @@ def test_the_torch_backend_copies_no_more_rows_than_the_budget_has_room_for(dtyp
         largest.clear()
         gathers.sums(factors, case.weight, support[0], support[1], out, torch.arange(64), budget, None)
     assert max(largest) <= budget
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+def test_beyond_the_budget_a_call_holds_so_many_bytes_an_id(backend):
+    case = case_with(OPTIONS["everything"], rows=300, vocab=400, width=8, dtype=torch.float32)
+    case.options["support"] = random_support(case, [100] * 300)
+    stated, budget = 30_000 * BYTES_PER_ID + 300 * 200, 10_000
+
+    def call():
+        return linear_logprobs(case.hidden, case.weight, case.targets, backend=backend, memory_budget=budget, **case.options)
+
+    with torch.no_grad():
+        assert peak_bytes(call) <= stated + budget
+    found = call()
+    gradients_and_peak = peak_bytes(lambda: gradients(found.logprobs.sum() + found.entropy.sum(), *leaves(case)))
+    assert gradients_and_peak <= stated + budget + sum(x.nbytes for x in leaves(case))
 
 
 # ---- what is refused, and explained
