@@ -11,6 +11,7 @@ which is what computes the same. All take turns, round by round, on one random p
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import sys
@@ -191,16 +192,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     device, sizes = torch.device(options.device), json.loads(DATA.read_text(encoding="utf-8"))["sizes"]
     section: dict[str, Any] = {"machine": machine(device, options.commit), "rates": rates(device), "rows": []}
-    for model in options.models:
-        for dtype in options.dtypes:
-            own = sizes if model == RECORDED else sure_sizes(SHAPES[model][2])
-            section["rows"] += measure(model, dtype, options.rounds, device, own)
-            print(f"measured {model}, {dtype}", file=sys.stderr, flush=True)
+    for dtype, model in itertools.product(options.dtypes, options.models):
+        own = sizes if model == RECORDED else sure_sizes(SHAPES[model][2])
+        section["rows"] += measure(model, dtype, options.rounds, device, own)
+        print(f"measured {model}, {dtype}", file=sys.stderr, flush=True)
+        if options.out:  # what is measured is kept, should there be no time for the rest
+            write_section(results_path(options.out, section["machine"]), "support", section)
     print(table(section["rows"]))
-    if options.out:
-        path = results_path(options.out, section["machine"])
-        write_section(path, "support", section)
-        print(f"\nwritten to {path}")
     return 0
 
 
