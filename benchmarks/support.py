@@ -65,7 +65,9 @@ class Problem:
         rows = torch.arange(len(self.hidden), device=ids.device).repeat_interleave(offsets.diff())
         left_out = torch.ones(len(self.hidden), len(self.weight), dtype=torch.bool, device=ids.device)
         left_out[rows, ids] = False
-        log_p = (self.hidden @ self.weight.T).float().masked_fill(left_out, -torch.inf).log_softmax(-1)
+        # The backward of torch's product of 16-bit operands takes minutes on a CPU.
+        hidden, weight = (x.float() if x.device.type == "cpu" else x for x in (self.hidden, self.weight))
+        log_p = (hidden @ weight.T).float().masked_fill(left_out, -torch.inf).log_softmax(-1)
         entropy = -(log_p.exp() * log_p.masked_fill(left_out, 0)).sum(-1)
         return log_p.gather(-1, self.targets[:, None]).squeeze(1), entropy
 
