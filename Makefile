@@ -61,8 +61,9 @@ test-trl test-verl: test-%: install
 	BUPO_BUILD_CUDA=0 .venv-$*/bin/pip install --quiet --disable-pip-version-check ".[$*]" pytest pytest-benchmark hypothesis
 	.venv-$*/bin/pytest tests/test_$*.py
 
-kernels: install ## compile every Triton configuration for every target, and print what came of it
+kernels: install ## compile every Triton configuration, and the CUDA kernels where there is an nvcc, for every target, and print what came of it
 	$(BIN)/python -m bupo_kernels.backends.triton_.compile
+	$(BIN)/python tests/cuda_counts.py
 
 test-demo: install ## the demo must learn; minutes
 	$(PYTEST) -m slow

@@ -3,7 +3,7 @@
 What this machine cannot build is left out and a line says so; what was asked for and cannot be built is an error.
 
     BUPO_BUILD_CUDA=0|1|auto   the CUDA kernels; auto, the default, builds them where there are a GPU and an nvcc
-    BUPO_CUDA_ARCHS="80;90a"   for these architectures; without it for those of CUDA_ARCHS that nvcc knows
+    BUPO_CUDA_ARCHS="80;90"    for these architectures; without it for those of CUDA_ARCHS that nvcc knows
     BUPO_SANITIZE=address,…    for tests: the C++ with these sanitizers
     CUDA_HOME CXX CXXFLAGS LDFLAGS   as everywhere
 """
@@ -63,7 +63,7 @@ OPENMP_PROBE = """#ifdef __clang__
 int probe() { return omp_get_max_threads(); }
 """
 
-CUDA_ARCHS = ("80", "90a", "100a")
+CUDA_ARCHS = ("80", "90", "100")  # row kernels have no use for what an `a` adds
 CUDA_PROBE = "#include <cuda_runtime.h>\n__global__ void probe(float* x) { x[threadIdx.x] = 1; }\n"
 
 
@@ -86,7 +86,7 @@ class Wishes(NamedTuple):
             raise SetupError(f"BUPO_BUILD_CUDA: {cuda!r} given, accepted are 0, 1 and auto")
         listed = tuple(dict.fromkeys(filter(None, re.split(r"[;,\s]", archs))))
         if wrong := [arch for arch in listed if not re.fullmatch(r"\d{2,3}[af]?", arch)]:
-            raise SetupError(f"BUPO_CUDA_ARCHS: {wrong[0]!r} given, accepted is a list like 80;90a;100a")
+            raise SetupError(f"BUPO_CUDA_ARCHS: {wrong[0]!r} given, accepted is a list like 80;90;100")
         if not re.fullmatch(r"([a-z]+(,[a-z]+)*)?", sanitizers):
             raise SetupError(f"BUPO_SANITIZE: {sanitizers!r} given, accepted is a list like address,undefined")
         # Who names architectures wants kernels for them.
@@ -139,6 +139,10 @@ def find_cuda(environment: Mapping[str, str], wishes: Wishes, cxx: list[str]) ->
     archs, missing = choose_archs(wishes.archs, lambda arch: dry_run(command, arch) is not None)
     release = re.search(r"release ([\d.]+)", output([nvcc, "--version"]) or "")
     version = release[1] if release else "?"
+    driver = driver_release(environment)
+    if not wishes.cuda_asked_by and driver and 0 < major(driver) < major(version):
+        needed = f"a driver for CUDA {major(version)}.0 or newer"  # minor versions go together
+        raise Impossible(f"the runtime of nvcc {version} needs {needed}, and nvidia-smi says that the one here is for {driver}")
     if missing and (wishes.archs or not archs):
         raise Impossible(f"nvcc {version} knows no {' and no '.join('sm_' + arch for arch in missing)}")
 
@@ -162,6 +166,19 @@ def has_gpu(environment: Mapping[str, str]) -> bool:
     """Return whether this machine has a GPU of NVIDIA's that its driver knows."""
     asked = shutil.which("nvidia-smi", path=environment.get("PATH"))
     return asked is not None and "GPU" in (output([asked, "-L"]) or "")
+
+
+def driver_release(environment: Mapping[str, str]) -> str | None:
+    """Return the CUDA release that the driver of this machine is for; None where nvidia-smi does not say."""
+    asked = shutil.which("nvidia-smi", path=environment.get("PATH"))
+    found = re.search(r"CUDA (?:UMD )?Version\s*:\s*(\d[\d.]*)", output([asked]) or "") if asked else None
+    return found[1] if found else None
+
+
+def major(release: str) -> int:
+    """Return the first number of a release; 0 where there is none."""
+    first = release.partition(".")[0]
+    return int(first) if first.isdigit() else 0
 
 
 def choose_archs(asked: tuple[str, ...], known) -> tuple[list[str], list[str]]:

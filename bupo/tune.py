@@ -239,7 +239,8 @@ def tune_command(
             raise ConfigError(f"--device: {device} given, Triton cannot run there: {reason}")
     card, lines = Card.of(device), []
     record = records.read(card)
-    tiles, slower = dict(record.tiles), dict(record.slower)  # what is measured now takes the place of what was
+    # What is measured now takes the place of what was.
+    tiles, slower, rates = dict(record.tiles), dict(record.slower), dict(record.rates)
     console = Console(stderr=True)
     with Progress(console=console, transient=True) as progress:
         task = progress.add_task("tuning", total=len(dtypes) * len(widths) * 3)
@@ -248,6 +249,9 @@ def tune_command(
             best, without = fastest(ways), ways[-1]
             print(describe(key, work, ways) + "\n", flush=True)
             tiles.pop(key, None)
+            rates.pop(key, None)
+            if best.milliseconds:
+                rates[key] = 1e3 * work.flops / best.median
             if best is not ways[0] and best.tile is not None:
                 tiles[key] = asdict(best.tile)
             if work.name == config.STATISTICS:
@@ -256,7 +260,7 @@ def tune_command(
                     beside = f"{without.median:.2f} ms against {best.median:.2f}"
                     slower[as_a_whole] = f"slower than the {WITHOUT_TRITON} here, {beside} by `bupo tune`"
             lines += [{"key": key, **asdict(way), "median": finite(way.median)} for way in ways]
-    path = records.write(card, replace(records.read(card), tiles=tiles, slower=slower))
+    path = records.write(card, replace(records.read(card), tiles=tiles, slower=slower, rates=rates))
     print(f"{len(tiles)} tiles other than the default are on record in {path or 'the memory of this process, and lost with it'}")
     for name, reason in slower.items():
         print(f"{name}: {reason}")
@@ -271,5 +275,5 @@ def tune_command(
 def forget(device: torch.device) -> None:
     """Take out of the record what was tuned."""
     card = Card.of(device)
-    records.write(card, replace(records.read(card), tiles={}, slower={}))
+    records.write(card, replace(records.read(card), tiles={}, slower={}, rates={}))
     print(f"{card.name} has its default tiles again")

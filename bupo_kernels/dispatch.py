@@ -5,14 +5,16 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import TypeVar
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, TypeVar
 
 import torch
 
+from bupo_kernels.backends import machine
 from bupo_kernels.backends.base import Backend, Candidate, Problem, TilePlan, TooSmall
 from bupo_kernels.backends.cpu_bf16 import CpuBf16
 from bupo_kernels.backends.gathers import Gathers, TorchGathers
+from bupo_kernels.backends.machine import Gpu, Seconds
 from bupo_kernels.backends.native_gathers import NativeGathers
 from bupo_kernels.backends.native_rows import NativeCpu, NativeCuda
 from bupo_kernels.backends.torch_ import Torch
@@ -47,12 +49,40 @@ GATHERS: dict[str, Gathers] = {"triton": TritonGathers(), "native": NativeGather
 
 Chosen = TypeVar("Chosen", bound=Candidate)
 
+SHARE_ROWS = 32768  # of the call for which a predicted share is stated
+
 log = logging.getLogger("bupo_kernels")
 
 
-def default_memory_budget(device: torch.device) -> int:
-    """Return a number of bytes that is small against what the model itself takes there."""
-    return 256 * 2**20 if device.type == "cpu" else 2**30
+def default_memory_budget(device: torch.device, gpu: Gpu | None = None) -> int:
+    """Return a number of bytes that is small against what the model itself takes there: 256 MiB on a CPU; elsewhere a sixteenth of
+    the memory of the device, or of the ``gpu`` that is planned for, and at least 1 GiB, which it also is for a device that is not
+    there."""
+    if device.type == "cpu":
+        return 256 * 2**20
+    return max(2**30, (device_memory(device) if gpu is None else gpu.memory) // 16)
+
+
+# torch.compile takes the number, and does not trace how it is found. (torch.compiler.assume_constant_result, which sets this, would
+# import the compiler.)
+default_memory_budget._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def device_memory(device: torch.device) -> int:
+    """Return the bytes of memory that ``device`` has; 0 where it is not there, or does not say."""
+    module = {"cuda": torch.cuda, "xpu": torch.xpu}.get(device.type)
+    return module.get_device_properties(device).total_memory if module is not None and module.is_available() else 0
+
+
+class Prediction(NamedTuple):
+    """The times of a call that follow from counts and the public rates of a GPU (``backends/machine.py``)."""
+
+    gpu: Gpu
+    ours: Seconds | None  # None where nobody has counted the kernels
+    naive: Seconds  # logits that are materialised, in torch
+    naive_bytes: int  # that these take
+    floor: Seconds  # the bare products
 
 
 @dataclass(frozen=True)
@@ -68,6 +98,21 @@ class Plan:
     @property
     def problem(self) -> Problem:
         return self.tile_plan.problem
+
+    @property
+    def prediction(self) -> Prediction | None:
+        """The predicted times; None where the rates of the device are not known, as of a CPU's."""
+        problem = self.problem
+        gpu, gradients = _gpu_of(problem), problem.grad_hidden + problem.grad_weight
+        if gpu is None or problem.quantised or problem.dtype.itemsize > 4:
+            return None
+        return Prediction(
+            gpu,
+            self.implementation.predicted(self.tile_plan, gpu),
+            machine.naive(gpu, problem.shape, gradients),
+            machine.naive_bytes(problem.shape, gradients),
+            machine.bare_products(gpu, problem.shape, gradients),
+        )
 
     @property
     def flops_forward(self) -> int:
@@ -102,18 +147,19 @@ class Plan:
 
     def __str__(self) -> str:
         problem, tiles, mib = self.problem, self.tile_plan, 2**20
-        memory, moved, rate = tiles.memory, self.bytes_moved, _predicted_rate(self.implementation, problem)
+        sums = tiles.bytes_of_sums if problem.device.type != "cpu" else (0, 0)
+        memory, moved = tiles.memory, self.bytes_moved
         frozen = [name for name, needed in (("hidden", problem.grad_hidden), ("weight", problem.grad_weight)) if not needed]
         lines = [
             f"problem   {problem.active_rows} of {problem.rows} rows x {problem.vocab} columns x {problem.width}, "
-            f"{str(problem.dtype).removeprefix('torch.')} on {problem.device.type}"
+            f"{str(problem.dtype).removeprefix('torch.')} on {problem.gpu.name if problem.gpu else problem.device.type}"
             + (f", no gradient for {' and '.join(frozen)}" if frozen else ""),
             f"backend   {self.backend}: {tiles.strategy}{f' with {tiles.isa}' if tiles.isa else ''}, "
             f"tiles of {tiles.tile.rows} x {tiles.tile.columns}"
             + (f", E of {tiles.cached_rows} rows kept" if tiles.cached_rows and not tiles.chunk_rows else "")
             + (f", {tiles.chunk_rows} rows at a time" if tiles.chunk_rows else ""),
             *(f"kernel    {kernel}" for kernel in tiles.kernels),
-            *([f"predicted {rate}, forward; not measured"] if rate else []),
+            *self._times(),
             f"forward   {self.flops_forward / 1e9:.3f} GFLOP, at least {moved[0] / mib:.2f} MiB moved, "
             f"{memory.forward / mib:.2f} MiB of working memory",
             f"backward  {self.flops_backward / 1e9:.3f} GFLOP, at least {moved[1] / mib:.2f} MiB moved, "
@@ -123,9 +169,26 @@ class Plan:
                 if memory.accumulator
                 else ""
             ),
+            *([f"sums      {sums[0] / mib:.2f} MiB moved for dH, {sums[1] / mib:.2f} for dW"] if any(sums) else []),
             f"budget    {problem.memory_budget / mib:.2f} MiB of working memory",
         ]
         return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.why_not.items()])
+
+    def _times(self) -> list[str]:
+        found = self.prediction
+        if found is None:
+            return []
+        gpu, ours = found.gpu, found.ours
+        of_ours = ["time      of these kernels is not predicted: nobody has counted what they run between products"]
+        if ours is not None:
+            source = "predicted, with kernels as `bupo tune` measured them" if ours.measured else "predicted, not measured"
+            of_ours = [f"time      {_milliseconds(ours)} on {gpu.name}; {source}"]
+        fits = "" if found.naive_bytes <= gpu.memory else f", which {gpu.name} has not"
+        return [
+            *of_ours,
+            f"naive     {_milliseconds(found.naive)}, with {found.naive_bytes / 2**30:.1f} GiB of logits{fits}; predicted",
+            f"floor     {_milliseconds(found.floor)}, the bare products; predicted",
+        ]
 
 
 def choose(problem: Problem, backend: str = "auto") -> tuple[str, Backend, str | None, dict[str, str]]:
@@ -157,7 +220,7 @@ def _choose(
                 asked = name
                 break
             passed_over[name] = reason
-        if passed_over and problem.device.type != "cpu":
+        if passed_over and problem.device.type != "cpu" and problem.gpu is None:
             instead = " and ".join(f"{name} ({reason})" for name, reason in passed_over.items())
             rate = _predicted_rate(candidates[asked], problem)
             cost = f"; predicted at {rate}" if rate else ""
@@ -169,9 +232,27 @@ def _choose(
     return asked, candidates[asked], strategy, {name: reason for name, reason in reasons.items() if name != asked}
 
 
+def _milliseconds(seconds: Seconds) -> str:
+    return f"{1e3 * seconds.forward:.2f} ms forward, {1e3 * seconds.total:.2f} with the backward"
+
+
 def _predicted_rate(backend: Candidate, problem: Problem) -> str | None:
-    share = backend.predicted_share(problem)
-    return None if share is None else f"{share:.2f} of the rate of bare 16-bit products on an H100"
+    share = predicted_share(backend, problem)
+    return None if share is None else f"{share[0]:.2f} of the rate of bare products on {share[1].name}"
+
+
+def predicted_share(backend: Candidate, problem: Problem) -> tuple[float, Gpu] | None:
+    """Return the share of the rate of bare products that a forward in 16 bit is expected to reach, and on which GPU: on the one
+    that is there or planned for, or, where its rates are not known, on an H100. None where there is no such expectation."""
+    if problem.device.type == "cpu" or problem.dtype.itemsize != 2:
+        return None
+    gpu = _gpu_of(problem) or machine.named("H100")
+    seconds = backend.predicted_forward(replace(problem, active_rows=SHARE_ROWS), gpu)
+    return None if seconds is None else (machine.product(gpu, problem.shape._replace(rows=SHARE_ROWS)) / seconds, gpu)
+
+
+def _gpu_of(problem: Problem) -> Gpu | None:
+    return problem.gpu or machine.present(problem.device)
 
 
 def _why_not(backend: Candidate, problem: Problem, strategy: str | None) -> str | None:

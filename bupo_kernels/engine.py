@@ -19,7 +19,7 @@ from torch import Tensor
 from bupo_kernels.backends import algebra
 from bupo_kernels.backends.algebra import Coefficients
 from bupo_kernels.backends.base import Cache, Operands, PolicyRows, Problem
-from bupo_kernels.backends.gradients import GradientSums
+from bupo_kernels.backends.gradients import GradientSums, in_place_order
 from bupo_kernels.backends.quantised import is_plain
 from bupo_kernels.dispatch import Plan, make_plan
 from bupo_kernels.policy_losses import PolicyObjective, policy_terms
@@ -286,7 +286,8 @@ def _chunk(
     )
     loss, g_logprob, g_entropy = (tokens.weights * x for x in (terms.loss, terms.d_logprob, terms.d_entropy))
     differs = (g_logprob != 0) | (g_entropy != 0) if objective.needs_entropy else g_logprob != 0
-    has_gradient = differs.nonzero().squeeze(1) if problem.needs_grad else rows[:0]
+    differs &= problem.needs_grad
+    has_gradient = in_place_order(differs) if plan.tile_plan.in_place else differs.nonzero().squeeze(1)
     if len(has_gradient) == 0:
         return PolicyRows(loss, logprob, entropy, None, None), None
     rows = rows[has_gradient]

@@ -39,7 +39,8 @@ import torch
 from torch import Tensor
 
 from bupo_kernels import engine, ops
-from bupo_kernels.dispatch import Plan
+from bupo_kernels.backends import machine
+from bupo_kernels.dispatch import Plan, default_memory_budget
 from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective, active_tokens, policy_metrics, policy_terms, token_weights
 from bupo_kernels.request import Request, check_constant, check_rows_of
 from bupo_kernels.support import SupportPlan
@@ -95,9 +96,10 @@ def linear_logprobs(
             ``"triton:recompute"``, ``"triton:cached"``, or an instruction set, as in ``"native:avx2"``; :func:`explain` says which
             would run, and why not the others.
         memory_budget: upper bound in bytes on working memory, what is kept for the backward included; 256 MiB by default on
-            the CPU, 1 GiB elsewhere. Outputs and gradients come on top, and for 16-bit inputs one fp32 sum of dH;
-            :func:`explain` states each. With a ``support`` it bounds the rows of ``hidden`` and ``weight`` that are copied; the
-            logits and what they become take up to 72 bytes an id, of which 4 are kept for the backward.
+            the CPU, elsewhere a sixteenth of the device's memory and at least 1 GiB. Outputs and gradients come on top, and for
+            16-bit inputs one fp32 sum of dH; :func:`explain` states each. With a ``support`` it bounds the rows of ``hidden`` and
+            ``weight`` that are copied; the logits and what they become take up to 72 bytes an id, of which 4 are kept for the
+            backward.
         check: look for NaN and inf in the inputs first (this waits for the device), and name the first; with a ``support``, also
             for a row that counts and has no id, has an id twice, or has a target that is none of its ids.
 
@@ -272,6 +274,7 @@ def explain(
     targets: Tensor | None = None,  # [...] int64
     *,
     objective: PolicyObjective | None = None,
+    device: str | None = None,
     **options: Any,
 ) -> Plan | SupportPlan:
     """Return the plan that :func:`linear_logprobs` would follow for the same arguments, or, given an ``objective``,
@@ -280,6 +283,12 @@ def explain(
     Without ``targets`` every row counts. Which gradients are planned follows ``requires_grad`` of the operands and
     ``torch.is_grad_enabled()``. Under autocast the copies that it casts come on top of the stated bytes. Raises what
     :func:`linear_logprobs` would.
+
+    ``device`` plans for a GPU that need not be there, with Triton and the CUDA kernels, and as if both had passed their self-check:
+    ``"H100"``, ``"H200"``, ``"B200"``, ``"A100"``, ``"L40S"``, ``"RTX 4090"`` or ``"RTX 5090"``. For these, and for a GPU that is
+    there and is one of them, the plan predicts times: its own, those of naive logits in torch (materialised, log-softmax, backward)
+    and those of the bare products, from counts and the public rates of the GPU (``bupo_kernels/backends/machine.py``). Where
+    ``bupo tune`` has measured kernels on the GPU that is there, its measurements take the place of their predictions.
 
     Example:
         >>> print(explain(torch.randn(512, 64), torch.randn(1000, 64, requires_grad=True), backend="torch"))
@@ -290,5 +299,8 @@ def explain(
     """
     if targets is None and isinstance(hidden, Tensor):
         targets = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+    gpu = None if device is None else machine.named(device)
+    if gpu is not None and options.get("memory_budget") is None:
+        options["memory_budget"] = default_memory_budget(torch.device("cuda"), gpu)
     request = Request.of(hidden, weight, targets, **options)
-    return request.plan(one_pass=objective is not None and not objective.needs_sequence)
+    return request.plan(objective is not None and not objective.needs_sequence, gpu)

@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from bupo_kernels import derivatives, engine, ops
 from bupo_kernels import support as supports
 from bupo_kernels.backends.base import Operands
+from bupo_kernels.backends.machine import Gpu
 from bupo_kernels.backends.quantised import PLAIN, SLICED, called, is_plain, rows_of
 from bupo_kernels.dispatch import Plan, default_memory_budget, make_plan
 from bupo_kernels.engine import Settings
@@ -131,15 +132,21 @@ class Request:
             objective=objective,
         )
 
-    def plan(self, one_pass: bool = False) -> Plan | SupportPlan:
-        """Return the plan for the rows that are active, which are counted and checked for it."""
+    def plan(self, one_pass: bool = False, gpu: Gpu | None = None) -> Plan | SupportPlan:
+        """Return the plan for the rows that are active, which are counted and checked for it. For a ``gpu`` it is as if they were
+        there."""
         operands, active, settings = self.operands(), self.active(), self.settings()
         engine.check_rows(operands, active, self.ignore_index)
         if self.support is not None:
+            if gpu is not None:
+                raise ValueError(f"gpu: {gpu.name} given, accepted with a support is None: nothing is predicted of it")
             supports.check(self.support, len(self.weight))
             ids = int(self.support.sizes[active.flatten()].sum())
             return supports.plan_for(operands, ids, int(active.sum()), settings)
-        return make_plan(engine.problem_of(operands, int(active.sum()), settings), self.backend, one_pass)
+        problem = engine.problem_of(operands, int(active.sum()), settings)
+        if gpu is not None:
+            problem = replace(problem, device=torch.device("cuda"), gpu=gpu)
+        return make_plan(problem, self.backend, one_pass)
 
     def statistics(self) -> RowStatistics:
         """Stream the statistics of all rows, or take them on their supports."""

@@ -347,6 +347,7 @@ def test_a_sharded_training_pass_takes_what_is_stated(vocab, tokens):
         ("NVIDIA A10", "bfloat16", False, 125),
         ("NVIDIA L40S", "bfloat16", False, 362),
         ("NVIDIA B200", "bfloat16", False, 2250),
+        ("NVIDIA GeForce RTX 5090", "float32", False, 104.8),
         ("NVIDIA RTX A4000", "bfloat16", False, None),  # is no A40
         ("Intel(R) Xeon(R) Processor", "float32", False, None),
     ],

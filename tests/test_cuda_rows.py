@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 import mmap
-import re
-import shutil
-import subprocess
 from dataclasses import dataclass, replace
 
+import cuda_counts
 import emulation
 import numpy as np
 import pytest
@@ -24,8 +22,6 @@ from bupo_kernels.policy_losses import PolicyObjective, policy_terms
 
 BF16, FP32 = torch.bfloat16, torch.float32
 EPS = torch.finfo(FP32).eps
-ARCHS = ("80", "90a", "100a")
-SOURCES = sorted(emulation.CUDA.glob("*.cu"))
 KERNELS = {"row_statistics": 6, "row_gradient": 6, "row_policy_loss": 6}  # instantiations
 
 
@@ -41,37 +37,57 @@ def cuda():
 # --- what nvcc makes of them ---
 
 
-def nvcc(source, *flags) -> str:
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc on the path")
-    done = subprocess.run(["nvcc", "-std=c++17", "-O3", source, *flags], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout + done.stderr
-
-
 @pytest.mark.broad
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
-def test_no_kernel_spills_a_register_or_has_a_stack(source, tmp_path):
-    architectures = [flag for arch in ARCHS for flag in ("-gencode", f"arch=compute_{arch},code=sm_{arch}")]
-    log = nvcc(source, *architectures, "-Xptxas", "-v", "--threads", "2", "-c", "-o", tmp_path / "out.o")
-    found = re.findall(
-        r"entry function '(\w+)' for 'sm_(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", log, re.S
-    )
-    assert len(found) == len(ARCHS) * KERNELS[source.stem], log
-    assert {arch for _, arch, *_ in found} == set(ARCHS)
-    assert {tuple(bytes) for _, _, *bytes in found} == {("0", "0", "0")}, log
+@pytest.mark.parametrize("arch", cuda_counts.ARCHS)
+@pytest.mark.parametrize("source", cuda_counts.SOURCES, ids=lambda source: source.stem)
+def test_kernels_move_words_of_16_bytes_within_registers_and_their_budget_of_instructions(source, arch):
+    if reason := cuda_counts.why_not():
+        pytest.skip(reason)
+    found = cuda_counts.count(source, arch)
+    assert len(found) == KERNELS[source.stem]
+    assert {str(row): cuda_counts.faults(row) for row in found} == {str(row): [] for row in found}
 
 
-@pytest.mark.broad
-@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.stem)
-def test_aligned_rows_move_in_words_of_16_bytes(source, tmp_path):
-    nvcc(source, "-arch=sm_90a", "-ptx", "-o", tmp_path / "out.ptx")
-    kernels = re.findall(r"\.entry (\w+)\((.*?)(?=\.entry|\Z)", (tmp_path / "out.ptx").read_text(), re.S)
-    assert len(kernels) == KERNELS[source.stem]
-    for _, body in kernels:
-        # All of a group's words are asked for before the first is used.
-        assert re.search(r"(ld\.global\.v4[^;]*;\s*(//[^\n]*)?\s*(?:(?!ld|st|ex2)[^;]*;\s*)*){2}", body)
-        assert ("st.global.v4" in body) == (source.stem != "row_statistics")
+LOOP = """
+.L_x_1:
+        /*0100*/              @!P0 EXIT ;
+        /*0110*/               @P1 BRA `(.L_x_2) ;
+        /*0120*/                   LDG.E.128 R4, desc[UR6][R2.64] ;
+        /*0130*/                   LDG.E.128 R8, desc[UR6][R2.64+0x10] ;
+        /*0140*/                   BRA `(.L_x_3) ;
+.L_x_2:
+        /*0150*/                   LDG.E.U16 R4, desc[UR6][R2.64] ;
+        /*0160*/                   LDG.E.U16 R4, desc[UR6][R2.64+0x2] ;
+        /*0170*/                   LDG.E.U16 R4, desc[UR6][R2.64+0x4] ;
+        /*0180*/                   LDG.E.U16 R4, desc[UR6][R2.64+0x6] ;
+.L_x_3:
+        /*0190*/                   STG.E.128 desc[UR6][R2.64], R4 ;
+        /*01a0*/                   BRA `(.L_x_1) ;
+"""
+
+
+def test_the_shortest_way_around_a_loop_is_counted():
+    assert cuda_counts._loops(LOOP) == ((7 / cuda_counts.GROUP, 2, 1),)
+    twice = LOOP + LOOP.replace(".L_x_", ".L_y_").replace("@!P0 EXIT", "NOP")  # the same loop with a bias, say
+    assert cuda_counts._loops(twice) == ((7 / cuda_counts.GROUP, 2, 1),)
+    assert cuda_counts._loops(LOOP.replace(".128", "")) == ()
+    # The second word is asked for after the first has been waited for.
+    assert cuda_counts._loops(LOOP.replace("/*0130*/ ", "/*0128*/ MUFU.EX2 R4, R4 ;\n        /*0130*/ ")) == ()
+
+
+def test_what_a_kernel_may_not_have_is_named(monkeypatch):
+    monkeypatch.setattr(cuda_counts, "release", lambda: cuda_counts.MEASURED_WITH)
+    right = cuda_counts.Counted("row_statistics", "bf16", "", "affine", "90", 64, 0, ((19.0, 2, 0),))
+    assert cuda_counts.faults(right) == []
+    assert cuda_counts.faults(replace(right, local=16)) == ["it reaches for local memory (16)"]
+    assert cuda_counts.faults(replace(right, loops=((30.0, 2, 0),)))[0].startswith("it has 30.0 instructions for a logit")
+    for loops in (((19.0, 1, 0),), (), ((19.0, 2, 0), (17.0, 2, 2))):
+        assert "words of 16 bytes" in cuda_counts.faults(replace(right, loops=loops))[0]
+    writes = replace(right, kernel="row_policy_loss", products="fp32", gradient="bf16", loops=((18.0, 4, 0), (16.0, 4, 2)))
+    assert cuda_counts.faults(writes) == []
+    assert cuda_counts.faults(replace(writes, loops=writes.loops[:1])) != []
+    monkeypatch.setattr(cuda_counts, "release", lambda: "12.4")
+    assert cuda_counts.faults(replace(right, loops=((30.0, 2, 0),))) == []
 
 
 # --- chunks in memory ---

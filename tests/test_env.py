@@ -16,7 +16,7 @@ INFO = {
     "compiler": "c++ 12.2.0",
     "isas": "portable avx2 amx",
     "cuda_version": "13.0",
-    "cuda_archs": "80 90a",
+    "cuda_archs": "80 90",
     "sanitizers": "",
     "left_out": "",
 }
@@ -72,14 +72,14 @@ def test_why_not_names_backend_and_device(monkeypatch):
 def test_builds(monkeypatch):
     text = built(monkeypatch)
     assert "C++ kernels   portable avx2 amx; this CPU runs avx2 (c++ 12.2.0)" in text
-    assert "CUDA kernels  sm_80 sm_90a (nvcc 13.0)\n" in text
+    assert "CUDA kernels  sm_80 sm_90 (nvcc 13.0)\n" in text
     text = built(monkeypatch, cuda_archs="", left_out="no CUDA kernels: no nvcc on the path or in CUDA_HOME", sanitizers="address")
     assert (
         "CUDA kernels  not built (no CUDA kernels: no nvcc on the path or in CUDA_HOME): put nvcc on the path, set "
         "BUPO_BUILD_CUDA=1, then install" in text
     )
     assert "(c++ 12.2.0, with the sanitizers address)" in text
-    assert "no CUDA kernels for sm_100a" in built(monkeypatch, left_out="no CUDA kernels for sm_100a: nvcc 12.4 does not know it")
+    assert "no CUDA kernels for sm_100" in built(monkeypatch, left_out="no CUDA kernels for sm_100: nvcc 12.4 does not know it")
 
 
 def test_without_the_module_it_says_what_to_do(monkeypatch, capsys):

@@ -749,6 +749,51 @@ def check_one_pass(rows: int, vocab: int, width: int, device, budget) -> None:
         assert off <= torch.finfo(BF16).eps * norm
 
 
+def check_clipped(rows: int, vocab: int, width: int, device, budget) -> None:
+    """Rows on which a clip decides leave, and dz of later ones takes their place: against two passes, where these weigh nothing."""
+    case = large_case(rows, vocab, width, BF16, device, PEAKED, ignored=False)
+    out = linear_logprobs(case.hidden, case.weight, case.targets, backend="triton:cached", memory_budget=ALL_OF_E)
+    leave = torch.rand(rows, generator=torch.Generator().manual_seed(1)).to(device) < 0.3
+    old = torch.where(leave, out.logprobs.detach() - 1, out.logprobs.detach())
+    loss, metrics = linear_policy_loss(
+        *(case.hidden, case.weight, case.targets, torch.ones(rows, device=device)),
+        old_logprobs=old,
+        backend="triton",
+        memory_budget=budget,
+    )
+    got = torch.autograd.grad(loss, (case.hidden, case.weight))
+    want = torch.autograd.grad((-out.logprobs[~leave]).sum() / rows, (case.hidden, case.weight))
+    assert abs(metrics.clipped_high - leave.float().mean()) < 1e-6
+    assert (got[0][leave] == 0).all()
+    for a, b in zip(got, want, strict=True):
+        off, norm = apart(a, b)
+        assert off <= torch.finfo(BF16).eps * norm
+
+
+@pytest.mark.size(8192, 151936, 2560, budget=ALL_OF_E, one_pass=True)
+@pytest.mark.parametrize("budget", [None, ALL_OF_E], ids=["chunks", "all rows at once"])
+def test_rows_that_leave_a_chunk_change_no_other(budget):
+    check_clipped(8192, 151936, 2560, "cuda", budget)
+
+
+@pytest.mark.size(32768, 151936, 2560, one_pass=True)
+def test_T28_peak_memory_of_a_one_pass_loss_is_what_explain_states():
+    case = large_case(32768, 151936, 2560, BF16, ignored=False)
+    advantages = torch.ones(32768, device="cuda")
+    stated = explain(case.hidden, case.weight, case.targets, objective=PolicyObjective(), backend="triton").tile_plan.memory
+    warm = large_case(64, 5000, 2560, BF16, ignored=False)  # the library's own workspace lives on
+    linear_policy_loss(warm.hidden, warm.weight, warm.targets, advantages[:64], backend="triton")
+    del warm
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss, _ = linear_policy_loss(case.hidden, case.weight, case.targets, advantages, backend="triton")
+    results = case.hidden.nbytes + case.weight.nbytes
+    measured, bound = peak_beyond(before) - results, stated.forward + stated.accumulator
+    del loss
+    assert 0.9 * bound <= measured <= bound + 40 * 8 * 32768, f"{measured / 2**20:.1f} MiB measured, {bound / 2**20:.1f} stated"
+
+
 @pytest.mark.size(8192, 151936, 2560, budget=ALL_OF_E, one_pass=True)
 @pytest.mark.parametrize("budget", [None, ALL_OF_E], ids=["chunks", "all rows at once"])
 def test_a_policy_loss_in_one_pass_has_the_gradients_of_two(budget):

@@ -61,8 +61,8 @@ def test_wishes(setup_py, variables, expected):
     ("name", "value", "accepted"),
     [
         ("BUPO_BUILD_CUDA", "yes", "0, 1 and auto"),
-        ("BUPO_CUDA_ARCHS", "9.0", "a list like 80;90a;100a"),
-        ("BUPO_CUDA_ARCHS", "sm_90", "a list like 80;90a;100a"),
+        ("BUPO_CUDA_ARCHS", "9.0", "a list like 80;90;100"),
+        ("BUPO_CUDA_ARCHS", "sm_90", "a list like 80;90;100"),
         ("BUPO_SANITIZE", "address -O2", "a list like address,undefined"),
     ],
 )
@@ -130,7 +130,7 @@ def test_a_file_for_an_unknown_instruction_set_is_an_error(setup_py, monkeypatch
 
 
 def test_architectures_are_those_nvcc_knows(setup_py):
-    assert setup_py.choose_archs((), {"80", "90", "90a"}.__contains__) == (["80", "90a"], ["100a"])
+    assert setup_py.choose_archs((), {"80", "90", "90a"}.__contains__) == (["80", "90"], ["100"])
     assert setup_py.choose_archs(("120", "86", "90a"), {"86", "90a", "120"}.__contains__) == (["86", "90a", "120"], [])
 
 
@@ -144,10 +144,10 @@ def test_later_gpus_get_ptx_of_the_newest_that_they_can_translate(setup_py):
 
 @pytest.fixture
 def toolkit(tmp_path):
-    """CUDA 12.4, or what of it matters here: knows no sm_100a."""
+    """CUDA 12.4, or what of it matters here: knows no sm_100."""
     says = f"""case "$*" in
 *--version*) echo "Cuda compilation tools, release 12.4, V12.4.131";;
-*100a*) echo "nvcc fatal : Unsupported gpu architecture 'compute_100a'"; exit 1;;
+*100*) echo "nvcc fatal : Unsupported gpu architecture 'compute_100'"; exit 1;;
 *--dryrun*) echo '#$ TOP={tmp_path}'; echo '#$ INCLUDES="-I{tmp_path}/include" ';;
 *) if [ -n "$NVCC_FAILS" ]; then echo "host_config.h: error: unsupported GNU version"; exit 1; fi
 esac"""
@@ -159,7 +159,7 @@ esac"""
 def test_cuda_is_found_with_its_folders(setup_py, toolkit):
     for environment in ({"CUDA_HOME": str(toolkit)}, {"PATH": f"{toolkit / 'bin'}"}):
         cuda, unknown = setup_py.find_cuda(environment, setup_py.Wishes(), ["c++"])
-        assert (cuda.version, cuda.archs, unknown) == ("12.4", ["80", "90a"], ["100a"])
+        assert (cuda.version, cuda.archs, unknown) == ("12.4", ["80", "90"], ["100"])
         assert cuda.nvcc == [str(toolkit / "bin" / "nvcc"), "-ccbin", "c++"]
         assert cuda.include == [f"-I{toolkit}/include"]
         assert cuda.libraries[:2] == [f"-L{toolkit}/lib64", "-lcudart_static"]
@@ -174,11 +174,34 @@ def test_why_cuda_is_impossible(setup_py, toolkit, monkeypatch):
     there = {"CUDA_HOME": str(toolkit)}
     assert reason({"PATH": "/nonexistent"}) == "no nvcc on the path or in CUDA_HOME"
     assert reason({"CUDA_HOME": "/nonexistent"}) == "no bin/nvcc in CUDA_HOME, /nonexistent"
-    assert reason(there, setup_py.Wishes(archs=("80", "100a"))) == "nvcc 12.4 knows no sm_100a"
+    assert reason(there, setup_py.Wishes(archs=("80", "100"))) == "nvcc 12.4 knows no sm_100"
     monkeypatch.setenv("NVCC_FAILS", "1")
     assert reason(there) == "nvcc 12.4 compiles nothing with c++: host_config.h: error: unsupported GNU version"
     (toolkit / "lib64" / "libcudart_static.a").unlink()
     assert reason(there) == f"no libcudart_static.a beside {toolkit / 'bin' / 'nvcc'}"
+
+
+@pytest.mark.parametrize(
+    ("says", "builds"),
+    [
+        ("| NVIDIA-SMI 470.256.02   Driver Version: 470.256.02   CUDA Version: 11.4     |", False),
+        ("| NVIDIA-SMI 525.60.13    Driver Version: 525.60.13    CUDA Version: 12.0     |", True),  # of 12 are all good for 12.4
+        ("| NVIDIA-SMI 580.65.06    Driver Version: 580.65.06    CUDA Version: 13.0     |", True),
+        ("| NVIDIA-SMI 595.10   KMD Version: 595.10   CUDA UMD Version: 11.8     |", False),
+        ("NVIDIA-SMI has failed", True),
+    ],
+)
+def test_an_nvcc_whose_runtime_is_too_new_for_the_driver_builds_nothing_unasked(setup_py, toolkit, says, builds):
+    script(toolkit / "bin" / "nvidia-smi", f"echo '{says}'")
+    environment = {"CUDA_HOME": str(toolkit), "PATH": str(toolkit / "bin")}
+    if builds:
+        assert setup_py.find_cuda(environment, setup_py.Wishes(), ["c++"])[0].version == "12.4"
+    else:
+        with pytest.raises(setup_py.Impossible, match=r"nvcc 12.4 needs a driver for CUDA 12.0 or newer, .* is for 11\.\d$"):
+            setup_py.find_cuda(environment, setup_py.Wishes(), ["c++"])
+    # It may be for another machine.
+    asked = setup_py.Wishes(cuda_asked_by="BUPO_BUILD_CUDA")
+    assert setup_py.find_cuda(environment, asked, ["c++"])[0].version == "12.4"
 
 
 # Building, with ninja and a compiler, a module of a few lines

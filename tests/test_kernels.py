@@ -88,6 +88,14 @@ def row(**changes):
     return ahead.Compiled(**fine | changes)
 
 
+STATISTICS = {
+    "kernel": "linear_statistics",
+    "case": "bfloat16",
+    "config": "128 x 256 x 64, 8 warps, 4 stages",
+    "instruction": "wgmma m64n256k16",
+}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -100,12 +108,15 @@ def row(**changes):
         ({"warnings": "(C7510) Potential Performance Loss"}, "serialises its products"),
         ({"instructions": 10000}, "10000 instructions"),
         ({"kernel": "gradient_recompute", "instruction": "mma.sync m16n8k8"}, "run as mma.sync m16n8k8, and wgmma is there"),
+        (STATISTICS | {"between": 1300}, "it has 1300 instructions between products, and counts.py says 1238"),
+        (STATISTICS | {"between": 1200}, "it has 1200 instructions between products"),
     ],
 )
 def test_each_gate_can_fail(changes, message, monkeypatch):
     monkeypatch.setattr(ahead.triton, "__version__", "3.6.0")
     assert ahead.faults(row()) == []
     assert ahead.faults(row(target="sm_120", stack=8)) == []
+    assert ahead.faults(row(**STATISTICS, between=1240)) == []
     (fault,) = ahead.faults(row(**changes))
     assert message in fault
 

@@ -1,5 +1,7 @@
 """The native backend as it runs on a GPU, its row kernels emulated (tests/emulation) and the library's products on the CPU."""
 
+from types import SimpleNamespace
+
 import emulation
 import pytest
 import tensor_cores
@@ -17,6 +19,7 @@ from problems import (
     leaves,
     random_case,
 )
+from test_one_pass import DROPPED, clipped_loss
 
 from bupo_kernels import PolicyObjective, dispatch, explain, linear_logprobs, linear_policy_loss
 from bupo_kernels.backends import compiled
@@ -108,6 +111,15 @@ def test_rows_that_a_clip_decides_leave_before_the_gradient_products(on_gpu):
     assert d_hidden.abs().sum(1).nonzero().flatten().tolist() == [3]
 
 
+@DTYPES
+@pytest.mark.parametrize("dropped", DROPPED)
+def test_the_rows_that_stay_have_their_gradients(on_gpu, dtype, dropped):
+    case = random_case(70, 300, 16, dtype=dtype)
+    leave = torch.zeros(70, dtype=torch.bool).index_fill(0, torch.arange(70)[DROPPED[dropped]], True)
+    loss, upstream = clipped_loss(case, leave, "native")
+    assert_stored_gradients(torch.autograd.grad(loss, leaves(case)), case, [upstream, None, None], "native")
+
+
 def test_without_gradients_no_dz_is_written(on_gpu):
     case = random_case(5, 60, 8, dtype=torch.bfloat16)
     with torch.no_grad():
@@ -131,3 +143,34 @@ def test_a_gpu_takes_them_where_they_were_built_and_proven(monkeypatch):
         choose(problem, "native:avx2")
     monkeypatch.setattr(compiled, "cuda", lambda: None)
     assert dispatch.NATIVE_CUDA.why_not(problem, None) == "the CUDA kernels were not built; `bupo env` says why"
+
+
+@pytest.mark.parametrize(
+    ("built", "driver", "runs"),
+    [
+        ("13.0", 12060, False),  # a torch for CUDA 12.6 runs there
+        ("13.1", 13000, True),  # minor versions go together
+        ("12.4", 12000, True),
+        ("12.4", 13000, True),
+        ("13.0", 0, True),  # nobody knows
+        ("?", 12060, True),
+        ("", 12060, True),
+    ],
+)
+def test_a_runtime_that_is_too_new_for_the_driver_is_a_reason_and_no_exception(monkeypatch, built, driver, runs):
+    module = SimpleNamespace(cuda=object(), build_info=lambda: {"cuda_version": built})
+    monkeypatch.setattr(compiled, "built", module)
+    compiled._cuda_major.cache_clear()
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: driver, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(decision, "why_not", lambda variant, device, widths="": None)
+    monkeypatch.setattr(dispatch.TRITON, "why_not", lambda problem, strategy: "it rains")
+    problem = Problem(4, 4, 20, 8, torch.bfloat16, torch.device("cuda"), True, True, False, False, 2**20)
+    name, _, _, reasons = choose(problem)
+    compiled._cuda_major.cache_clear()
+    assert name == ("native" if runs else "torch")
+    if not runs:
+        assert reasons["native"] == (
+            "the CUDA kernels were built with CUDA 13, which needs a driver for CUDA 13.0 or newer, and the one here is for 12.6; "
+            "a newer driver would do, or building them with nvcc 12"
+        )

@@ -1,6 +1,8 @@
 """Plans: what explain states and prints, bad input is named, a budget that is too small is refused."""
 
 import re
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -38,6 +40,36 @@ def test_auto_goes_to_torch_where_the_native_kernels_need_more_than_the_budget(m
     out = linear_logprobs(case.hidden, case.weight, case.targets, memory_budget=budget)
     out.logprobs.sum().backward()
     assert case.hidden.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("gib", "expected"), [(0, 1), (8, 1), (24, 1.5), (80, 5), (141, 141 / 16)])
+def test_the_default_budget_of_a_gpu_is_a_sixteenth_of_its_memory_and_a_gib_at_least(monkeypatch, gib, expected):
+    monkeypatch.setattr(dispatch, "device_memory", lambda device: gib * 2**30)
+    assert dispatch.default_memory_budget(torch.device("cuda", 1)) == expected * 2**30
+    assert dispatch.default_memory_budget(torch.device("cpu")) == 2**28
+
+
+def test_a_device_is_asked_for_its_memory_once(monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or SimpleNamespace(total_memory=7))
+    dispatch.device_memory.cache_clear()
+    assert [dispatch.device_memory(torch.device("cuda", 3)) for _ in range(3)] == [7, 7, 7]
+    assert asked == [torch.device("cuda", 3)]
+    dispatch.device_memory.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert dispatch.device_memory(torch.device("cuda", 3)) == dispatch.device_memory(torch.device("mps")) == 0
+    dispatch.device_memory.cache_clear()
+
+
+def test_the_default_budget_is_a_constant_of_a_traced_graph(monkeypatch):
+    def no_compiler_traces_this(device):
+        return int(time.get_clock_info("time").adjustable) * 0 + 2**36
+
+    monkeypatch.setattr(dispatch, "device_memory", no_compiler_traces_this)
+    device = torch.device("cuda", 0)
+    compiled = torch.compile(lambda x: x + dispatch.default_memory_budget(device), fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(1, dtype=torch.int64)) == 2**32
 
 
 def test_slice_borders_do_not_depend_on_the_number_of_rows():

@@ -371,7 +371,7 @@ BROKEN = {
     "no JSON": lambda path: path.write_bytes(b"\xff\x00"),
     "a list": lambda path: path.write_text("[]"),
     "another card's": lambda path: path.write_text(path.read_text().replace("H100", "H200")),
-    "another format": lambda path: path.write_text(path.read_text().replace('"version": 1', '"version": 2')),
+    "another format": lambda path: path.write_text(path.read_text().replace(f'"version": {records.VERSION}', '"version": 0')),
     "a verdict of words": lambda path: path.write_text(path.read_text().replace("true", '"yes"')),
     "a verdict with more": lambda path: path.write_text(path.read_text().replace('"reason"', '"because"')),
     "a folder": lambda path: (path.unlink(), path.mkdir()),

@@ -98,15 +98,12 @@ def test_any_shape_option_path_and_budget(data, arch, dtype):
 
 @pytest.mark.parametrize("arch", PATHS.values(), ids=PATHS)
 @pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
-def test_a_small_budget_cuts_the_backward_into_slices_and_blocks_of_rows(arch, dtype, monkeypatch):
-    # Narrower slices and lower blocks than thousands and hundreds, which are slow to interpret.
-    monkeypatch.setattr(config, "MOST_COLUMNS", 512)
-    monkeypatch.setattr(config, "FEWEST_ROWS", 16)
+def test_a_small_budget_cuts_the_backward_into_slices_and_blocks_of_rows(arch, dtype):
     case = random_case(270, 700, WIDTH, dtype=dtype, device=DEVICE)
     with running_as(arch):
-        plan, _ = check(case, memory_budget=500 * 1024)
+        plan, _ = check(case, memory_budget=300 * 1024)
     assert 1 < plan.tile_plan.tile.rows < 270
-    assert plan.tile_plan.tile.columns == 512
+    assert plan.tile_plan.tile.columns < 700
 
 
 @pytest.mark.parametrize(("arch", "masked"), [(80, True), (90, False)], ids=["sm_80, masked rows", "sm_90"])

@@ -61,6 +61,7 @@ def test_a_tile_that_wins_goes_on_record_for_its_widths_and_any_number_of_rows(c
     assert found.tiles == dict.fromkeys(keys, asdict(OTHER))
     assert config.tiles_from(json.loads(json.dumps(found.tiles))) == tuple((key, OTHER) for key in sorted(keys))
     assert found.slower == {}
+    assert found.rates == dict.fromkeys(keys, pytest.approx(1e3 * 2 * 20 * 300 * 64))  # FLOP a second, in a millisecond
     assert set(found.verdicts) == {"triton bfloat16"}
     assert target_of(CPU).tiles == ()  # as before: a process keeps what it has
 

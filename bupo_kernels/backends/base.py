@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from bupo_kernels.backends.algebra import Coefficients, Statistics, of_active_rows, of_all_rows
-from bupo_kernels.backends.gradients import GradientTile, product_dtype
+from bupo_kernels.backends.gradients import GradientTile, bytes_of_sum, product_dtype
+from bupo_kernels.backends.machine import Gpu, Seconds, Shape
 
 
 class TooSmall(ValueError):
@@ -72,6 +73,7 @@ class Problem:
     softcap: bool
     memory_budget: int
     quantised: bool = False  # whether the rows of the weight are dequantised, a slice at a time
+    gpu: Gpu | None = None  # to plan for as if it were ``device``, with all backends installed; None for the device that is there
 
     @property
     def statistics_dtype(self) -> torch.dtype:
@@ -81,7 +83,12 @@ class Problem:
     @property
     def product_dtype(self) -> torch.dtype:
         """The dtype of the operands of a library's product, and of the dz that it takes."""
-        return product_dtype(self.dtype, self.device)
+        return product_dtype(self.dtype, self.device) if self.gpu is None else self.dtype
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes of the logits of the rows that count."""
+        return Shape(self.active_rows, self.vocab, self.width, self.dtype.itemsize)
 
     @property
     def needs_grad(self) -> bool:
@@ -103,6 +110,17 @@ class Tile(NamedTuple):
 
     rows: int
     columns: int
+
+
+def bytes_of_sums(problem: Problem, tile: Tile, chunk_rows: int = 0) -> tuple[int, int]:
+    """Return the bytes that the sums of dH and of dW move where products come in such tiles, and of so many rows at a time: a slice
+    is a pass over the sum of dH, and a block of rows one over that of dW."""
+    rows, dtype = problem.active_rows, problem.product_dtype
+    chunk = min(chunk_rows or rows, rows) or 1
+    slices = -(-problem.vocab // tile.columns)
+    blocks = rows // chunk * -(-chunk // tile.rows) + -(-(rows % chunk) // tile.rows)
+    of_hidden = bytes_of_sum(rows * problem.width, slices, dtype) * problem.grad_hidden
+    return of_hidden, bytes_of_sum(problem.vocab * problem.width, blocks, dtype) * problem.grad_weight
 
 
 class Memory(NamedTuple):
@@ -129,6 +147,13 @@ class TilePlan(NamedTuple):
     chunk_rows: int = 0  # of a one-pass loss: rows whose logits, or E, are at hand together
     isa: str = ""  # instruction set of the native CPU kernels
     fused_rows: bool = False  # of a one-pass loss: whether one kernel takes whole rows from products to loss and dz
+    in_place: bool = False  # of a one-pass loss: whether dz of a chunk is written over its cache, so that dH is one product
+
+    @property
+    def bytes_of_sums(self) -> tuple[int, int]:
+        """The bytes that the sums of dH and dW move on a GPU, where the library adds products in memory."""
+        tile = Tile(self.chunk_rows, self.problem.vocab) if self.in_place else self.tile
+        return bytes_of_sums(self.problem, tile, self.chunk_rows)
 
 
 class Cache(NamedTuple):
@@ -136,8 +161,8 @@ class Cache(NamedTuple):
     nothing.
 
     ``triton`` leaves ``E = 2^(z·log2 e − k)`` in bf16, [rows, columns], and its integer exponents k in int32, one per row and
-    column block. The tile loop leaves logits less the maximum of their row in their slice, slice after slice [rows · V], and these
-    maxima [rows, slices], in the dtype of the statistics.
+    column block. The tile loop leaves logits less the maximum of their row in their slice, slice after slice [rows · V] (row after
+    row where dz is written over them), and these maxima [rows, slices], in the dtype of the statistics.
     """
 
     values: Tensor
@@ -177,9 +202,14 @@ class Candidate(ABC):
         """Return the reason ``backend="auto"`` passes this backend over although it could run ``problem``, or None."""
         return None
 
-    def predicted_share(self, problem: Problem) -> float | None:
-        """Return the share of the rate of bare 16-bit products that a forward is expected to reach on an H100, counted and not
-        measured; None where there is no such expectation."""
+    def predicted_forward(self, problem: Problem, gpu: Gpu) -> float | None:
+        """Return the seconds that statistics of the active rows are expected to take on ``gpu``, without a cache; None where there
+        is no such expectation."""
+        return None
+
+    def predicted(self, plan: TilePlan, gpu: Gpu) -> Seconds | None:
+        """Return the time that ``plan`` is expected to take on ``gpu``, from counts and its rates; None where there is no such
+        expectation."""
         return None
 
     def gradient_dtype(self, problem: Problem) -> torch.dtype:
@@ -191,7 +221,8 @@ class Backend(Candidate):
     """An implementation of the ops, importable everywhere. ``dispatch.py`` asks whether it can run a problem, and with what plan;
     ``engine.py`` then has it stream statistics and tiles of dz. Its methods hold no state: plans and caches are the caller's.
 
-    ``rows`` [n] number the leading dimensions of ``operands.hidden`` through, in ascending order.
+    ``rows`` [n] number the leading dimensions of ``operands.hidden`` through, in ascending order but for a plan that is
+    ``in_place``, where they have ``gradients.in_place_order``.
     """
 
     @abstractmethod
@@ -254,7 +285,7 @@ class Backend(Candidate):
         cache: Cache,
         cache_rows: Tensor | None,  # [n]: where each row would be in the cache; None where that is empty
     ) -> Iterator[GradientTile]:
-        """Yield dz of ``rows``, tile by tile; each is overwritten by the next. The cache may be overwritten."""
+        """Yield dz of ``rows``, tile by tile; each is overwritten by the next. In a one-pass loss the cache may be, too."""
 
     def policy_rows(
         self,

@@ -46,6 +46,32 @@ def cuda() -> ModuleType | None:
     return getattr(built, "cuda", None)
 
 
+def driver_version() -> int:
+    """Return the CUDA version that the driver is for, 1000 · major + 10 · minor; 0 where there is none, or torch does not say."""
+    return getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
+
+
+def why_not_cuda() -> str | None:
+    """Return the reason :func:`cuda` cannot run here, or None. The runtime that is linked in needs a driver of its own major
+    version or newer (NVIDIA calls that minor version compatibility), whatever torch's needs."""
+    if cuda() is None:
+        return "the CUDA kernels were not built; `bupo env` says why"
+    major, driver = _cuda_major(), driver_version()
+    if 0 < driver < 1000 * major:
+        return (
+            f"the CUDA kernels were built with CUDA {major}, which needs a driver for CUDA {major}.0 or newer, and the one here is "
+            f"for {driver // 1000}.{driver % 1000 // 10}; a newer driver would do, or building them with nvcc {driver // 1000}"
+        )
+    return None
+
+
+@functools.cache  # every call of an op asks
+def _cuda_major() -> int:
+    """Return the major version of the CUDA that the kernels were built with; 0 where nobody knows."""
+    release = "" if built is None else built.build_info()["cuda_version"]
+    return int(release.partition(".")[0]) if release[:1].isdigit() else 0
+
+
 def address(tensor: Tensor | None, dtype: torch.dtype | None = None, length: int = 0, device: str = "cpu") -> int:
     """Return the address of ``tensor`` for C++, or 0 for None. A pointer does not know its memory, so whatever could make a kernel
     write past its end is checked here: that there are ``length`` numbers of ``dtype`` (None: of any) side by side, in the last

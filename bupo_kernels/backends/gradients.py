@@ -15,6 +15,15 @@ from bupo_kernels.backends.compiled import present
 PRODUCT_ROWS = 4096
 
 
+def bytes_of_sum(elements: int, products: int, dtype: torch.dtype) -> int:
+    """Return the bytes that an fp32 sum of so many ``products`` of operands of ``dtype`` moves as :func:`accumulate_` forms it, up
+    to where it is read to be rounded. The first is written where the sum is; each further one of 16-bit operands is written, and
+    read again with the sum, which is written; of fp32 operands the library adds it as it multiplies."""
+    size = max(dtype.itemsize, 4)
+    passes = 1 + (4 if dtype.itemsize < size else 2) * (products - 1) + 1
+    return elements * size * passes
+
+
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Return the dtype that operands of ``dtype`` are multiplied in: their own where the library's product of 16-bit operands on
     ``device`` keeps its fp32 sum (``torch.mm(out_dtype=)``, on tensor cores), and else fp32, to which upcasting is exact."""
@@ -102,6 +111,48 @@ class MatrixTile(NamedTuple):
         return self.dz.sum(0, dtype=dtype)
 
 
+class RowsTile(NamedTuple):
+    """A slice of dz whose rows are whole: dH, one product over the vocabulary, is taken with the first of them."""
+
+    columns: slice
+    rows: slice
+    dz: Tensor  # [n, V]
+    weight: Tensor  # [V, D]
+    hidden: Tensor | None  # [n, D]; None when dW is not wanted
+
+    def add_to_hidden(self, total: Tensor, first: bool) -> None:  # [n, D]
+        if first:
+            accumulate_(total, self.dz, self.weight, first)
+
+    def add_to_weight(self, total: Tensor, first: bool) -> None:  # [c, D]
+        assert self.hidden is not None
+        accumulate_(total, self.dz[:, self.columns].T, self.hidden, first)
+
+    def column_sums(self, dtype: torch.dtype) -> Tensor:  # [c]
+        return self.dz[:, self.columns].sum(0, dtype=dtype)
+
+
+def whole_rows(
+    dz: Tensor,  # [n, V]
+    weight: Tensor,  # [V, D]
+    hidden: Tensor | None,  # [n, D]
+    columns: int,
+) -> Iterator[RowsTile]:
+    """Yield whole rows of dz, so many ``columns`` of dW at a time."""
+    vocab, rows = len(weight), slice(0, len(dz))
+    for start in range(0, vocab, columns):
+        yield RowsTile(slice(start, min(start + columns, vocab)), rows, dz, weight, hidden)
+
+
+def in_place_order(kept: Tensor) -> Tensor:  # [n] bool -> [k] int64
+    """Return the k rows that are ``kept``, in an order in which the i-th is row i or, where that one is not kept, a row past the
+    first k. So nobody reads row i but the i-th, whose dz may take its place while others are yet to be read."""
+    rows = kept.nonzero().squeeze(1)
+    order = torch.arange(len(rows), device=kept.device)
+    order[~kept[: len(rows)]] = rows[rows >= len(rows)]
+    return order
+
+
 class GradientSums:
     """The gradients of one call, summed in ``dtype`` and each rounded once, to the dtype of its tensor. Rows that were never added
     get exactly 0.
@@ -137,7 +188,7 @@ class GradientSums:
     def add(
         self,
         tiles: Iterator[GradientTile],
-        positions: Tensor,  # [n]: the rows of the tiles, numbered through, ascending
+        positions: Tensor,  # [n]: the rows of the tiles, numbered through; ascending where dH is of the sums' dtype
         *,
         unscale: Tensor | None = None,  # [] power of two by which every dz is too large
         step: int,
@@ -219,7 +270,7 @@ class _SliceSums:
 def _move_rows(source: Tensor, target: Tensor, position: Tensor, step: int) -> None:  # [n, D], [N, D], [n]
     """Set ``target[position] = source``, rounded to the dtype of ``target``, with no more than ``step`` rows of memory.
 
-    ``source`` may be the first rows of ``target``: positions ascend, so a row only moves towards the end, and going from the
+    ``source`` may be the first rows of ``target``: positions then ascend, so a row only moves towards the end, and going from the
     last block to the first none is overwritten before it has moved.
     """
     shared = source.dtype == target.dtype

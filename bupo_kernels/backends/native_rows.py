@@ -19,7 +19,7 @@ from bupo_kernels.backends.algebra import Coefficients, Statistics
 from bupo_kernels.backends.base import Memory, Operands, PolicyRows, Problem, Readout, Tile, TilePlan
 from bupo_kernels.backends.compiled import ISAS, address, isas
 from bupo_kernels.backends.cpu_arguments import CoefficientArguments, ReadoutArguments, padded, up
-from bupo_kernels.backends.gradients import MatrixTile, accumulate_
+from bupo_kernels.backends.gradients import MatrixTile, accumulate_, in_place_order
 from bupo_kernels.backends.tile_loop import Block, RowKernels, TileLoop
 from bupo_kernels.selfcheck import decision
 from bupo_kernels.selfcheck.decision import Variant
@@ -32,8 +32,8 @@ def why_not_native(problem: Problem, strategy: str | None) -> str | None:
         return f"device: {device} given, accepted are cpu and cuda"
     if device == "cpu" and not isas():
         return "the C++ kernels were not built; `bupo env` says why"
-    if device == "cuda" and compiled.cuda() is None:
-        return "the CUDA kernels were not built; `bupo env` says why"
+    if device == "cuda" and problem.gpu is None and (why := compiled.why_not_cuda()):
+        return why
     if problem.dtype not in (torch.float32, torch.bfloat16):
         return f"dtype: {problem.dtype} given, accepted are fp32 and bf16"
     if problem.width == 0 or problem.vocab >= 2**29:
@@ -65,18 +65,21 @@ class NativeCuda(TileLoop):
 
     strategies = ISAS
     passes = 1.4  # one reads the products; what they are written in is not all hidden behind the product
+    passes_of_gradient = 1.9  # the same, and 16-bit dz is written, half a pass
 
     def why_not(self, problem: Problem, strategy: str | None) -> str | None:
         return why_not_native(problem, strategy)
 
     def why_not_default(self, problem: Problem) -> str | None:
+        if problem.gpu is not None:
+            return None
         return decision.why_not(Variant.of("native", problem.dtype), problem.device)
 
     def one_pass_plan(self, problem: Problem, strategy: str | None) -> TilePlan:
-        """Plan as many whole rows at a time as the budget allows: fp32 products and dz, and dz again without the rows that have
-        none."""
+        """Plan as many whole rows at a time as the budget allows: fp32 products and dz; in fp32 dz, which is where they were, and
+        dz again without the rows that have none."""
         item = problem.dtype.itemsize
-        per_row = problem.vocab * (4 + item * problem.needs_grad * (2 if item < 4 else 1)) + problem.width * (2 * item + 4) + 200
+        per_row = problem.vocab * (4 + item * problem.needs_grad) + problem.width * (2 * item + 4) + 200
         problem.require_budget(per_row)
         chunk = max(min(problem.memory_budget // per_row, problem.active_rows), 1)
         in_parts = problem.active_rows > chunk and problem.grad_weight and item < 4
@@ -99,12 +102,20 @@ class NativeCuda(TileLoop):
         values = found["loss"], found["logprob"], found["entropy"]
         if not plan.problem.needs_grad:
             return PolicyRows(*values, None, None)
-        has_gradient = found["used"].nonzero().squeeze(1)
+        sixteen_bit = dz.dtype.itemsize == 2
+        has_gradient = in_place_order(found["used"]) if sixteen_bit else found["used"].nonzero().squeeze(1)
+        n = len(has_gradient)
 
         def tiles() -> Iterator[MatrixTile]:
-            if len(has_gradient):
-                some = (dz, hidden) if len(has_gradient) == len(dz) else (dz[has_gradient], hidden[has_gradient])
-                yield MatrixTile(slice(0, plan.problem.vocab), slice(0, len(has_gradient)), some[0], operands.weight, some[1])
+            some = dz, hidden
+            if sixteen_bit and n < len(dz):
+                moved = (has_gradient >= n).nonzero().squeeze(1)
+                dz[moved] = dz[has_gradient[moved]]
+                some = dz[:n], hidden[has_gradient]
+            elif n < len(dz):
+                some = dz[has_gradient], hidden[has_gradient]
+            if n:
+                yield MatrixTile(slice(0, plan.problem.vocab), slice(0, n), some[0], operands.weight, some[1])
 
         return PolicyRows(*values, has_gradient, tiles())
 

@@ -15,18 +15,19 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from bupo_kernels.backends import machine
 from bupo_kernels.backends.algebra import Coefficients, Statistics, lowest
 from bupo_kernels.backends.base import Backend, Cache, Memory, Operands, Problem, Readout, Tile, TilePlan
 from bupo_kernels.backends.compiled import present
-from bupo_kernels.backends.gradients import PRODUCT_ROWS, MatrixTile, accumulate_
+from bupo_kernels.backends.gradients import PRODUCT_ROWS, MatrixTile, RowsTile, accumulate_, whole_rows
+from bupo_kernels.backends.machine import Gpu, Seconds
 from bupo_kernels.backends.quantised import rows_of
 
 # The largest tiles worth having (rows, columns). On a CPU two fp32 tiles of 512 x 2048 are 8 MiB, which stays in a shared L3 while
-# the statistics sweep over what the GEMM has just written. Elsewhere they are large enough to fill a GPU, small against its memory.
+# the statistics sweep over what the GEMM has just written. Elsewhere they are large enough to fill a GPU, small against its memory,
+# and high, since each block of rows is a pass over the sum of dW.
 CPU_TILE = (512, 2048)
-DEVICE_TILE = (4096, 8192)
-# The rates that predictions are made with: bf16 and fp32 products at the clocks that a power limit leaves, and memory; a second.
-H100_FLOPS, H100_FP32_FLOPS, H100_BYTES = 700e12, 51e12, 3e12
+DEVICE_TILE = (16384, 8192)
 SMALL_TILE = 64  # rows, columns: below this products are slow, so slices are cut so that this many rows fit
 
 
@@ -65,14 +66,27 @@ class RowKernels(Protocol):
 class TileLoop(Backend):
     """A backend that forms tiles by the library's product and leaves their rows to its :class:`RowKernels`."""
 
-    passes: ClassVar[float]  # over a tile of fp32 products that a forward makes on a GPU, beside the products
+    # Passes over a tile of fp32 products that are made on a GPU beside the products: in a forward, and to form dz.
+    passes: ClassVar[float]
+    passes_of_gradient: ClassVar[float]
 
-    def predicted_share(self, problem: Problem) -> float | None:
-        if problem.device.type == "cpu" or problem.dtype.itemsize != 2:
-            return None
-        flops, bytes_moved = 2 * problem.width, 4 * self.passes  # a logit
-        rate = H100_FLOPS if problem.product_dtype == problem.dtype else H100_FP32_FLOPS
-        return (flops / H100_FLOPS) / (flops / rate + bytes_moved / H100_BYTES)
+    def predicted_forward(self, problem: Problem, gpu: Gpu) -> float:
+        return self._of_products(problem, gpu) + machine.moved(gpu, 4 * self.passes * problem.shape.logits)
+
+    def predicted(self, plan: TilePlan, gpu: Gpu) -> Seconds | None:
+        problem = plan.problem
+        forward, backward = self.predicted_forward(problem, gpu), 0.0
+        if problem.needs_grad:
+            backward = machine.moved(gpu, 4 * self.passes_of_gradient * problem.shape.logits)
+            backward += 0.0 if plan.cached_rows else self._of_products(problem, gpu)
+            backward += machine.gradients_of_dz(
+                *(gpu, problem.shape, problem.grad_hidden + problem.grad_weight, sum(plan.bytes_of_sums)),
+                upcast=problem.product_dtype != problem.dtype,
+            )
+        return Seconds(forward + backward, 0.0) if plan.chunk_rows else Seconds(forward, backward)
+
+    def _of_products(self, problem: Problem, gpu: Gpu) -> float:
+        return machine.product(gpu, problem.shape, upcast=problem.product_dtype != problem.dtype)
 
     @abstractmethod
     def row_kernels(self, plan: TilePlan) -> RowKernels:
@@ -87,21 +101,33 @@ class TileLoop(Backend):
         return problem.product_dtype
 
     def one_pass_plan(self, problem: Problem, strategy: str | None) -> TilePlan:
-        """Plan chunks of rows as high as the budget allows beside the tiles; their logits are kept, whole."""
-        size = problem.statistics_dtype.itemsize
-        problem.require_budget(2 * max(memory(problem, Tile(1, 1)).working, size * (2 * problem.vocab + problem.width)))
-        inner = self.plan(replace(problem, memory_budget=problem.memory_budget // 2), strategy)
+        """Plan chunks of rows as high as the budget allows beside the tiles; their logits are kept, whole.
+
+        Where dz is of 16 bit it lies over them, and tiles are of a quarter of the budget at most: no product is of one of them.
+        """
+        size, item = problem.statistics_dtype.itemsize, problem.product_dtype.itemsize
+        in_place = problem.needs_grad and item < size and not problem.quantised
+        kept, share = (row_elements(problem.vocab), 4) if in_place else (problem.vocab, 2)
+        problem.require_budget(share * max(memory(problem, Tile(1, 1)).working, size * (2 * kept + problem.width)))
+        inner = self.plan(replace(problem, memory_budget=problem.memory_budget // share), strategy)
         if not problem.needs_grad:
             return inner._replace(problem=problem, chunk_rows=max(problem.active_rows, 1))
         columns, working = inner.tile.columns, inner.memory.working
-        # Each row of the chunk has its logits, their maxima, and the sum of its dH.
-        per_row = size * (problem.vocab + -(-problem.vocab // columns) + problem.width * problem.grad_hidden)
+        # Each row of the chunk has its logits, their maxima, and the sum of its dH; in place also its h, for dW.
+        per_row = size * (kept + -(-problem.vocab // columns) + problem.width * problem.grad_hidden)
+        per_row += item * problem.width * in_place
         chunk = max(min((problem.memory_budget - working) // per_row, problem.active_rows), 1)
         in_parts = problem.active_rows > chunk and problem.grad_weight and problem.dtype.itemsize < size
         used = Memory(working + chunk * per_row, 0, problem.vocab * problem.width * size if in_parts else 0)
         tile = Tile(min(inner.tile.rows, chunk), columns)
         return inner._replace(
-            problem=problem, strategy="one pass", tile=tile, memory=used, cached_rows=problem.active_rows, chunk_rows=chunk
+            problem=problem,
+            strategy="one pass, dz over logits" if in_place else "one pass",
+            tile=tile,
+            memory=used,
+            cached_rows=problem.active_rows,
+            chunk_rows=chunk,
+            in_place=in_place,
         )
 
     def row_statistics(
@@ -116,7 +142,8 @@ class TileLoop(Backend):
         cache = self.empty_cache(problem, 0)
         if keep:
             slices = -(-problem.vocab // plan.tile.columns)
-            logits = present(torch.empty(len(rows) * problem.vocab, dtype=dtype, device=rows.device))
+            columns = row_elements(problem.vocab) if plan.in_place else problem.vocab
+            logits = present(torch.empty(len(rows) * columns, dtype=dtype, device=rows.device))
             cache = Cache(logits, torch.empty(len(rows), slices, dtype=dtype, device=rows.device))
         for block in _products(operands, rows, plan, dtype, cache if keep else None):
             r = block.rows
@@ -133,16 +160,24 @@ class TileLoop(Backend):
         plan: TilePlan,
         cache: Cache,
         cache_rows: Tensor | None,  # [n]
-    ) -> Iterator[MatrixTile]:
+    ) -> Iterator[MatrixTile | RowsTile]:
         kernels, of_dz = self.row_kernels(plan), self.gradient_dtype(plan.problem)
         blocks = (
             _products(operands, rows, plan, of_dz)
             if cache_rows is None
             else _from_cache(operands, rows, plan, of_dz, cache, cache_rows)
         )
+        if not plan.in_place:
+            for block in blocks:
+                dz = kernels.gradient(block, coefficients.rows(block.rows))
+                yield MatrixTile(block.columns, block.rows, dz, block.weight, block.hidden)
+            return
+        # In its row dz of a slice lies where logits of it, or of slices before it, were: all read by then.
+        whole = cache.values.view(of_dz).view(len(cache.offsets), -1)[: len(rows), : plan.problem.vocab]
         for block in blocks:
-            dz = kernels.gradient(block, coefficients.rows(block.rows))
-            yield MatrixTile(block.columns, block.rows, dz, block.weight, block.hidden)
+            kernels.gradient(block._replace(scratch=whole[block.rows, block.columns]), coefficients.rows(block.rows))
+        hidden = operands.hidden[operands.coordinates(rows)] if plan.problem.grad_weight else None
+        yield from whole_rows(whole, operands.weight, hidden, plan.tile.columns)
 
 
 def _blocks(operands: Operands, rows: Tensor, plan: TilePlan, of_scratch: torch.dtype) -> Iterator[Block]:
@@ -175,7 +210,7 @@ def _products(
     """Yield all tiles of products; in the memory of the ``cache``, if there is one."""
     for block in _blocks(operands, rows, plan, of_scratch):
         if cache is not None:
-            block = block._replace(tile=_slice_of(cache, block.columns)[block.rows])
+            block = block._replace(tile=_slice_of(cache, block.columns, plan)[block.rows])
         accumulate_(block.tile, block.hidden, block.weight.T, first=True)
         yield block
 
@@ -187,16 +222,24 @@ def _from_cache(
     for block in _blocks(operands, rows, plan, of_scratch):
         which: slice | Tensor = block.rows
         if len(cache_rows) == len(cache.offsets):
-            block = block._replace(tile=_slice_of(cache, block.columns)[block.rows])
+            block = block._replace(tile=_slice_of(cache, block.columns, plan)[block.rows])
         else:
             which = cache_rows[block.rows]
-            torch.index_select(_slice_of(cache, block.columns), 0, which, out=block.tile)
+            torch.index_select(_slice_of(cache, block.columns, plan), 0, which, out=block.tile)
         yield block._replace(maxima=cache.offsets[which, block.columns.start // plan.tile.columns])
 
 
-def _slice_of(cache: Cache, columns: slice) -> Tensor:  # [n, c]
+def _slice_of(cache: Cache, columns: slice, plan: TilePlan) -> Tensor:  # [n, c]
     n = len(cache.offsets)
+    if plan.in_place:
+        return cache.values.view(n, -1)[:, columns]
     return cache.values[n * columns.start : n * columns.stop].view(n, columns.stop - columns.start)
+
+
+def row_elements(vocab: int) -> int:
+    """Return how far apart rows of logits are that dz is written over: 128 bytes of fp32 where dz of them begins on as many, and
+    what a library reads of each row is aligned."""
+    return -(-vocab // 32) * 32
 
 
 def largest_tile(problem: Problem) -> Tile:

@@ -21,6 +21,7 @@ class Torch(TileLoop):
 
     strategies = ("recompute",)
     passes = 13
+    passes_of_gradient = 14
     reads_quantised = True
 
     def why_not(self, problem: Problem, strategy: str | None) -> str | None:

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from bupo_kernels.backends.compiled import driver_version
+
 PACKAGE = Path(__file__).parents[1]
 NVIDIA_DRIVER = Path("/proc/driver/nvidia/version")
 
@@ -61,8 +63,7 @@ def _driver() -> str:
         first = NVIDIA_DRIVER.read_text(encoding="utf-8", errors="replace").partition("\n")[0].strip()
     except OSError:
         first = ""
-    number = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
-    return f"{first} {number}".strip()
+    return f"{first} {driver_version()}".strip()
 
 
 @functools.cache

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout  # torch requires it
 
 from bupo_kernels.selfcheck.card import Card
 
-VERSION = 1  # of the format: a file of another is not read
+VERSION = 2  # of the format: a file of another is not read
 FAILURE_HOLDS = 86_400  # seconds that a failure is believed: what it came from may pass, and else every process would pay for it
 
 log = logging.getLogger("bupo_kernels")
@@ -60,13 +60,14 @@ class Record:
     """The facts that were found out about a card."""
 
     verdicts: Mapping[str, Verdict] = field(default_factory=dict)  # by the name of the variant
-    # These two are found by `bupo tune`: tiles as triton_.config reads them, and of what is right but slow, what is faster.
+    # These three are found by `bupo tune`: tiles as triton_.config reads them, and of what is right but slow, what is faster.
     tiles: Mapping[str, Any] = field(default_factory=dict)  # by kernel, dtype, kind of operands and widths
     slower: Mapping[str, str] = field(default_factory=dict)  # by variant and widths
+    rates: Mapping[str, float] = field(default_factory=dict)  # FLOP/s of the tile that is taken, by the keys of ``tiles``
 
     def updated(self, other: Record) -> Record:
         """Return the record with all that the ``other`` has put over it."""
-        return Record({**self.verdicts, **other.verdicts}, {**self.tiles, **other.tiles}, {**self.slower, **other.slower})
+        return Record(*({**getattr(self, f.name), **getattr(other, f.name)} for f in fields(Record)))
 
 
 _in_memory: dict[str, Record] = {}
@@ -110,7 +111,8 @@ def read(card: Card) -> Record:
         verdicts = {str(name): Verdict.from_json(values) for name, values in found["verdicts"].items()}
         believed = {name: verdict for name, verdict in verdicts.items() if verdict.holds}
         slower = {str(name): str(reason) for name, reason in found["slower"].items()}
-        return Record(believed, dict(found["tiles"]), slower).updated(remembered)
+        rates = {str(name): float(rate) for name, rate in found["rates"].items() if rate > 0}
+        return Record(believed, dict(found["tiles"]), slower, rates).updated(remembered)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return remembered
 
@@ -131,6 +133,7 @@ def write(card: Card, record: Record) -> Path | None:
             "verdicts": {name: asdict(verdict) for name, verdict in record.verdicts.items()},
             "tiles": dict(record.tiles),
             "slower": dict(record.slower),
+            "rates": dict(record.rates),
         }
         with suppress(OSError):
             return _replace(place / f"{card.key}.json", json.dumps(whole, indent=1))

@@ -2,8 +2,8 @@
 // bf16.
 //
 // Blocks of at most 256 threads take parts of rows (rows.h). The floor is what is read and written: 4096 rows of 151936 take 0.78
-// ms on an H200 from fp32 to bf16, 1.04 in place in fp32, 0.52 in bf16. Even in the last 24 lane-instructions a logit fit; about 15
-// are needed, some 30 with a softcap, whose tanh makes bf16 bound by instructions.
+// ms on an H200 from fp32 to bf16, 1.04 in place in fp32, 0.52 in bf16. Even in the last 24 lane-instructions a logit fit; 16 to 18
+// are counted, 36 to 38 with a softcap, whose tanh makes bf16 bound by instructions (docs/gpu-kernels.md).
 #include "rows.cuh"
 
 namespace bupo::cuda {

@@ -6,8 +6,8 @@
 //
 // Bounds on an H200 (4.8 TB/s; 132 processors of 128 lanes and 16 special-function units at 1.7 GHz): to read a thousand fp32
 // logits takes 0.83 ns, in which 24 lane-instructions and 3 exponentials a logit fit; bf16 half of all three. expf takes about 8
-// and 1, the rest of a logit's statistics 4 to 5: bound by memory for fp32, near the balance for bf16. Estimates: this has never
-// run on a GPU.
+// and 1; counted are 16 to 18 for all of a logit's statistics (docs/gpu-kernels.md): bound by memory for fp32, by instructions for
+// bf16. Estimates: this has never run on a GPU.
 #pragma once
 
 #include <cstdint>

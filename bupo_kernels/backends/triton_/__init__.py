@@ -19,11 +19,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from bupo_kernels.backends import machine
 from bupo_kernels.backends.algebra import Coefficients, Statistics
 from bupo_kernels.backends.base import Backend, Cache, Operands, Problem, TilePlan
 from bupo_kernels.backends.gathers import Gathers
-from bupo_kernels.backends.gradients import MatrixTile
-from bupo_kernels.backends.triton_ import config, tiling
+from bupo_kernels.backends.gradients import MatrixTile, RowsTile, whole_rows
+from bupo_kernels.backends.machine import Gpu, Seconds
+from bupo_kernels.backends.triton_ import config, counts, tiling
 from bupo_kernels.selfcheck import decision
 from bupo_kernels.selfcheck.decision import Variant
 
@@ -69,6 +71,14 @@ def _target(device: torch.device) -> config.Target:
     return config.Target(kind, arch, properties.multi_processor_count, shared, _tiles(device))
 
 
+def _like(gpu: Gpu) -> config.Target:
+    return config.Target("cuda", gpu.arch, gpu.processors)
+
+
+def _target_for(problem: Problem) -> config.Target:
+    return target_of(problem.device) if problem.gpu is None else _like(problem.gpu)
+
+
 def _tiles(device: torch.device) -> tuple[tuple[str, config.KernelConfig], ...]:
     try:
         return config.tiles_from(decision.tuned(device).tiles)
@@ -85,29 +95,67 @@ class Triton(Backend):
     def why_not(self, problem: Problem, strategy: str | None) -> str | None:
         if reason := _why_not_triton(problem):
             return reason
-        target = target_of(problem.device)
+        target = _target_for(problem)
         if strategy == "cached" and (why := config.why_not_cached(problem.dtype, problem.softcap)):
             return why
         return config.why_not_fitting(problem.dtype, target, problem.softcap)
 
     def why_not_default(self, problem: Problem) -> str | None:
+        if problem.gpu is not None:
+            return None
         if config.interpreted():
             return "the interpreter is for tests; backend='triton' asks for it"
         variant = Variant.of("triton", problem.dtype, problem.softcap)
         return decision.why_not(variant, problem.device, config.widths_of(problem.width))
 
-    def predicted_share(self, problem: Problem) -> float | None:
-        """Count the cycles of a tile of 128 x 256 on a Hopper: 16·D of products, at 0.92 of the rate of the library's, then 2,476
-        of epilogue and some 900 until the next one's operands have come (docs/gpu-kernels.md)."""
-        if problem.device.type == "cpu" or problem.dtype.itemsize != 2:
+    def predicted_forward(self, problem: Problem, gpu: Gpu) -> float | None:
+        if problem.dtype.itemsize != 2 or problem.softcap:
+            return None  # nobody has counted what these have between products
+        return self._kernel_seconds(config.STATISTICS, problem, gpu, stored=0)[0]
+
+    def predicted(self, plan: TilePlan, gpu: Gpu) -> Seconds | None:
+        problem = plan.problem
+        if problem.dtype.itemsize != 2 or problem.softcap:
             return None
-        return 0.92 * 16 * problem.width / (16 * problem.width + 2476 + 900)
+        cached = min(plan.cached_rows, problem.active_rows)
+        shape, of_cache = problem.shape, problem.shape._replace(rows=cached)
+        forward, measured = self._kernel_seconds(config.STATISTICS, problem, gpu, stored=cached)
+        backward = 0.0
+        if problem.needs_grad:
+            again = replace(problem, active_rows=problem.active_rows - cached)
+            backward, too = self._kernel_seconds(config.GRADIENT, again, gpu, stored=again.active_rows)
+            measured = measured or (too and again.active_rows > 0)
+            backward += machine.moved(gpu, (2 + 2) * of_cache.logits)  # E is read, and dz written
+            backward += machine.gradients_of_dz(gpu, shape, problem.grad_hidden + problem.grad_weight, sum(plan.bytes_of_sums))
+        return Seconds(forward + backward, 0.0, measured) if plan.chunk_rows else Seconds(forward, backward, measured)
+
+    def _kernel_seconds(self, kernel: str, problem: Problem, gpu: Gpu, stored: int) -> tuple[float, bool]:
+        """Return the seconds of a kernel with a product, which leaves so many ``stored`` rows of E or dz, and whether they follow
+        from what `bupo tune` measured here."""
+        shape, cache = problem.shape, kernel == config.STATISTICS and stored > 0
+        flags = {"regular": True, "softcap": False, "cache": cache}
+        target = _like(gpu)
+        if problem.gpu is None and machine.present(problem.device) == gpu:
+            target = target_of(problem.device)
+            rate = decision.tuned(problem.device).rates.get(config.key_of(kernel, problem.dtype, width=problem.width, **flags))
+            if rate is not None:
+                return 2 * shape.logits * shape.width / rate, True
+        tile = config.chosen(kernel, problem.dtype, target, width=problem.width, **flags)
+        seconds = machine.fused_product(
+            *(gpu, shape),
+            tile=(tile.rows, tile.columns),
+            warps=tile.warps,
+            blocks=1,
+            instructions=counts.between_products(kernel, target, cache=cache),
+            main_loop=machine.MAIN_LOOP[target.matrix_unit],
+        )
+        return seconds + machine.moved(gpu, 2 * stored * shape.vocab), False
 
     def plan(self, problem: Problem, strategy: str | None) -> TilePlan:
-        return tiling.tile_plan(problem, strategy, target_of(problem.device))
+        return tiling.tile_plan(problem, strategy, _target_for(problem))
 
     def one_pass_plan(self, problem: Problem, strategy: str | None) -> TilePlan:
-        return tiling.one_pass_plan(problem, strategy, target_of(problem.device))
+        return tiling.one_pass_plan(problem, strategy, _target_for(problem))
 
     def cached_rows(self, problem: Problem, strategy: str | None) -> int:
         return tiling.cached_rows(problem, strategy)
@@ -150,7 +198,7 @@ class Triton(Backend):
         plan: TilePlan,
         cache: Cache,
         cache_rows: Tensor | None,  # [n]
-    ) -> Iterator[MatrixTile]:
+    ) -> Iterator[MatrixTile | RowsTile]:
         from bupo_kernels.backends.triton_.gradient_cached import gradient_cached
         from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute
         from bupo_kernels.backends.triton_.product import Launch, regular
@@ -160,18 +208,11 @@ class Triton(Backend):
         if n == 0:
             return
         target = target_of(rows.device)
-        from_cache = 0
         if cache_rows is not None:
-            from_cache = int((cache_rows < len(cache.values)).sum())
             as_written = regular(operands.hidden, operands.weight)
             exponent_columns = config.statistics_config(
                 problem.dtype, target, width=width, regular=as_written, softcap=False, cache=True
             ).columns
-        columns_of_dz = min(plan.tile.columns, config.padded(vocab))
-        dz = torch.empty(min(plan.tile.rows, n), columns_of_dz, dtype=self.gradient_dtype(problem), device=rows.device)
-        blocks = [slice(first, min(first + plan.tile.rows, n)) for first in range(0, n, plan.tile.rows)]
-        splits = [min(max(from_cache, block.start), block.stop) for block in blocks]  # before it from E, from it on recomputed
-        launches = [Launch(operands, rows[split : block.stop], target) for block, split in zip(blocks, splits, strict=True)]
         coordinates = operands.coordinates(rows)
 
         def hidden_rows(block: slice) -> Tensor | None:  # [r, D]
@@ -181,6 +222,18 @@ class Triton(Backend):
                 return operands.hidden.view(n, width)[block]
             return operands.hidden[tuple(i[block] for i in coordinates)]
 
+        if plan.in_place:
+            assert cache_rows is not None
+            dz = cache.values[:n].view(self.gradient_dtype(problem))
+            gradient_cached(cache, exponent_columns, cache_rows, coefficients, dz, slice(0, vocab))
+            yield from whole_rows(dz[:, :vocab], operands.weight, hidden_rows(slice(0, n)), plan.tile.columns)
+            return
+        from_cache = 0 if cache_rows is None else int((cache_rows < len(cache.values)).sum())
+        columns_of_dz = min(plan.tile.columns, config.padded(vocab))
+        dz = torch.empty(min(plan.tile.rows, n), columns_of_dz, dtype=self.gradient_dtype(problem), device=rows.device)
+        blocks = [slice(first, min(first + plan.tile.rows, n)) for first in range(0, n, plan.tile.rows)]
+        splits = [min(max(from_cache, block.start), block.stop) for block in blocks]  # before it from E, from it on recomputed
+        launches = [Launch(operands, rows[split : block.stop], target) for block, split in zip(blocks, splits, strict=True)]
         all_hidden = hidden_rows(blocks[0]) if len(blocks) == 1 else None
         for start in range(0, vocab, plan.tile.columns):
             columns = slice(start, min(start + plan.tile.columns, vocab))
@@ -198,7 +251,7 @@ class Triton(Backend):
 
 def _why_not_triton(problem: Problem) -> str | None:
     """Return the reason no kernel of this folder can run ``problem``, or None."""
-    if not _installed():
+    if not _installed() and problem.gpu is None:
         return "triton: not installed"
     if problem.device.type != "cuda" and not (config.interpreted() and problem.device.type == "cpu"):
         return f"device: {problem.device.type} given, accepted is cuda, or cpu with TRITON_INTERPRET=1 set from the start"
@@ -206,7 +259,7 @@ def _why_not_triton(problem: Problem) -> str | None:
         return "dtype: torch.float64 given, accepted are fp32, bf16 and fp16"
     if problem.width == 0:
         return "hidden: of width 0 given, accepted is 1 and more"
-    target = target_of(problem.device)
+    target = _target_for(problem)
     if target.kind == "cuda" and target.arch < 80:
         return f"device: compute capability {target.arch / 10} given, accepted is 8.0 and newer"
     return None

@@ -16,6 +16,7 @@ import re
 import struct
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from io import StringIO
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -32,9 +34,10 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
+from bupo_kernels.backends import sass
 from bupo_kernels.backends.algebra import Coefficients
 from bupo_kernels.backends.base import Cache, Operands, Readout
-from bupo_kernels.backends.triton_ import config
+from bupo_kernels.backends.triton_ import config, counts
 from bupo_kernels.backends.triton_.gathers import gathered_dots, gathered_sums
 from bupo_kernels.backends.triton_.gradient_cached import gradient_cached
 from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute
@@ -80,6 +83,9 @@ BUDGETS = {
     "gathered_sums, fp32, irregular": (320, 248, 328, 328, 200),
 }
 
+# The cases whose instructions between two products counts.py has, for predictions.
+COUNTED = ("bfloat16", "float16", "bfloat16, E stored", "float16, E stored")
+
 MATRIX_INSTRUCTION = {
     "cuda": re.compile(r"(wgmma\.mma_async|tcgen05\.mma|mma\.sync)[\w.:]*?(m\d+n\d+k\d+|kind::\w+)"),
     "hip": re.compile(r"(v_mfma)_(\w+)"),
@@ -106,21 +112,23 @@ class Compiled:
     instructions: int
     warnings: str  # of ptxas, that wgmma is serialised; "" without
     instruction: str  # that the tensor cores run; "" without
+    between: int | None = None  # instructions between two tiles' products; None where that is not counted
 
     def __str__(self) -> str:
         return _row(
             *(self.target, self.kernel, self.case, self.config),
-            *(self.registers, self.stack, self.spills, f"{self.shared / 1024:.0f} KiB", self.instructions, self.instruction),
+            *(self.registers, self.stack, self.spills, f"{self.shared / 1024:.0f} KiB", self.instructions),
+            *("" if self.between is None else self.between, self.instruction),
         )
 
 
 def _row(target: str, kernel: str, case: str, configuration: str, *numbers: object) -> str:
-    registers, stack, spills, shared, instructions, instruction = numbers
+    registers, stack, spills, shared, instructions, between, instruction = numbers
     what = f"{target:<7} {kernel:<18} {case:<34} {configuration:<33}"
-    return f"{what} {registers:>4} {stack:>5} {spills:>6} {shared:>7} {instructions:>7}  {instruction}"
+    return f"{what} {registers:>4} {stack:>5} {spills:>6} {shared:>7} {instructions:>7} {between:>7}  {instruction}"
 
 
-HEADER = _row("target", "kernel", "case", "configuration", "regs", "stack", "spills", "shared", "instr.", "tensor cores")
+HEADER = _row("target", "kernel", "case", "configuration", "regs", "stack", "spills", "shared", "instr.", "between", "tensor cores")
 
 
 class _Driver:
@@ -295,6 +303,7 @@ class Work:
             shared=binary.metadata.shared,
             bound=bound,
             instruction=", ".join(found),
+            between=_between_products(binary.asm["cubin"]) if name in COUNTED and found and self.gpu.backend == "cuda" else None,
             **read,
         )
 
@@ -331,6 +340,13 @@ def resources(log: str, cubin: bytes) -> dict[str, Any]:
         "instructions": code_bytes(cubin) // 16,
         "warnings": "; ".join(SERIALISED.findall(log)),
     }
+
+
+def _between_products(cubin: bytes) -> int | None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        return sass.Code.of(sass.disassemble(path)).between_products()
 
 
 def _resources_amd(assembly: str) -> dict[str, Any]:
@@ -376,6 +392,12 @@ def faults(row: Compiled, *, tuning: bool = False) -> list[str]:
         found.append(f"ptxas serialises its products: {row.warnings}")
     if triton.__version__.startswith(MEASURED_WITH) and row.instructions > (budget := instruction_budget(row)):
         found.append(f"it has {row.instructions} instructions, and the budget is {budget}")
+    if triton.__version__.startswith(MEASURED_WITH) and row.between is not None:
+        rows, columns, _, warps = map(int, re.findall(r"\d+", row.config)[:4])
+        logits = rows * columns // (32 * warps)
+        predicted = logits * counts.between_products(row.kernel, target, cache=row.case.endswith("E stored"))
+        if abs(row.between - predicted) > 0.02 * predicted:
+            found.append(f"it has {row.between} instructions between products, and counts.py says {predicted:.0f}")
     return found
 
 

@@ -363,8 +363,4 @@ def exponents_per_row(vocab: int) -> int:
     return padded(vocab) // NARROWEST
 
 
-# Columns of a slice in the backward. Wide slices read and write the fp32 sum of dH less often: a slice of S columns moves 2·4·N·D
-# bytes of it for 2·N·S·D FLOP.
-MOST_COLUMNS = 16384
-FEWEST_COLUMNS = 2048  # before rows are split into blocks to meet the budget
-FEWEST_ROWS = 512  # of such a block, before slices become narrower still
+MOST_COLUMNS = 32768  # of a slice in the backward

@@ -2,7 +2,8 @@
 
 ``e^(z−m) = E · 2^(k − m·log2e)`` and ``z − m = ln 2 · (log2 E + k − m·log2e)``; the exponent is formed with one rounding, so
 nothing cancels at large |z|. Only E is inexact: 2⁻⁸ relative in p, at most 0.004 nat in log p. Memory traffic bounds the kernel:
-two bytes are read and two written for each of rows × columns.
+two bytes are read and two written for each of rows × columns. dz may lie where E does: a program reads its tile before it writes,
+and no other one reads there.
 """
 
 from __future__ import annotations
@@ -68,7 +69,8 @@ def gradient_cached(
     dz: Tensor,  # [n or more, whole blocks of columns], overwritten
     columns: slice,  # of the vocabulary, from a multiple of COLUMN_UNIT on
 ) -> None:
-    """Write the gradients of the logits of some rows and columns into ``dz``."""
+    """Write the gradients of the logits of some rows and columns into ``dz``. It may be the memory of E where ``cache_rows`` have
+    ``gradients.in_place_order``."""
     e, exponents = cache
     n, rows = len(cache_rows), min(32, 4096 // exponent_columns)
     m, constant, slope, on_target, y = coefficients

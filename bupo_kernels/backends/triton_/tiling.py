@@ -1,18 +1,21 @@
 """Which rows of the backward are recomputed and which come from E, in what tiles, at what cost in memory: pure functions.
 
 * *recompute*, 8 N·V·D FLOP with the forward: dz of a vocabulary slice is formed again, ``dW[slice]`` is finished in one product
-  over all rows, dH is summed over the slices in fp32.
+  over all rows where there is room for them, dH is summed over the slices in fp32.
 * *cached*, 6 N·V·D: the forward keeps E for as many rows as half of the budget holds; the other rows are recomputed.
+* *one pass*, 6 N·V·D, of a loss: dz of a chunk of rows is written over its E, and dH is one product over the whole vocabulary; dW
+  is summed over the chunks in fp32.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 
-from bupo_kernels.backends.base import Memory, Problem, Tile, TilePlan
+from bupo_kernels.backends.base import Memory, Problem, Tile, TilePlan, bytes_of_sums
 from bupo_kernels.backends.gradients import PRODUCT_ROWS
 from bupo_kernels.backends.triton_ import config
 from bupo_kernels.backends.triton_.config import Target
@@ -46,18 +49,14 @@ def _bytes_of_e(problem: Problem) -> int:
 
 
 def tile_plan(problem: Problem, strategy: str | None, target: Target) -> TilePlan:
-    """Plan slices of the backward as wide as the budget allows, of all rows if it can: then dW[slice] is one product.
-
-    Raise ``ValueError`` when the budget does not hold the smallest tile.
-    """
+    """Plan the tiles of the backward whose sums move the fewest bytes. Raise ``ValueError`` when the budget does not hold the
+    smallest tile."""
     cached = cached_rows(problem, strategy)
     least = memory(problem, SMALLEST, 0).working
     if problem.needs_grad and (cached or strategy == "cached"):
         least = 2 * (least + _bytes_of_e(problem))  # E takes up to half
     problem.require_budget(least)
-    tile = _largest_tile(
-        lambda tile: memory(problem, tile, cached).backward <= problem.memory_budget, problem.planned_rows, problem.vocab
-    )
+    tile = largest_tile(problem, strategy)
     name = "statistics only" if not problem.needs_grad else "cached and recompute" if cached else "recompute"
     if cached and cached >= problem.rows:
         name = "cached"
@@ -65,37 +64,84 @@ def tile_plan(problem: Problem, strategy: str | None, target: Target) -> TilePla
 
 
 def one_pass_plan(problem: Problem, strategy: str | None, target: Target) -> TilePlan:
-    """Plan chunks of rows as high as the budget allows, with their E; where E cannot be had, all rows at once and recomputed."""
+    """Plan chunks of as many rows as the budget allows, with their E; where E cannot be had, all rows at once and recomputed."""
     if not problem.needs_grad or strategy == "recompute" or config.why_not_cached(problem.dtype, problem.softcap):
         return tile_plan(problem, "recompute", target)._replace(chunk_rows=max(problem.active_rows, 1))
+    # A product of dW leaves so many columns in fp32, in no more than an eighth of the budget.
+    columns = min(config.padded(problem.vocab), PRODUCT_ROWS)
+    while columns > config.COLUMN_UNIT and 8 * 4 * columns * problem.width > problem.memory_budget:
+        columns = _half(columns)
 
-    def spent(tile: Tile) -> int:
-        used = memory(replace(problem, rows=tile.rows, active_rows=tile.rows), tile, cached=tile.rows)
+    def spent(rows: int) -> int:
+        used = memory(replace(problem, rows=rows, active_rows=rows), Tile(rows, columns), cached=rows, in_place=True)
         return used.working + used.accumulator
 
-    problem.require_budget(spent(SMALLEST))
-    tile = _largest_tile(lambda tile: spent(tile) <= problem.memory_budget, problem.active_rows, problem.vocab)
-    several = problem.active_rows > tile.rows
-    accumulator = problem.vocab * problem.width * 4 if several and problem.grad_weight else 0
-    kernels = _kernels(problem, target, cached=tile.rows)
-    return TilePlan(
-        problem, "one pass", tile, Memory(spent(tile), 0, accumulator), problem.active_rows, kernels, chunk_rows=tile.rows
-    )
+    problem.require_budget(spent(1))
+    rows = _even(problem.active_rows, lambda rows: spent(rows) <= problem.memory_budget)
+    in_parts = problem.active_rows > rows and problem.grad_weight
+    used = Memory(spent(rows), 0, problem.vocab * problem.width * 4 if in_parts else 0)
+    kernels = _kernels(problem, target, cached=rows)
+    name, tile = "one pass, dz over E", Tile(rows, columns)
+    return TilePlan(problem, name, tile, used, problem.active_rows, kernels, chunk_rows=rows, in_place=True)
 
 
 SMALLEST = Tile(1, config.COLUMN_UNIT)
+MANY_ROWS = 2**15  # slices that are best for these are what a call of any number of rows has
 
 
-def _largest_tile(fits: Callable[[Tile], bool], rows: int, vocab: int) -> Tile:
-    """Return the largest tile that ``fits``. Slices are narrowed first, down to where dH is summed too often; then there are blocks
-    of rows, down to where products get slow; then narrower slices, and in the end single rows."""
-    rows, columns = max(rows, 1), min(config.padded(vocab), config.MOST_COLUMNS)
-    for fewest_rows, fewest_columns in ((rows, config.FEWEST_COLUMNS), (config.FEWEST_ROWS, 0), (0, 1), (1, 0)):
-        while fewest_columns and columns > max(fewest_columns, config.COLUMN_UNIT) and not fits(Tile(rows, columns)):
-            columns = max(columns // 2 // config.COLUMN_UNIT, 1) * config.COLUMN_UNIT
-        while fewest_rows and rows > fewest_rows and not fits(Tile(rows, columns)):
-            rows = (rows + 1) // 2
-    return Tile(rows, columns)
+def largest_tile(problem: Problem, strategy: str | None) -> Tile:
+    """Return the tile of the backward: slices as :func:`slice_columns` has them, of all rows or, where the budget does not hold
+    them, of blocks of one height. Where it only just holds what all rows have beside tiles, slices are narrowed in the end."""
+    cached = cached_rows(problem, strategy)
+    columns = slice_columns(replace(problem, rows=0, active_rows=0), strategy)
+
+    def fits(rows: int) -> bool:
+        return memory(problem, Tile(rows, columns), cached).backward <= problem.memory_budget
+
+    while columns > config.COLUMN_UNIT and not fits(1):
+        columns = _half(columns)
+    return Tile(_even(problem.planned_rows, fits), columns)
+
+
+@functools.lru_cache(256)  # every call of an op asks
+def slice_columns(problem: Problem, strategy: str | None) -> int:
+    """Return the columns of a slice with which the sums of dH and dW move the fewest bytes in a call of many rows.
+
+    A slice is a pass over the sum of dH, and each of its blocks of rows one over its part of dW: wide slices leave room for few
+    rows. The rows of the call, which are 0 in ``problem``, have no say, so that each row's dH is summed in the same order with any
+    others.
+    """
+    # What many rows have beside tiles is to leave most of a small budget.
+    beside = memory(replace(problem, rows=1, active_rows=1), Tile(0, 0), 0).backward
+    count = min(MANY_ROWS, max(problem.memory_budget // (4 * beside), 1)) if beside else 1
+    many = replace(problem, rows=count, active_rows=count)
+    cached = cached_rows(many, strategy)
+
+    def moved(columns: int) -> int:
+        rows = _most(lambda rows: memory(many, Tile(rows, columns), cached).backward <= many.memory_budget, count)
+        return sum(bytes_of_sums(many, Tile(rows, columns)))
+
+    slices = range(-(-problem.vocab // config.MOST_COLUMNS), config.padded(problem.vocab) // config.COLUMN_UNIT + 1)
+    return min((config.padded(-(-problem.vocab // count)) for count in slices), key=moved)
+
+
+def _half(columns: int) -> int:
+    return max(columns // 2 // config.COLUMN_UNIT, 1) * config.COLUMN_UNIT
+
+
+def _even(rows: int, fits: Callable[[int], bool]) -> int:
+    """Return the rows of a block, where there are as few blocks as are of rows that ``fit``, and all of one height."""
+    blocks = -(-rows // _most(fits, rows))
+    return -(-rows // max(blocks, 1)) or 1
+
+
+def _most(fits: Callable[[int], bool], most: int) -> int:
+    """Return the largest number from 1 to ``most`` that ``fits``, of which smaller ones do too; 1 where none does."""
+    least = 1
+    while least < most:
+        middle = (least + most + 1) // 2
+        least, most = (middle, most) if fits(middle) else (least, middle - 1)
+    return least
 
 
 def _kernels(problem: Problem, target: Target, cached: int) -> tuple[str, ...]:
@@ -109,7 +155,7 @@ def _kernels(problem: Problem, target: Target, cached: int) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def memory(problem: Problem, tile: Tile, cached: int) -> Memory:
+def memory(problem: Problem, tile: Tile, cached: int, in_place: bool = False) -> Memory:
     """Return what a call allocates; the gpu tests hold it against the allocator."""
     rows, item = problem.rows, problem.dtype.itemsize
     cache = cached * _bytes_of_e(problem)
@@ -119,12 +165,15 @@ def memory(problem: Problem, tile: Tile, cached: int) -> Memory:
     backward = accumulator = 0
     if problem.needs_grad:
         sixteen_bit = item < 4
-        backward = cache + rows * (10 * 8 + 26 * 4) + tile.rows * tile.columns * item
+        backward = cache + rows * (10 * 8 + 26 * 4) + tile.rows * tile.columns * item * (not in_place)
         # Rows of H are gathered where some have left; of several blocks, the next is gathered while the last is still held.
         backward += tile.rows * problem.width * item * problem.grad_weight * (1 + (problem.planned_rows > tile.rows))
-        backward += tile.columns * problem.width * 4 * problem.grad_weight * sixteen_bit  # dW of the slice
-        product_rows = min(PRODUCT_ROWS, max(tile.rows, tile.columns))
-        backward += product_rows * problem.width * 4 * sixteen_bit * (problem.grad_hidden or problem.grad_weight)
+        if in_place:  # a product of dW, added to a sum of the whole; that of dH is made where it is to be
+            backward += tile.columns * problem.width * 4 * problem.grad_weight
+        else:
+            backward += tile.columns * problem.width * 4 * problem.grad_weight * sixteen_bit  # dW of the slice
+            product_rows = min(PRODUCT_ROWS, max(tile.rows, tile.columns))
+            backward += product_rows * problem.width * 4 * sixteen_bit * (problem.grad_hidden or problem.grad_weight)
         backward += tile.columns * 4 * 2 * problem.grad_bias
         accumulator = rows * problem.width * 4 if problem.grad_hidden and sixteen_bit else 0
     return Memory(forward, backward, accumulator)
