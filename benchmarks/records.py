@@ -16,6 +16,9 @@ step
 scaling
     ``axis``, ``contender``, ``dtype``, ``fixed``, ``points`` (``value``, ``ms``, ``ms_of_rounds``, ``flops``), ``fit``
     (``fixed_ms``, ``tflops``, ``r2``)
+support
+    ``model``, ``vocab``, ``width``, ``rows``, ``ids`` (of all rows' supports), ``dtype``, ``call``, ``name``, ``ms`` and
+    ``ms_of_rounds``, ``peak_bytes`` (beyond operands and results)
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-SECTIONS = ("kernels", "step", "scaling")
+SECTIONS = ("kernels", "step", "scaling", "support")
 ORDER = ("floor", "naive", "ours", "peer")
 KERNEL = ("group", "model", "layers", "rows", "vocab", "width", "dtype", "active", "distribution")  # these tell tables apart
 STEP = ("model", "phase", "layer", "layers", "sequences", "length", "dtype", "checkpointing")

@@ -1,7 +1,7 @@
 """What the results say: docs/benchmarks.md with its pictures, and the marked places of README.md: ``python -m benchmarks.report``.
 
-The places are named "speed" and "step" (the headlines of each machine), "demo" (the table of its accuracies), and as the numbers of
-results/recorded.json. That file is kept by hand, the others by the benchmarks.
+The places are named "speed", "step" and "support" (the headlines of each machine), "demo" (the table of its accuracies), and as the
+numbers of results/recorded.json. That file is kept by hand, the others by the benchmarks.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if not __package__:  # run as a file: those beside it would hide the packages of
 
 from benchmarks.readme import fill, unbacked
 from benchmarks.records import Machine, Record, Results, machines, read_results
-from benchmarks.sections import kernels, scaling, step
+from benchmarks.sections import kernels, scaling, step, support
 from benchmarks.text import rates, table
 from bupo.output import replace_file
 from bupo.plots import write_figure
@@ -47,7 +47,8 @@ IN_SHORT = """\
 Of every model and call: in bfloat16, with all rows active, the most rows (tokens) that naive logits took too; the fastest of each
 kind that computes the same. × floor, useful TFLOP/s, peak memory."""
 NOTHING = "Nothing is measured yet."
-SECTIONS = {"kernels": kernels, "step": step, "scaling": scaling}
+SECTIONS = {"kernels": kernels, "step": step, "scaling": scaling, "support": support}
+PLACES = {"speed": "kernels", "step": "step", "support": "support"}  # of README.md, and the section whose headlines stand there
 PICTURES = {"time": "time in units of the floor", "memory": "peak memory", "errors": "errors against float64", "scaling": "scaling"}
 
 
@@ -106,7 +107,7 @@ def _when(section: Record) -> str:
 def blocks(results: Results) -> dict[str, str]:
     """Return what stands in the marked places of README.md, by name."""
     measured, recorded = machines(results), results.get("recorded", {})
-    tables = {place: _in_short(measured, name, every_model=False) for place, name in (("speed", "kernels"), ("step", "step"))}
+    tables = {place: _in_short(measured, name, every_model=False) for place, name in PLACES.items()}
     if demo := recorded.get("demo"):
         first, *others = demo["rows"][0]
         body = [[row[first], *(f"{100 * row[name]:.1f} %" for name in others)] for row in demo["rows"]]

@@ -6,7 +6,9 @@ Every rank knows all samples of a step and divides them alike, so that no rank w
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -30,6 +32,7 @@ class MicroBatch:
     sampler_logprobs: Tensor  # the log-probs the targets were sampled with, NaN where there are none
     lengths: tuple[int, ...]  # the lengths of the sequences, in order
     old_logprobs: Tensor | None = None  # the optimised policy's before the step's first update
+    kept: tuple[Tensor, Tensor] | None = None  # ids [M] and offsets [T + 1] that the sampler kept for targets; None for all
 
     @property
     def mask(self) -> Tensor:  # [1, T] bool
@@ -63,7 +66,24 @@ def pack(samples: Sequence[Sample], coefficients: Sequence[float], device: torch
         coefficients=torch.tensor([factors], dtype=torch.float32, device=device),
         sampler_logprobs=torch.tensor([sampler], dtype=torch.float32, device=device),
         lengths=tuple(lengths),
+        kept=_support(samples, device),
     )
+
+
+def _support(samples: Sequence[Sample], device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Return the ids that the sampler kept for each position of the row, none where no response token follows; or None where
+    it kept all. Raise ``ValueError`` where it did so for some samples alone."""
+    sets = [sample.kept for sample in samples]
+    if not any(sets):
+        return None
+    ids, sizes = array("i"), array("i")
+    for sample, kept in zip(samples, sets, strict=True):
+        if kept is None:
+            raise ValueError("samples: some with and some without kept sets given, accepted are those of one sampling")
+        ids += kept.ids
+        sizes += array("i", [0] * (len(sample.prompt_ids) - 1)) + kept.sizes
+    offsets = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int64, device=device)
+    return torch.tensor(ids, dtype=torch.int64, device=device), offsets
 
 
 def pack_all(samples: Sequence[Sample], coefficients: Sequence[float], max_tokens: int, world: World) -> list[MicroBatch]:

@@ -104,6 +104,15 @@ class Rollout(Section):
     samples: PositiveInt = Field(8, description="responses per prompt, the group of GRPO")
     max_new_tokens: PositiveInt = 256
     temperature: PositiveFloat = Field(1.0, description="of sampling, and of every log-prob in the loss")
+    top_k: NonNegativeInt = Field(
+        0, description="how many ids sampling keeps, the most probable; 0 = all. All log-probs in the loss are on the ids kept"
+    )
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="the probability together of the fewest ids that sampling keeps, after top_k; 1 = all"
+    )
+    min_p: Decay = Field(
+        0.0, description="the least share of the greatest probability of ids that sampling keeps, after top_p; 0 = all"
+    )
     sequences: PositiveInt = Field(512, description="generated at a time per device; bounds the cache of keys and values")
     skip_special_tokens: bool = Field(
         False, description="leave all special tokens out of the text that rewards and files have, not only end and padding"
@@ -217,6 +226,8 @@ class TrainConfig(Section):
         require(self.data.train != [], "data.train", "is at least one")
         unpacked = rollout.engine != "vllm" or not self.model.lower().endswith(".gguf")
         require(unpacked, "rollout.engine", "are continuous and generate for a GGUF file")
+        bounded = rollout.engine != "vllm" or rollout.top_k > 0 or (rollout.top_p == 1 and rollout.min_p == 0)
+        require(bounded, "rollout.top_k", "with rollout.engine: vllm and a top_p or min_p are 1 and more, which bound its sets")
         require(
             rollout.prompts % optimizer.mini_batch == 0,
             "optimizer.mini_batch",

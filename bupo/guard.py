@@ -16,7 +16,7 @@ from bupo.data import Example
 from bupo.distributed import World, as_forward
 from bupo.errors import ConfigError
 from bupo.output import replace_file
-from bupo.rollout import Rollout, Sample
+from bupo.rollout import WHOLE, Rollout, Sample
 from bupo_kernels import policy_logprobs
 
 FILE = "guard.json"  # in the run folder, since the first model is gone when a run is resumed
@@ -32,7 +32,7 @@ class PerplexityGuard:
         path = config.output_dir / FILE
         if last == 0:
             prompts = [example.prompt_ids for example in world.share(heldout[: config.guards.responses])]
-            samples = world.gather(rollout.with_sampling(stream="guard").generate(prompts, 1, 0))
+            samples = world.gather(rollout.with_sampling(stream="guard", **WHOLE).generate(prompts, 1, 0))
             self._hold(samples)
             self.first = 1.0
             self.first = self.measure(model)

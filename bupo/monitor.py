@@ -33,6 +33,7 @@ PARTS = (
     ("reward {:.3f}", "reward"),
     ("({:d} failed)", "reward_failures"),
     ("len {:.0f}", "response_tokens"),
+    ("of {:.1f} ids", "support_size"),
     ("loss {:+.4f}", "loss"),
     ("entropy {:.2f}", "entropy"),
     ("({:.2f})", "entropy_final"),

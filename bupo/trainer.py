@@ -35,7 +35,7 @@ from bupo.monitor import RunFolder
 from bupo.output import FolderLock
 from bupo.peaks import peak_flops
 from bupo.rewards import RewardPool
-from bupo.rollout import Rollout, Sample, Stopped, configured_decode, configured_rollout
+from bupo.rollout import WHOLE, Rollout, Sample, Stopped, configured_decode, configured_rollout
 from bupo.schedule import FINAL, OptimisedPolicy, Schedule, learning_rate
 from bupo_kernels import PolicyObjective, policy_divergence, policy_lens, policy_logprobs, policy_loss
 
@@ -281,7 +281,7 @@ def evaluate_heldout(setup: Setup, progress: Callable[[int, int], None], termina
     """Return the held-out accuracy of the final policy. Raises :class:`Stopped` on SIGTERM. A collective."""
     evaluation = setup.config.evaluation
     return evaluate(
-        setup.rollout.with_sampling(temperature=evaluation.temperature),
+        setup.rollout.with_sampling(temperature=evaluation.temperature, **WHOLE),
         setup.decode,
         setup.heldout,
         setup.pool,
@@ -327,8 +327,9 @@ def batch_options(batch: MicroBatch, config: TrainConfig) -> dict[str, Any]:
 
 
 def call_options(batch: MicroBatch, policy: OptimisedPolicy, config: TrainConfig) -> dict[str, Any]:
-    """Return the arguments that the log-probs, loss and divergence of ``policy`` on ``batch`` have in common."""
-    return batch_options(batch, config) | policy.options
+    """Return the arguments that the log-probs, loss and divergence of ``policy`` on ``batch`` have in common: also that they are on
+    the ids that the sampler kept, for an internal policy too."""
+    return batch_options(batch, config) | {"support": batch.kept} | policy.options
 
 
 @torch.no_grad()
@@ -461,14 +462,16 @@ def describe_run(setup: Setup) -> str:
     return f"{architecture.model_type}, {size}; {devices}; {len(setup.order.examples):,} prompts"
 
 
-def describe_samples(samples: list[Sample], rewards: Tensor, advantages: Tensor) -> dict[str, float]:
+def describe_samples(samples: list[Sample], rewards: Tensor, advantages: Tensor) -> dict[str, float | None]:
     """Return what a step's samples are like on average."""
+    kept = [sample.kept for sample in samples if sample.kept is not None]
     return {
         "reward": rewards.nanmean().item(),
         "reward_failures": int(rewards.isnan().sum()),
         "active": (advantages != 0).float().mean().item(),
         "response_tokens": sum(len(sample.response_ids) for sample in samples) / len(samples),
         "finished": sum(sample.finished for sample in samples) / len(samples),
+        "support_size": sum(len(sets.ids) for sets in kept) / sum(len(sets.sizes) for sets in kept) if kept else None,
     }
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from bupo_kernels.backends import machine
-from bupo_kernels.backends.base import Backend, Problem, TilePlan, TooSmall
+from bupo_kernels.backends.base import Backend, Candidate, Problem, TilePlan, TooSmall
 from bupo_kernels.backends.cpu_bf16 import CpuBf16
+from bupo_kernels.backends.gathers import Gathers, TorchGathers
 from bupo_kernels.backends.machine import Gpu, Seconds
+from bupo_kernels.backends.native_gathers import NativeGathers
 from bupo_kernels.backends.native_rows import NativeCpu, NativeCuda
 from bupo_kernels.backends.torch_ import Torch
-from bupo_kernels.backends.triton_ import Triton
+from bupo_kernels.backends.triton_ import Triton, TritonGathers
 
 TRITON, CPU_BF16, NATIVE_CPU, NATIVE_CUDA, TORCH = Triton(), CpuBf16(), NativeCpu(), NativeCuda(), Torch()
 
@@ -34,7 +36,18 @@ BACKENDS: dict[str, Callable[[Problem], Backend]] = {
     "torch": lambda problem: TORCH,
 }
 STRATEGIES = {"triton": Triton.strategies, "native": NativeCpu.strategies, "torch": Torch.strategies}
-NAMES = ("auto", *(n for name, strategies in STRATEGIES.items() for n in (name, *(f"{name}:{s}" for s in strategies))))
+
+
+def _names(strategies: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    return "auto", *(n for name, own in strategies.items() for n in (name, *(f"{name}:{s}" for s in own)))
+
+
+NAMES = _names(STRATEGIES)
+
+# The same for a call on supports.
+GATHERS: dict[str, Gathers] = {"triton": TritonGathers(), "native": NativeGathers(), "torch": TorchGathers()}
+
+Chosen = TypeVar("Chosen", bound=Candidate)
 
 SHARE_ROWS = 32768  # of the call for which a predicted share is stated
 
@@ -183,11 +196,21 @@ def choose(problem: Problem, backend: str = "auto") -> tuple[str, Backend, str |
 
     Raise ``ValueError`` when ``backend`` is unknown or cannot run the problem, with its reason.
     """
-    if backend not in NAMES:
-        raise ValueError(f"backend: {backend!r} given, accepted are {', '.join(map(repr, NAMES))}")
+    return _choose(problem, backend, NAMES, {name: stands_for(problem) for name, stands_for in BACKENDS.items()})
+
+
+def choose_gathers(problem: Problem, backend: str = "auto") -> tuple[str, Gathers, str | None, dict[str, str]]:
+    """Return what :func:`choose` does, for a call on supports."""
+    return _choose(problem, backend, _names({name: gathers.strategies for name, gathers in GATHERS.items()}), GATHERS)
+
+
+def _choose(
+    problem: Problem, backend: str, accepted: tuple[str, ...], candidates: Mapping[str, Chosen]
+) -> tuple[str, Chosen, str | None, dict[str, str]]:
+    if backend not in accepted:
+        raise ValueError(f"backend: {backend!r} given, accepted are {', '.join(map(repr, accepted))}")
     asked, _, given = backend.partition(":")
     strategy = given or None
-    candidates = {name: stands_for(problem) for name, stands_for in BACKENDS.items()}
     reasons = {name: reason for name, candidate in candidates.items() if (reason := _why_not(candidate, problem, strategy))}
     if asked == "auto":
         passed_over = {}
@@ -213,12 +236,12 @@ def _milliseconds(seconds: Seconds) -> str:
     return f"{1e3 * seconds.forward:.2f} ms forward, {1e3 * seconds.total:.2f} with the backward"
 
 
-def _predicted_rate(backend: Backend, problem: Problem) -> str | None:
+def _predicted_rate(backend: Candidate, problem: Problem) -> str | None:
     share = predicted_share(backend, problem)
     return None if share is None else f"{share[0]:.2f} of the rate of bare products on {share[1].name}"
 
 
-def predicted_share(backend: Backend, problem: Problem) -> tuple[float, Gpu] | None:
+def predicted_share(backend: Candidate, problem: Problem) -> tuple[float, Gpu] | None:
     """Return the share of the rate of bare products that a forward in 16 bit is expected to reach, and on which GPU: on the one
     that is there or planned for, or, where its rates are not known, on an H100. None where there is no such expectation."""
     if problem.device.type == "cpu" or problem.dtype.itemsize != 2:
@@ -232,7 +255,7 @@ def _gpu_of(problem: Problem) -> Gpu | None:
     return problem.gpu or machine.present(problem.device)
 
 
-def _why_not(backend: Backend, problem: Problem, strategy: str | None) -> str | None:
+def _why_not(backend: Candidate, problem: Problem, strategy: str | None) -> str | None:
     if problem.quantised and not backend.reads_quantised:
         return "weight: a quantised one given, accepted is a plain Tensor"
     return backend.why_not(problem, strategy)

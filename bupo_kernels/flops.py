@@ -26,6 +26,8 @@ def tell_flop_counter() -> None:
     counter.register_flop_formula(ops.linear_statistics)(_statistics)
     counter.register_flop_formula(ops.linear_statistics_backward)(_backward)
     counter.register_flop_formula(ops.linear_policy_loss)(_policy_loss)
+    counter.register_flop_formula(ops.support_statistics)(_on_support)
+    counter.register_flop_formula(ops.support_statistics_backward)(_on_support_backward)
 
 
 def _products(hidden: Shape, weight: Shape, gradients: Flags = (False, False, False)) -> int:
@@ -43,3 +45,17 @@ def _backward(g_logprob: Shape, g_entropy: Shape, g_logsumexp: Shape, hidden: Sh
 
 def _policy_loss(hidden: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
     return _products(hidden, weight, Settings.decode(rest[-1]).planned)
+
+
+def _on_support(
+    hidden: Shape, weight: Shape, bias: Shape, targets: Shape, mask: Shape, temperature: Shape, ids: Shape, *_: Any, **__: Any
+) -> int:
+    return 2 * ids[0] * weight[1]
+
+
+def _on_support_backward(
+    g_logprob: Shape, g_entropy: Shape, g_logsumexp: Shape, hidden: Shape, weight: Shape, *rest: Any, **_: Any
+) -> int:
+    _bias, _targets, _temperature, ids, *_rest = rest
+    grad_hidden, grad_weight, _grad_bias = Settings.decode(rest[-1]).needed
+    return (grad_hidden + grad_weight) * 2 * ids[0] * weight[1]

@@ -42,7 +42,8 @@ from bupo_kernels import engine, ops
 from bupo_kernels.backends import machine
 from bupo_kernels.dispatch import Plan, default_memory_budget
 from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective, active_tokens, policy_metrics, policy_terms, token_weights
-from bupo_kernels.request import Request, check_constant, check_finite, check_rows_of
+from bupo_kernels.request import Request, check_constant, check_rows_of
+from bupo_kernels.support import SupportPlan
 
 
 class LinearLogprobs(NamedTuple):
@@ -64,9 +65,11 @@ def linear_logprobs(
     softcap: float | None = None,
     mask: Tensor | None = None,  # [...] bool
     ignore_index: int = -100,
+    support: tuple[Tensor, Tensor] | None = None,  # ids [M], offsets [N + 1], int64
     return_entropy: bool = True,
     backend: str = "auto",
     memory_budget: int | None = None,
+    check: bool = False,
 ) -> LinearLogprobs:
     """Return per-token log-prob, entropy and logsumexp of ``softmax(h Wᵀ)``, without ``[..., V]`` logits.
 
@@ -84,13 +87,28 @@ def linear_logprobs(
         logit_scale: factor on the product, before the softcap (Cohere, Granite).
         softcap: if given, ``softcap · tanh(· / softcap)``, before the temperature (Gemma).
         mask: ``[...]`` bool, True = the row counts. Masked rows cost nothing: no product is formed for them.
+        support: the ids that each row can have, as samplers with top-p, top-k or min-p keep them: with ``N`` rows, numbered
+            through, row i has ``ids[offsets[i]:offsets[i + 1]]``, in any order. The policy is renormalised on them,
+            ``p_j = e^(z_j) / Σ e^(z_k)`` over the row's ids, as if all other logits were −inf, and every result is of that policy.
+            The work is that of M logits instead of N·V; see below.
         return_entropy: False skips the entropy; the field is then None.
         backend: ``"auto"``, ``"triton"``, ``"native"`` (C++ and CUDA) or ``"torch"``, or one with its strategy:
             ``"triton:recompute"``, ``"triton:cached"``, or an instruction set, as in ``"native:avx2"``; :func:`explain` says which
             would run, and why not the others.
         memory_budget: upper bound in bytes on working memory, what is kept for the backward included; 256 MiB by default on
             the CPU, elsewhere a sixteenth of the device's memory and at least 1 GiB. Outputs and gradients come on top, and for
-            16-bit inputs one fp32 sum of dH; :func:`explain` states each.
+            16-bit inputs one fp32 sum of dH; :func:`explain` states each. With a ``support`` it bounds the rows of ``hidden`` and
+            ``weight`` that are copied; the logits and what they become take up to 72 bytes an id, of which 4 are kept for the
+            backward.
+        check: look for NaN and inf in the inputs first (this waits for the device), and name the first; with a ``support``, also
+            for a row that counts and has no id, has an id twice, or has a target that is none of its ids.
+
+    With a ``support`` a target that is none of its row's ids has log-prob −inf, and the gradient −p of the ids that are there, as
+    with logits masked by −inf. A row of one id has log-prob and entropy 0, of which there is no gradient, and which cost nothing in
+    the backward; its logsumexp is still that logit, and costs the forward one dot product. A row without an id has no policy: NaN,
+    and no gradient. An id that stands twice in a row counts as two, of which the first is the target. Masked rows may have any ids,
+    or none. dW is dense, and each of its rows is summed in one order: repeatable bit for bit, on a GPU too. It runs on ``native``
+    in fp32 and bf16 on a CPU, on ``torch`` anywhere, and on ``triton`` where that is asked for; a quantised weight is refused.
 
     Returns:
         :class:`LinearLogprobs`. All three are differentiable, alone or together, with respect to ``hidden``, ``weight`` and
@@ -114,9 +132,12 @@ def linear_logprobs(
         mask=mask,
         ignore_index=ignore_index,
         return_entropy=return_entropy,
+        support=support,
         backend=backend,
         memory_budget=memory_budget,
     )
+    if check:
+        request.check_values()
     return logprobs_of(request)
 
 
@@ -132,6 +153,7 @@ def linear_cross_entropy(
     targets: Tensor,  # [...] int64
     *,
     reduction: str = "mean",
+    check: bool = False,
     **options: Any,
 ) -> Tensor:
     """Return the cross entropy ``−logprob`` of ``softmax(h Wᵀ)``, without logits.
@@ -139,6 +161,7 @@ def linear_cross_entropy(
     Args:
         reduction: ``"mean"`` over the rows that count (0.0 when none does, where ``F.cross_entropy`` gives NaN), ``"sum"``,
             or ``"none"`` for the shape of ``targets`` with 0.0 on masked rows.
+        check: as in :func:`linear_logprobs`.
         options: those of :func:`linear_logprobs`, except ``return_entropy``.
 
     Returns:
@@ -148,6 +171,8 @@ def linear_cross_entropy(
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: {reduction!r} given, accepted are 'mean', 'sum', 'none'")
     request = Request.of(hidden, weight, targets, return_entropy=False, **options)
+    if check:
+        request.check_values()
     losses = -logprobs_of(request).logprobs
     if reduction == "none":
         return losses
@@ -172,7 +197,9 @@ def linear_policy_loss(
 
     6·N·V·D FLOP forward and backward instead of 8, and memory for one chunk of rows. Objectives that need the log-probs of a whole
     sequence before any gradient (``objective.needs_sequence``) take two passes, as :func:`linear_logprobs` would; so does the
-    ``triton`` backend in fp32 or with a softcap. :func:`explain` with ``objective=`` says which.
+    ``triton`` backend in fp32 or with a softcap. :func:`explain` with ``objective=`` says which. With a ``support`` the logits are
+    few enough to be kept: there it is always a forward and a backward, of 6·M·D FLOP, and rows that have their target as their
+    only id cost nothing in either.
 
     Args:
         advantages: ``[...]``, or one per sequence, ``[..., 1]``. Like all that follow, a constant: one that requires a gradient is
@@ -185,7 +212,7 @@ def linear_policy_loss(
             of the leading dimensions.
         denominator: replaces the call's own in the aggregation, so that it can span micro-batches and ranks: how many tokens
             count, or for the sequence means how many sequences have one.
-        check: look for NaN and inf in the inputs first (this waits for the device), and name the first.
+        check: as in :func:`linear_logprobs`, for the other inputs too.
         options: those of :func:`linear_logprobs`, except ``return_entropy``.
 
     Returns:
@@ -210,16 +237,17 @@ def linear_policy_loss(
     active = active_tokens(advantages, request.active(), sampler_logprobs)
     if check:
         constants = {name: x for name, x in given.items() if name != "sampler_logprobs"}
-        by_row = {"hidden": request.hidden, **constants, "advantages": advantages}
-        check_finite({"weight": request.weight, "bias": request.bias}, by_row, active)
+        request.check_values(active, **constants, advantages=advantages)
     sequences = active.reshape(math.prod(active.shape[:-1]), active.shape[-1])  # of no token either, where -1 would be any number
     dtype = torch.promote_types(request.hidden.dtype, torch.float32)
     weights = token_weights(
         sequences, objective.aggregation, denominator=denominator, max_length=objective.max_length, dtype=dtype
     ).view(targets.shape)
 
-    if objective.needs_sequence:
-        found = logprobs_of(replace(request, mask=active))
+    if objective.needs_sequence or request.support is not None:
+        if not objective.needs_sequence:
+            active = engine.rows_that_matter(objective, active, weights, advantages)
+        found = logprobs_of(replace(request, mask=active & ~request.settled()))
         assert found.entropy is not None
         logprob, entropy = found.logprobs.detach(), found.entropy.detach()
         terms = policy_terms(objective, logprob, entropy, advantages, mask=active, **given)
@@ -248,7 +276,7 @@ def explain(
     objective: PolicyObjective | None = None,
     device: str | None = None,
     **options: Any,
-) -> Plan:
+) -> Plan | SupportPlan:
     """Return the plan that :func:`linear_logprobs` would follow for the same arguments, or, given an ``objective``,
     :func:`linear_policy_loss` with no row of zero advantage; no product is formed. ``print`` it.
 

@@ -147,7 +147,8 @@ def policy_logprobs(
             ``attention_mask``, which would let packed sequences see one another.
         layer, module, final_norm: the policy, as in :func:`internal_policy`; ``layer=None`` is the model's own.
         model_options: further arguments of the backbone's forward, e.g. those that a packed attention needs.
-        options: those of :func:`bupo_kernels.linear_logprobs`.
+        options: those of :func:`bupo_kernels.linear_logprobs`. A ``support`` is that of the sampler, which draws from the model's
+            own policy: an internal one is renormalised on the ids that this had kept, of which it may hold little probability.
 
     Returns:
         :class:`LinearLogprobs`, each field ``[B, S]`` fp32; gradients reach the head, the embedding and layers 1..``layer``.

@@ -1,22 +1,27 @@
 """The ops as torch sees them: registered, with shapes for tracing and a gradient, opaque to compilers.
 
-One op and its backward, and one for the one-pass loss, serve every backend. A traced graph holds one node whatever the number of
-rows is. Tensors and the readout's numbers are arguments of their own, for torch to differentiate, batch and trace; all else is one
-string of :class:`engine.Settings`. (Lists of tensors, which would be shorter, torch neither batches nor differentiates.)
+One op and its backward, one for the one-pass loss, and the first two again for supports, serve every backend. A traced graph holds
+one node whatever the number of rows is. Tensors and the readout's numbers are arguments of their own, for torch to differentiate,
+batch and trace; all else is one string of :class:`engine.Settings`. (Lists of tensors, which would be shorter, torch neither
+batches nor differentiates.)
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from bupo_kernels import derivatives, engine
-from bupo_kernels.backends.base import Cache, Operands, Readout
+from bupo_kernels import support as supports
+from bupo_kernels.backends.base import Cache, Operands, Problem, Readout
 from bupo_kernels.dispatch import choose
 from bupo_kernels.engine import Flags, PolicyTokens, Settings
+from bupo_kernels.support import Support
 
 Context = Any  # torch.autograd.function.FunctionCtx, which does not declare what it is given
 
@@ -67,11 +72,17 @@ def linear_statistics(
     operands = operands_of(hidden, weight, bias, targets, row_temperature, temperature, logit_scale, softcap)
     found = engine.statistics(operands, mask, Settings.decode(settings))
 
+    return *_in_shape(found, targets), found.saved, *found.cache
+
+
+def _in_shape(found: engine.Forward | supports.Forward, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logprob, entropy ([0] without) and logsumexp in the shape of ``targets``."""
+
     def shaped(statistic: Tensor) -> Tensor:  # not a view: FSDP hooks module outputs, and an in-place change would lose the hook
         return statistic.view(targets.shape).clone()
 
     entropy = found.saved.new_empty(0) if found.entropy is None else shaped(found.entropy)
-    return shaped(found.logprob), entropy, shaped(found.logsumexp), found.saved, *found.cache
+    return shaped(found.logprob), entropy, shaped(found.logsumexp)
 
 
 @linear_statistics.register_fake
@@ -80,14 +91,19 @@ def _(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, _mas
     operands, settings = operands_of(hidden, weight, bias, targets, *readout), Settings.decode(encoded)
     problem = engine.problem_of(operands, 0, settings)
     _, backend, strategy, _ = choose(problem, settings.backend)
+    cache = backend.empty_cache(problem, backend.cached_rows(problem, strategy))
+    return *_traced_statistics(problem, targets, settings), *cache
+
+
+def _traced_statistics(problem: Problem, targets: Tensor, settings: Settings) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return logprob, entropy, logsumexp and what is saved of them, as far as tracing goes."""
 
     def empty(*shape: int) -> Tensor:
-        return hidden.new_empty(shape, dtype=problem.statistics_dtype)
+        return targets.new_empty(shape, dtype=problem.statistics_dtype)
 
     entropy = empty(*targets.shape) if settings.with_entropy else empty(0)
     saved = empty(4 if settings.with_entropy else 3, problem.rows)
-    cache = backend.empty_cache(problem, backend.cached_rows(problem, strategy))
-    return empty(*targets.shape), entropy, empty(*targets.shape), saved, *cache
+    return empty(*targets.shape), entropy, empty(*targets.shape), saved
 
 
 @torch.library.custom_op("bupo_kernels::linear_statistics_backward", mutates_args=())
@@ -134,21 +150,22 @@ def _gradients_of_inputs(ctx: Context, found: tuple[Tensor | None, ...]) -> tupl
 
 
 def _save_for_backward(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, targets, _, row_temperature, *ctx.numbers, ctx.settings = inputs
+    hidden, weight, bias, targets, _, row_temperature, *support, temperature, logit_scale, softcap, ctx.settings = inputs
+    ctx.numbers = temperature, logit_scale, softcap
     _, _, _, *left = output
-    ctx.save_for_backward(hidden, weight, bias, targets, row_temperature, *left)
+    ctx.save_for_backward(hidden, weight, bias, targets, row_temperature, *support, *left)
     ctx.mark_non_differentiable(*left)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Context, *upstream: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Context, *upstream: Tensor | None, backward: Callable[..., tuple[Tensor, ...]]) -> tuple[Tensor | None, ...]:
     settings = Settings.decode(ctx.settings)
     g_logprob, g_entropy, g_logsumexp = upstream[:3]
     g_entropy = g_entropy if settings.with_entropy else None
     if g_logprob is None and g_entropy is None and g_logsumexp is None:
         return _gradients_of_inputs(ctx, ())
     settings = settings._replace(needed=ctx.needs_input_grad[:3])
-    found = linear_statistics_backward(g_logprob, g_entropy, g_logsumexp, *ctx.saved_tensors, *ctx.numbers, settings.encode())
+    found = backward(g_logprob, g_entropy, g_logsumexp, *ctx.saved_tensors, *ctx.numbers, settings.encode())
     return _gradients_of_inputs(ctx, found)
 
 
@@ -156,7 +173,7 @@ def _backward_of_backward(ctx: Context, *_: Tensor | None) -> None:
     raise derivatives.of_a_gradient("linear_logprobs, linear_cross_entropy or a loss over sequences")
 
 
-linear_statistics.register_autograd(_backward, setup_context=_save_for_backward)
+linear_statistics.register_autograd(partial(_backward, backward=linear_statistics_backward), setup_context=_save_for_backward)
 linear_statistics_backward.register_autograd(_backward_of_backward)
 
 
@@ -214,3 +231,78 @@ def _scale_gradients(ctx: Context, g_loss: Tensor | None, *_: Tensor | None) -> 
 
 
 linear_policy_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
+
+
+@torch.library.custom_op("bupo_kernels::support_statistics", mutates_args=())
+def support_statistics(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045
+    targets: Tensor,
+    mask: Optional[Tensor],  # noqa: UP045
+    row_temperature: Optional[Tensor],  # noqa: UP045
+    ids: Tensor,
+    offsets: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: Optional[float],  # noqa: UP045
+    settings: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return what :func:`linear_statistics` does, on the support of each row; but for the cache, of which the logits [M] take the
+    place."""
+    operands = operands_of(hidden, weight, bias, targets, row_temperature, temperature, logit_scale, softcap)
+    found = supports.statistics(operands, Support(ids, offsets), mask, Settings.decode(settings))
+    return *_in_shape(found, targets), found.saved, found.logits
+
+
+@support_statistics.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    _mask: Any,
+    row_temperature: Tensor | None,
+    ids: Tensor,
+    _offsets: Any,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    *numbers, encoded = rest
+    operands, settings = operands_of(hidden, weight, bias, targets, row_temperature, *numbers), Settings.decode(encoded)
+    problem = engine.problem_of(operands, 0, settings)
+    logits = ids.new_empty(ids.shape if problem.needs_grad else (0,), dtype=problem.statistics_dtype)
+    return *_traced_statistics(problem, targets, settings), logits
+
+
+@torch.library.custom_op("bupo_kernels::support_statistics_backward", mutates_args=())
+def support_statistics_backward(
+    g_logprob: Optional[Tensor],  # noqa: UP045
+    g_entropy: Optional[Tensor],  # noqa: UP045
+    g_logsumexp: Optional[Tensor],  # noqa: UP045
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045
+    targets: Tensor,
+    row_temperature: Optional[Tensor],  # noqa: UP045
+    ids: Tensor,
+    offsets: Tensor,
+    saved: Tensor,
+    logits: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: Optional[float],  # noqa: UP045
+    settings: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dH, dW and db, each [0] where it is not needed."""
+    operands = operands_of(hidden, weight, bias, targets, row_temperature, temperature, logit_scale, softcap)
+    upstream = g_logprob, g_entropy, g_logsumexp
+    return supports.gradients(operands, Support(ids, offsets), upstream, saved, logits, Settings.decode(settings))
+
+
+@support_statistics_backward.register_fake
+def _(_lp: Any, _h: Any, _lse: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return _traced_gradients(hidden, weight, bias, Settings.decode(rest[-1]).needed)
+
+
+support_statistics.register_autograd(partial(_backward, backward=support_statistics_backward), setup_context=_save_for_backward)
+support_statistics_backward.register_autograd(_backward_of_backward)

@@ -30,6 +30,7 @@ def linear_logprobs(
     *,
     mask: Tensor | None = None,  # [...]
     ignore_index: int = -100,
+    support: tuple[Tensor, Tensor] | None = None,  # ids [M], offsets [N + 1]
     dtype: torch.dtype = torch.float64,
     **options,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,8 +44,26 @@ def linear_logprobs(
     active = targets != ignore_index
     if mask is not None:
         active = active & mask
+    if support is not None:
+        by_row = _on_support(z.flatten(0, -2), targets.flatten(), *support)
+        logprob, entropy, lse = (torch.where(active, x.view(targets.shape), 0) for x in by_row)
+        return logprob, entropy, lse
     logprobs = z.log_softmax(-1)
     chosen = logprobs.gather(-1, targets.where(active, 0).unsqueeze(-1)).squeeze(-1)
     entropy = -(logprobs.exp() * logprobs).sum(-1)
     zero = torch.zeros((), dtype=dtype, device=z.device)
     return torch.where(active, chosen, zero), torch.where(active, entropy, zero), torch.where(active, z.logsumexp(-1), zero)
+
+
+def _on_support(z: Tensor, targets: Tensor, ids: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [N, V], [N], …
+    """Return log-prob, entropy and logsumexp, [N] each, of the logits whose ids each row has."""
+    found = []
+    for row, target, start, stop in zip(z, targets, offsets[:-1].tolist(), offsets[1:].tolist(), strict=True):
+        own = ids[start:stop]
+        log_p, lse = row[own].log_softmax(0), row[own].logsumexp(0)
+        hits = log_p[own == target]
+        entropy = -(log_p.exp() * log_p.masked_fill(log_p == -torch.inf, 0)).sum()
+        values = hits[0] if len(hits) else -torch.inf - lse, entropy, lse
+        found.append(torch.stack([torch.nan * x if start == stop else x for x in values]))
+    whole = torch.stack(found) if found else z.new_zeros(0, 3)
+    return whole[:, 0], whole[:, 1], whole[:, 2]

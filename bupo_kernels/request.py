@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from bupo_kernels import derivatives, engine, ops
+from bupo_kernels import support as supports
 from bupo_kernels.backends.base import Operands
 from bupo_kernels.backends.machine import Gpu
 from bupo_kernels.backends.quantised import PLAIN, SLICED, called, is_plain, rows_of
 from bupo_kernels.dispatch import Plan, default_memory_budget, make_plan
 from bupo_kernels.engine import Settings
 from bupo_kernels.flops import tell_flop_counter
+from bupo_kernels.support import Support, SupportPlan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -55,6 +57,7 @@ class Request:
     return_entropy: bool = True
     backend: str = "auto"
     memory_budget: int = 0  # bytes
+    support: Support | None = None
 
     @staticmethod
     def of(hidden: Tensor, weight: Tensor, targets: Tensor, *, memory_budget: int | None = None, **options: Any) -> Request:
@@ -70,6 +73,8 @@ class Request:
         options["bias"] = gathered("bias", options.get("bias"), hidden)
         if memory_budget is not None:
             _check_number("memory_budget", memory_budget, "None and positive numbers of bytes")
+        if options.get("support") is not None:
+            options["support"] = _support_of(options["support"])
         request = Request(hidden, gathered("weight", weight, hidden), targets, **options)
         _check_tensors(request)
         _check_numbers(request)
@@ -84,6 +89,22 @@ class Request:
     def active(self) -> Tensor:  # [...] bool
         """Return which rows count."""
         return engine.active_rows(self.targets, self.mask, self.ignore_index)
+
+    def check_values(self, active: Tensor | None = None, **by_row: Tensor | None) -> None:  # [...] bool, [...] each
+        """Raise ``ValueError`` naming the first number of the operands, or of what comes ``by_row``, that is not finite, and
+        whatever makes of a support no set that its row's target is in. Only ``active`` rows are looked at, those that count if not
+        given."""
+        active = self.active() if active is None else active
+        check_finite({"weight": self.weight, "bias": self.bias}, {"hidden": self.hidden, **by_row}, active)
+        if self.support is not None:
+            supports.check_sets(self.support, self.targets, active, len(self.weight))
+
+    def settled(self) -> Tensor:  # [...] bool
+        """Return which rows have a log-prob and an entropy of 0 whatever their logits: none, but for a support of the target
+        alone."""
+        if self.support is None:
+            return torch.zeros_like(self.targets, dtype=torch.bool)
+        return self.support.settled(self.targets.flatten()).view(self.targets.shape)
 
     @property
     def row_temperature(self) -> Tensor | None:  # [...]
@@ -111,23 +132,30 @@ class Request:
             objective=objective,
         )
 
-    def plan(self, one_pass: bool = False, gpu: Gpu | None = None) -> Plan:
+    def plan(self, one_pass: bool = False, gpu: Gpu | None = None) -> Plan | SupportPlan:
         """Return the plan for the rows that are active, which are counted and checked for it. For a ``gpu`` it is as if they were
         there."""
         operands, active, settings = self.operands(), self.active(), self.settings()
         engine.check_rows(operands, active, self.ignore_index)
+        if self.support is not None:
+            if gpu is not None:
+                raise ValueError(f"gpu: {gpu.name} given, accepted with a support is None: nothing is predicted of it")
+            supports.check(self.support, len(self.weight))
+            ids = int(self.support.sizes[active.flatten()].sum())
+            return supports.plan_for(operands, ids, int(active.sum()), settings)
         problem = engine.problem_of(operands, int(active.sum()), settings)
         if gpu is not None:
             problem = replace(problem, device=torch.device("cuda"), gpu=gpu)
         return make_plan(problem, self.backend, one_pass)
 
     def statistics(self) -> RowStatistics:
-        """Stream the statistics of all rows."""
-        logprobs, entropy, logsumexp, saved, *_ = ops.linear_statistics(
-            *(self.hidden, self.weight, self.bias, self.targets, self.mask, self.row_temperature),
-            *self.numbers,
-            self.settings().encode(),
-        )
+        """Stream the statistics of all rows, or take them on their supports."""
+        tensors = self.hidden, self.weight, self.bias, self.targets, self.mask, self.row_temperature
+        rest = *self.numbers, self.settings().encode()
+        if self.support is None:
+            logprobs, entropy, logsumexp, saved, *_ = ops.linear_statistics(*tensors, *rest)
+        else:
+            logprobs, entropy, logsumexp, saved, *_ = ops.support_statistics(*tensors, *self.support, *rest)
         return RowStatistics(logprobs, entropy if self.return_entropy else None, logsumexp, saved)
 
 
@@ -199,6 +227,33 @@ def check_finite(whole: dict[str, Tensor | None], by_row: dict[str, Tensor | Non
             raise ValueError(f"{name}: {value} at index {index} given, accepted are finite numbers")
 
 
+def _support_of(given: Any) -> Support:
+    """Return a caller's support. Raise ``TypeError`` unless it is a pair of tensors of ids."""
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        what = f"{type(given).__name__} of {len(given)}" if isinstance(given, (tuple, list)) else type(given).__name__
+        raise TypeError(f"support: {what} given, accepted is a pair (ids, offsets) of Tensors")
+    for name, x in zip(Support._fields, given, strict=True):
+        if not isinstance(x, Tensor) or x.dtype != torch.int64:
+            kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"support: {name} of {kind} given, accepted is a Tensor of torch.int64")
+        check_plain("support", x)
+    return Support(*given)
+
+
+def _check_support(support: Support, request: Request) -> None:
+    rows = math.prod(request.targets.shape)
+    for name, x in support._asdict().items():
+        if x.device != request.hidden.device:
+            raise ValueError(f"support: {name} on {x.device} given, accepted is the device of hidden, {request.hidden.device}")
+    if support.ids.dim() != 1:
+        raise ValueError(f"support: ids of shape {tuple(support.ids.shape)} given, accepted is [M], those of all rows")
+    if support.offsets.shape != (rows + 1,):
+        accepted = f"({rows + 1},), one more than there are rows in targets"
+        raise ValueError(f"support: offsets of shape {tuple(support.offsets.shape)} given, accepted is {accepted}")
+    if not is_plain(request.weight):
+        raise TypeError(f"weight: {called(request.weight)} given, accepted with a support is {PLAIN}")
+
+
 def check_plain(name: str, x: Tensor) -> None:
     """Raise ``TypeError`` where the numbers of ``x`` neither lie in memory nor, for a weight, can be dequantised a slice of rows at
     a time."""
@@ -265,6 +320,8 @@ def _check_tensors(request: Request) -> None:
         raise ValueError(
             f"bias: {bias.dtype} of shape {tuple(bias.shape)} given, accepted is floating point of ({weight.shape[0]},)"
         )
+    if request.support is not None:
+        _check_support(request.support, request)
     check_constant("temperature", temperature)
     if isinstance(temperature, Tensor) and not (
         temperature.shape == leading and temperature.is_floating_point() and temperature.device == hidden.device

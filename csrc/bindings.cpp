@@ -60,6 +60,13 @@ cpu::Matrix matrix(Address data, std::int64_t stride, std::int64_t rows, std::in
   return {at<const cpu::Bf16>(data), stride, rows, width};
 }
 
+// Returns rows that may be read in any order.
+cpu::Rows rows_of(Address data, std::int64_t stride, std::int64_t width, bool bf16) {
+  require(stride >= 0, "strides of 0 and more");
+  const void* first = bf16 ? static_cast<const void*>(at<const cpu::Bf16>(data)) : at<const float>(data);
+  return {first, stride, width, bf16};
+}
+
 // Returns the rows of a matrix [4, rows] with this stride.
 cpu::Statistics statistics(Address m, std::int64_t stride, std::int64_t rows) {
   float* first = at<float>(m);
@@ -179,6 +186,30 @@ void bind_cpu(py::module_& module) {
             self.kernels->row_gradient(
                 at<const float>(logits), apart(stride, rows, columns), rows, columns, readout(bias, outer, inner, softcap), formed,
                 coefficients(m, constant, slope, on_target, targets), at<float>(dz), counts(rows, columns, threads));
+          },
+          release())
+      .def(
+          "gathered_dots",
+          [](const Cpu& self, Address left, i64 left_stride, Address left_rows, Address right, i64 right_stride, Address right_rows,
+             i64 count, i64 width, bool bf16, Address out, int threads) {
+            counts(count, width, threads);
+            if (count == 0) return;
+            self.kernels->gathered_dots(rows_of(left, left_stride, width, bf16), at<const i64>(left_rows),
+                                        rows_of(right, right_stride, width, bf16), at<const i64>(right_rows), count, at<float>(out),
+                                        threads);
+          },
+          release())
+      .def(
+          "gathered_sums",
+          [](const Cpu& self, Address factors, Address source, i64 stride, Address index, Address offsets, i64 segments, i64 width,
+             bool bf16, Address out, Address places, int threads) {
+            counts(segments, width, threads);
+            if (segments == 0) return;
+            void* to = bf16 ? static_cast<void*>(at<cpu::Bf16>(out)) : at<float>(out);
+            // No entry, no factors and no index: empty tensors have no address.
+            self.kernels->gathered_sums(at_or_null<const float>(factors), rows_of(source, stride, width, bf16),
+                                        at_or_null<const i64>(index), at<const i64>(offsets), segments, to, at<const i64>(places),
+                                        threads);
           },
           release());
 }

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import math
+from array import array
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from problems import covering, model_error, policy_error
 from bupo.attention import NAME, packed_options, per_sequence_attention, training_attention
 from bupo.batching import IGNORE, fill, pack, pack_all, plan_micro_batches, token_weights, tokens
 from bupo.distributed import World
-from bupo.rollout import Sample
+from bupo.rollout import KeptSets, Sample
 from bupo_kernels import policy_logprobs, policy_loss
 
 CPU = torch.device("cpu")
@@ -44,6 +45,18 @@ def test_a_packed_row_holds_the_sequences_their_positions_and_the_tokens_that_fo
     assert batch.sampler_logprobs[0, 2:4].tolist() == [-0.5, -0.25]
     assert batch.sampler_logprobs[0, [0, 1, 4]].isnan().all()
     assert batch.lengths == (4, 1)
+
+
+def test_packed_rows_have_the_sets_of_their_tokens_and_none_elsewhere():
+    first = Sample([5, 6, 7], [8, 1], [-0.5, -0.25], True, KeptSets(array("i", [8, 9, 1]), array("i", [2, 1])))
+    second = Sample([9], [10], [-1.0], False, KeptSets(array("i", [3, 10]), array("i", [2])))
+    ids, offsets = pack([first, second], [2.0, -3.0], CPU).kept
+    assert ids.tolist() == [8, 9, 1, 3, 10]
+    assert offsets.tolist() == [0, 0, 0, 2, 3, 5]
+    assert ids.dtype == offsets.dtype == torch.int64
+    assert pack([], [], CPU).kept is None
+    with pytest.raises(ValueError, match="samples: some with and some without kept sets given"):
+        pack([first, Sample([9], [10], None, False)], [1.0, 1.0], CPU)
 
 
 def test_a_rank_without_work_gets_a_row_that_changes_nothing():

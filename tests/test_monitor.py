@@ -127,6 +127,7 @@ def test_the_line_of_a_step_is_legible_and_leaves_out_what_is_not_there():
     assert "MFU" not in later
     assert len(step_line(metrics(12, mfu=0.38), 300)) <= 160
     assert step_line({"step": 1, "phase": "final"}, 9).rstrip() == "step 1/9  final"
+    assert "len 812  of 7.9 ids  loss" in step_line(metrics(2, support_size=7.93), 300)
 
 
 def test_why_phase_1_ended_is_said(tmp_path, capsys):

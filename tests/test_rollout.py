@@ -14,7 +14,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from models import LARGEST, tiny_model
-from problems import policy_error
+from problems import first_of, policy_error
 from ranks import on_ranks
 from test_data import END, EOS, PAD, SPECIAL, START, characters
 from torch import nn
@@ -22,10 +22,12 @@ from transformers import AttentionInterface, GenerationConfig
 from transformers.generation.continuous_batching import ContinuousBatchingManager
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from bupo.attention import packed_options, training_attention
+from bupo.batching import pack
 from bupo.config import Hardware
 from bupo.distributed import World, process_group, shard
 from bupo.errors import ConfigError
-from bupo.rollout import Rollout, Sample, Sampling, make_rollout, text_of
+from bupo.rollout import WHOLE, Rollout, Sample, Sampling, _Sets, _warpers, make_rollout, text_of
 from bupo_kernels import policy_logprobs
 
 ALONE = World(0, 1, torch.device("cpu"))
@@ -168,6 +170,63 @@ def test_logprobs_are_those_that_training_computes(model, name, temperature):
             0, len(sample.prompt_ids) - 1 :
         ]
         assert (torch.tensor(sample.logprobs) - expected).abs().max() <= 2 * policy_error(model.config, 60, LARGEST / temperature)
+
+
+CUTS = [
+    {"top_p": 0.9},
+    {"top_k": 5},
+    {"min_p": 0.2},
+    {"top_p": 0.8, "temperature": 0.7},
+    {"top_k": 9, "min_p": 0.05, "temperature": 1.3},
+    {"top_k": 9, "top_p": 0.9, "min_p": 0.05, "temperature": 1.3},
+]
+
+
+def gaps(model: nn.Module, samples: list[Sample], temperature: float, *, on_sets: bool) -> torch.Tensor:
+    """How far the log-probs that training has are from the sampler's, on the sets that the sampler kept or on the vocabulary."""
+    batch = pack(samples, [0.0] * len(samples), ALONE.device)
+    options = {"support": batch.kept, "check": True} if on_sets else {}
+    with torch.no_grad(), training_attention(model, "per-sequence"):
+        own = policy_logprobs(
+            model, batch.input_ids, batch.targets, temperature=temperature, **options, **packed_options(batch, "per-sequence")
+        )
+    return (own.logprobs - batch.sampler_logprobs)[batch.mask].abs()
+
+
+@pytest.mark.parametrize("cut", first_of(CUTS[::-1]), ids=str)
+def test_logprobs_on_the_kept_sets_are_the_samplers(model, name, cut):
+    model.generation_config.eos_token_id = [1, 20, 30]
+    samples = engine(name, model, sequences=5, **cut).generate(random_prompts(7, 40), 2, 1)
+    assert {sample.finished for sample in samples} == {True, False}
+    temperature = cut.get("temperature", 1.0)
+    assert gaps(model, samples, temperature, on_sets=True).max() <= min(
+        1e-4, 2 * policy_error(model.config, 60, LARGEST / temperature)
+    )
+    assert gaps(model, samples, temperature, on_sets=False).mean() > 0.05  # what a trainer without the sets would be off by
+    sizes = [size for sample in samples for size in sample.kept.sizes]
+    assert 1 < sum(sizes) / len(sizes) < 61
+    if cut == {"top_k": 5}:
+        assert set(sizes) == {5}
+    assert engine(name, model, sequences=5, **cut).generate(random_prompts(7, 40), 2, 1) == samples
+
+
+def test_what_is_sampled_whole_or_greedily_has_no_sets(model, name):
+    for sampling in ({}, {"temperature": 0.0, "top_p": 0.5}, WHOLE):
+        [sample] = engine(name, model, **sampling).generate([[5, 6]], 1, 1)
+        assert sample.kept is None
+
+
+def test_a_token_outside_its_set_is_noticed():
+    """As if the steps of two sequences had been mixed up."""
+    sets = _Sets()
+    scores = torch.full((2, 5), -torch.inf)
+    scores[0, :2], scores[1, 2:] = 0.0, 0.0
+    sets.add(torch.tensor([0, 1]), scores)
+    assert [list(kept.ids) for kept in sets.of([[1], [4]])] == [[0, 1], [2, 3, 4]]
+    with pytest.raises(RuntimeError, match="rollout: token 0 of a response is not in the set it was drawn from"):
+        sets.of([[4], [1]])
+    with pytest.raises(RuntimeError, match="rollout: a response of 2 tokens has 1 sets"):
+        sets.of([[1, 1], [4]])
 
 
 def test_samples_follow_the_softmax(name):
@@ -384,6 +443,7 @@ class LLM:
         distributed_executor_backend: str | None = None,
         tensor_parallel_size: int = 1,
         enable_sleep_mode: bool = False,
+        return_sampling_mask: bool = False,
     ):
         self.options = {name: value for name, value in locals().items() if name != "self"}
         self.asleep, self.calls = set(), []
@@ -430,16 +490,22 @@ class LLM:
     def _answers(self, prompt: list[int], params: SamplingParams) -> list[SimpleNamespace]:
         answers = []
         for child in range(params.n):
-            generator, tokens, logprobs = torch.Generator().manual_seed(params.seed + child), [], []
+            generator, tokens, logprobs, masks = torch.Generator().manual_seed(params.seed + child), [], [], []
+            cut = Sampling(0, params.temperature, 0, top_k=params.top_k, top_p=params.top_p, min_p=params.min_p)
             while len(tokens) < params.max_tokens and tokens[-1:] not in [[end] for end in params.stop_token_ids]:
                 logits = self.engine(torch.tensor([prompt + tokens])).logits[0, -1].float()
-                scaled = (logits / (params.temperature or 1)).log_softmax(-1)
+                for warper in _warpers(cut) if params.temperature else []:
+                    logits = warper(None, logits[None])[0]
+                scaled = logits.log_softmax(-1)
+                masks.append(scaled.isfinite().nonzero().squeeze(1).tolist())
                 token = torch.multinomial(scaled.exp(), 1, generator=generator) if params.temperature else scaled.argmax()
                 tokens.append(token.item())
                 logprobs.append({tokens[-1]: SimpleNamespace(logprob=scaled[token].item(), rank=1, decoded_token=None)})
             reason = "stop" if tokens[-1] in params.stop_token_ids else "length"
             given = None if params.logprobs is None else logprobs
             answers.append(SimpleNamespace(index=child, token_ids=tuple(tokens), logprobs=given, finish_reason=reason))
+            if self.options["return_sampling_mask"]:
+                answers[-1].sampling_mask = SimpleNamespace(token_ids=masks)
         return answers
 
 
@@ -495,6 +561,20 @@ def test_vllm_samples_with_the_logprobs_of_the_temperature_and_a_seed_for_each_p
     assert rollout.generate(prompts, 3, 1) == samples
     assert responses(rollout.generate(prompts, 3, 2)) != responses(samples)
     assert responses(rollout.with_sampling(stream="evaluation").generate(prompts, 3, 1)) != responses(samples)
+
+
+@pytest.mark.usefixtures("vllm")
+def test_vllm_is_asked_for_its_sets_where_it_cuts_off(model):
+    cut = {"top_k": 9, "top_p": 0.9, "min_p": 0.05, "temperature": 0.7}
+    rollout = engine("vllm", model, max_new_tokens=8, **cut)
+    samples = rollout.generate([[5, 6, 7], [9]], 2, 1)
+    assert rollout.llm.options["return_sampling_mask"]
+    assert {max(sample.kept.sizes) <= 9 for sample in samples} == {True}
+    assert gaps(model, samples, 0.7, on_sets=True).max() <= 2 * policy_error(model.config, 60, LARGEST / 0.7)
+    rollout.llm.options["return_sampling_mask"] = False
+    with pytest.raises(RuntimeError, match="rollout: vLLM gave no sampling_mask"):
+        rollout.generate([[5, 6, 7]], 1, 1)
+    assert not engine("vllm", model).llm.options["return_sampling_mask"]
 
 
 @pytest.mark.usefixtures("vllm")

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 import signal
 import subprocess
@@ -472,6 +473,29 @@ def test_layers_are_looked_at_every_few_steps_or_never(config_file, tmp_path):
 
 # ---- configuration and command line
 
+
+def test_a_run_with_cut_off_sampling_trains_on_the_kept_sets_and_goes_on_where_it_was(config_file, tmp_path):
+    cut = ["rollout.top_p=0.9", "rollout.top_k=6", "rollout.min_p=0.01", "rollout.temperature=1.2", "evaluation.every=0"]
+    train(load_config(config_file, [*cut, f"output_dir={tmp_path / 'whole'}"]))
+    for steps in (1, 2, 3):
+        train(load_config(config_file, [*cut, f"steps={steps}", f"output_dir={tmp_path / 'parts'}"]))
+    rows = metrics_of(tmp_path / "whole")
+    assert [row["phase"] for row in rows] == ["layer 2", "final", "final"]
+    assert what_repeats(metrics_of(tmp_path / "parts")) == what_repeats(rows)
+    for row in rows:
+        assert 1 <= row["support_size"] <= 6
+        assert row["sampler_gap"] <= min(1e-4, 2 * policy_error(CONFIG, 9, LARGEST))
+        assert max(row["entropy"], row["entropy_final"]) <= math.log(6)
+    assert any(row["updates"] and row["grad_norm"] > 0 for row in rows)
+
+
+def test_vllm_needs_a_bound_on_its_sets(config_file, capsys):
+    assert main(["train", str(config_file), "rollout.engine=vllm", "rollout.top_p=0.9"]) == 2
+    assert (
+        "rollout.top_k: 0 given, accepted with rollout.engine: vllm and a top_p or min_p are 1 and more" in capsys.readouterr().err
+    )
+
+
 BAD_OVERRIDES = {
     "unknown key": (
         "optimizer.lerning_rate=1",
@@ -501,6 +525,7 @@ BAD_OVERRIDES = {
         "reward.function=bupo.rewards:nothing",
         "reward",
     ),
+    "a top-p of nothing": ("rollout.top_p=0.0", "rollout.top_p: 0.0 given, accepted is greater than 0"),
     "no such device": ("hardware.device=abacus", "hardware.device: 'abacus' given, accepted is"),
     "output below a file": ("output_dir={tmp}/sums.jsonl/run", "output_dir: {tmp}/sums.jsonl is a file, accepted is a new"),
     "a decay of one": ("optimizer.betas=[1.0, 0.9]", "optimizer.betas.0: 1.0 given, accepted is less than 1"),

@@ -31,7 +31,7 @@ from bupo.distributed import World, process_group
 from bupo.errors import ConfigError
 from bupo.model import load_tokenizer, read_model, require_finite, unusable
 from bupo.output import FolderLock, claim, progress_bar, replace_file
-from bupo.rollout import Sample, configured_rollout
+from bupo.rollout import WHOLE, Sample, configured_rollout
 from bupo_kernels import FusedLMHead
 
 
@@ -193,6 +193,7 @@ def _respond(
     sampling = config.rollout
     settings = {"model": model_fingerprint(model), "prompts": ids_fingerprint(prompts), "seed": config.seed}
     settings |= sampling.model_dump(include={"engine", "samples", "sequences", "max_new_tokens", "temperature"})
+    settings |= sampling.model_dump(include=set(WHOLE), exclude_defaults=True)
     claim(partial, "sampling.json", settings | {"precision": config.hardware.precision}, "analysis")
     width = max(sampling.sequences // sampling.samples, 1)
     paths = [partial / f"samples-{step:06}.json" for step in range(math.ceil(len(prompts) / width))]

@@ -195,13 +195,8 @@ def is_captured(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-class Backend(ABC):
-    """An implementation of the ops, importable everywhere. ``dispatch.py`` asks whether it can run a problem, and with what plan;
-    ``engine.py`` then has it stream statistics and tiles of dz. Its methods hold no state: plans and caches are the caller's.
-
-    ``rows`` [n] number the leading dimensions of ``operands.hidden`` through, in ascending order but for a plan that is
-    ``in_place``, where they have ``gradients.in_place_order``.
-    """
+class Candidate(ABC):
+    """An implementation that ``dispatch.py`` can choose for a problem."""
 
     strategies: ClassVar[tuple[str, ...]]  # accepted in backend="name:strategy"
     reads_quantised: ClassVar[bool] = False  # whether it takes a weight slice by slice, through quantised.rows_of
@@ -224,6 +219,19 @@ class Backend(ABC):
         expectation."""
         return None
 
+    def gradient_dtype(self, problem: Problem) -> torch.dtype:
+        """Return the dtype dz is held in. For fp16 the coefficients are scaled so that it does not underflow."""
+        return problem.statistics_dtype
+
+
+class Backend(Candidate):
+    """An implementation of the ops, importable everywhere. ``dispatch.py`` asks whether it can run a problem, and with what plan;
+    ``engine.py`` then has it stream statistics and tiles of dz. Its methods hold no state: plans and caches are the caller's.
+
+    ``rows`` [n] number the leading dimensions of ``operands.hidden`` through, in ascending order but for a plan that is
+    ``in_place``, where they have ``gradients.in_place_order``.
+    """
+
     @abstractmethod
     def plan(self, problem: Problem, strategy: str | None) -> TilePlan:
         """Plan statistics, and gradients in a backward. Raise :class:`TooSmall` where the budget does not hold the smallest
@@ -241,10 +249,6 @@ class Backend(ABC):
         """Return uninitialised memory for the cache of so many ``rows``, also while torch traces; [0]s for none."""
         nothing = torch.empty(0, dtype=problem.statistics_dtype, device=problem.device)
         return Cache(nothing, nothing.clone())
-
-    def gradient_dtype(self, problem: Problem) -> torch.dtype:
-        """Return the dtype dz is held in. For fp16 the coefficients are scaled so that it does not underflow."""
-        return problem.statistics_dtype
 
     def statistics(
         self,

@@ -17,6 +17,13 @@ struct Matrix {
   std::int64_t stride, rows, width;
 };
 
+// Rows of a matrix in bf16 or fp32.
+struct Rows {
+  const void* data;
+  std::int64_t stride, width;
+  bool bf16;
+};
+
 // How a product x becomes the logit z = g((x + bias_j) · inner) · outer, g being tanh or nothing.
 struct Readout {
   const float* bias;   // [columns] or null
@@ -76,6 +83,14 @@ struct Kernels {
   // Writes dz from what row_statistics left (`formed`), or from products.
   void (*row_gradient)(const float* logits, std::int64_t stride, std::int64_t rows, std::int64_t columns, Readout readout,
                        bool formed, Coefficients coefficients, float* dz, int threads);
+
+  // Writes out[e] = left[left_rows[e]] · right[right_rows[e]] for rows of one dtype and width, which lie where they are.
+  void (*gathered_dots)(Rows left, const std::int64_t* left_rows, Rows right, const std::int64_t* right_rows, std::int64_t count,
+                        float* out, int threads);
+  // Writes Σ factors[e] · source[index[e]] over the entries e from offsets[i] to offsets[i + 1] to row places[i] of `out`, whose
+  // dtype and width are the source's and whose rows lie side by side: summed in fp32 one after the other, rounded once.
+  void (*gathered_sums)(const float* factors, Rows source, const std::int64_t* index, const std::int64_t* offsets,
+                        std::int64_t segments, void* out, const std::int64_t* places, int threads);
 };
 
 // Calls task(context, index, worker) for every index below `tasks`, on `threads` threads; workers are numbered from 0.

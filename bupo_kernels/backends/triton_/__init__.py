@@ -2,8 +2,9 @@
 
 ``linear_statistics.py`` streams W once and leaves partials per vocabulary split or tile, ``merge.py`` folds them in order.
 ``gradient_recompute.py`` forms dz of a vocabulary slice again, ``gradient_cached.py`` has it from the E that the forward kept; the
-products of dz with W and H are the library's. ``tiling.py`` says which rows take which way, ``config.py`` has every number. Under
-``TRITON_INTERPRET=1`` all of it runs on the CPU, which is how it is tested without a GPU.
+products of dz with W and H are the library's. ``gathers.py`` has what a call on supports takes instead. ``tiling.py`` says which
+rows take which way, ``config.py`` has every number. Under ``TRITON_INTERPRET=1`` all of it runs on the CPU, which is how it is
+tested without a GPU.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 from bupo_kernels.backends import machine
 from bupo_kernels.backends.algebra import Coefficients, Statistics
 from bupo_kernels.backends.base import Backend, Cache, Operands, Problem, TilePlan
+from bupo_kernels.backends.gathers import Gathers
 from bupo_kernels.backends.gradients import MatrixTile, RowsTile, whole_rows
 from bupo_kernels.backends.machine import Gpu, Seconds
 from bupo_kernels.backends.triton_ import config, counts, tiling
@@ -111,17 +113,9 @@ class Triton(Backend):
     strategies = ("recompute", "cached")
 
     def why_not(self, problem: Problem, strategy: str | None) -> str | None:
-        if not _installed() and problem.gpu is None:
-            return "triton: not installed"
-        if problem.device.type != "cuda" and not (config.interpreted() and problem.device.type == "cpu"):
-            return f"device: {problem.device.type} given, accepted is cuda, or cpu with TRITON_INTERPRET=1 set from the start"
-        if problem.dtype == torch.float64:
-            return "dtype: torch.float64 given, accepted are fp32, bf16 and fp16"
-        if problem.width == 0:
-            return "hidden: of width 0 given, accepted is 1 and more"
+        if reason := _why_not_triton(problem):
+            return reason
         target = _target_for(problem)
-        if target.kind == "cuda" and target.arch < 80:
-            return f"device: compute capability {target.arch / 10} given, accepted is 8.0 and newer"
         if strategy == "cached" and (why := config.why_not_cached(problem.dtype, problem.softcap)):
             return why
         return config.why_not_fitting(problem.dtype, target, problem.softcap)
@@ -270,6 +264,60 @@ class Triton(Backend):
                 if len(blocks) > 1:  # a single block's is gathered but once
                     hidden = launch = None
             del weight  # before the next slice is copied
+
+
+def _why_not_triton(problem: Problem) -> str | None:
+    """Return the reason no kernel of this folder can run ``problem``, or None."""
+    if not _installed() and problem.gpu is None:
+        return "triton: not installed"
+    if problem.device.type != "cuda" and not (config.interpreted() and problem.device.type == "cpu"):
+        return f"device: {problem.device.type} given, accepted is cuda, or cpu with TRITON_INTERPRET=1 set from the start"
+    if problem.dtype == torch.float64:
+        return "dtype: torch.float64 given, accepted are fp32, bf16 and fp16"
+    if problem.width == 0:
+        return "hidden: of width 0 given, accepted is 1 and more"
+    target = _target_for(problem)
+    if target.kind == "cuda" and target.arch < 80:
+        return f"device: compute capability {target.arch / 10} given, accepted is 8.0 and newer"
+    return None
+
+
+class TritonGathers(Gathers):
+    """The products of a call on supports. No self-check knows them yet, so ``backend="auto"`` passes them over."""
+
+    strategies = ()
+
+    def why_not(self, problem: Problem, strategy: str | None) -> str | None:
+        return _why_not_triton(problem)
+
+    def why_not_default(self, problem: Problem) -> str | None:
+        if config.interpreted():
+            return "the interpreter is for tests; backend='triton' asks for it"
+        return "its products on a support are in no self-check and have run on no GPU yet; backend='triton' asks for them"
+
+    def dots(self, left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Tensor, budget: int, strategy: str | None) -> Tensor:
+        from bupo_kernels.backends.triton_.gathers import gathered_dots
+
+        found = torch.empty(len(left_rows), dtype=torch.float32, device=left.device)
+        if len(found):
+            gathered_dots(left, left_rows, right, right_rows, found)
+        return found
+
+    def sums(
+        self,
+        factors: Tensor,
+        source: Tensor,
+        index: Tensor,
+        offsets: Tensor,
+        out: Tensor,
+        places: Tensor,
+        budget: int,
+        strategy: str | None,
+    ) -> None:
+        from bupo_kernels.backends.triton_.gathers import gathered_sums
+
+        if len(places):
+            gathered_sums(factors, source, index, offsets, out, places)
 
 
 def _in_front(active: Tensor) -> tuple[Tensor, Tensor]:  # [N] bool -> [N] int64, [1] int64

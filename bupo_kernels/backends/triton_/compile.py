@@ -39,6 +39,7 @@ from bupo_kernels.backends.algebra import Coefficients
 from bupo_kernels.backends.base import Cache, Operands, Readout
 from bupo_kernels.backends.triton_ import config, counts
 from bupo_kernels.backends.triton_.copies import HiddenRows, weight_slice
+from bupo_kernels.backends.triton_.gathers import gathered_dots, gathered_sums
 from bupo_kernels.backends.triton_.gradient_cached import gradient_cached
 from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute
 from bupo_kernels.backends.triton_.linear_statistics import linear_statistics
@@ -59,7 +60,7 @@ UNITS = ("mma.sync", "wgmma", "tcgen05", "mfma")
 BUDGETS = {
     "linear_statistics, 16 bit": (1728, 2264, 2400, 1133),
     "linear_statistics, 16 bit, E stored": (2160, 2608, 2016, 1415),
-    "gradient_recompute, 16 bit": (2720, 2128, 1472, 1111),
+    "gradient_recompute, 16 bit": (2720, 2376, 1472, 1111),
     "linear_statistics, 16 bit, all options": (3608, 3208, 3152, 2383),
     "gradient_recompute, 16 bit, all options": (4152, 2264, 2344, 1549),
     "gradient_cached, 16 bit": (824, 816, 816, 272),
@@ -68,6 +69,14 @@ BUDGETS = {
     "linear_statistics, fp32, all options": (2576, 2080, 1832, 1633),
     "gradient_recompute, fp32, all options": (3000, 2528, 1928, 1541),
     "merge, fp32": (432, 432, 416, 419),
+    "gathered_dots, 16 bit": (232, 240, 232, 145),
+    "gathered_sums, 16 bit": (264, 280, 272, 287),
+    "gathered_dots, 16 bit, ragged width": (664, 680, 608, 496),
+    "gathered_sums, 16 bit, ragged width": (344, 352, 352, 216),
+    "gathered_dots, fp32": (304, 304, 328, 182),
+    "gathered_sums, fp32": (224, 240, 240, 221),
+    "gathered_dots, fp32, ragged width": (624, 640, 552, 479),
+    "gathered_sums, fp32, ragged width": (320, 328, 328, 200),
 }
 
 SPECIALISED_BUDGETS = {
@@ -156,7 +165,7 @@ def _compiling(target: GPUTarget) -> Iterator[list[tuple[str, str, Any]]]:
     compiled: list[tuple[str, str, Any]] = []
 
     def compile_only(kernel: Any, *args: Any, **kwargs: Any) -> None:
-        tile = " x ".join(str(kwargs[block]) for block in ("BLOCK_N", "BLOCK_V", "BLOCK_D") if block in kwargs)
+        tile = " x ".join(str(kwargs[block]) for block in ("BLOCK_M", "BLOCK_N", "BLOCK_V", "BLOCK_D") if block in kwargs)
         configuration = f"{tile}, {kwargs['num_warps']} warps" + (
             f", {kwargs['num_stages']} stages" if "num_stages" in kwargs else ""
         )
@@ -174,6 +183,7 @@ def _compiling(target: GPUTarget) -> Iterator[list[tuple[str, str, Any]]]:
 
 
 ROWS, COLUMNS = 64, 1024  # of the launches
+GATHERED_BYTES = 8192  # a tile of 8 x 256 fp32, whose sums pass between warps
 RAGGED = 1061  # a vocabulary that is no multiple of 16: Triton tells kernels apart by that
 
 
@@ -241,6 +251,10 @@ def _products(target: config.Target, operands: Operands, with_entropy: bool, tun
 def _others(target: config.Target, dtype: torch.dtype, with_entropy: bool) -> Iterator[Case]:
     """Yield the cases of the kernels without a product."""
     rows = torch.arange(ROWS, dtype=torch.int64, device="cpu")
+    for width in (512, 509):  # a row that ends within a line, too
+        matrix, ending = _zeros(ROWS, width, dtype=dtype), "" if width % 16 == 0 else ", ragged width"
+        yield Case(ending, partial(gathered_dots, matrix, rows, matrix, rows, _zeros(ROWS)), GATHERED_BYTES)
+        yield Case(ending, partial(gathered_sums, _zeros(ROWS), matrix, rows, rows, matrix, rows[1:]), GATHERED_BYTES)
     if dtype == torch.float32:
         count = _zeros(1, dtype=torch.int64)
         merging = partial(merge, _zeros(4, 4, ROWS), count, rows, _zeros(4, ROWS), with_entropy=with_entropy)
@@ -428,7 +442,9 @@ def instruction_budget(row: Compiled) -> int:
     """Return how many instructions a default kernel may have: 5 % more than it had. Another tile has other numbers."""
     unit = work_for(row.target).target.matrix_unit
     dtype, _, case = row.case.partition(", ")
-    kind = case.removesuffix("ragged width").removesuffix(", ").replace("ragged width, ", "")
+    kind = case
+    if not row.kernel.startswith("gathered"):  # those with a product read rows that were made wide enough
+        kind = case.removesuffix("ragged width").removesuffix(", ").replace("ragged width, ", "")
     if kind.endswith("warp-specialised"):
         return SPECIALISED_BUDGETS[(row.kernel + ", " + kind).removesuffix(", warp-specialised")] * 21 // 20
     name = ", ".join(part for part in (row.kernel, "fp32" if dtype == "float32" else "16 bit", kind) if part)
