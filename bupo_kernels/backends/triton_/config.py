@@ -107,10 +107,11 @@ STATISTICS, GRADIENT = "linear_statistics", "gradient_recompute"  # the kernels 
 
 FP32 = KernelConfig(128, 64, 32, 8, 3)
 FP32_SMALL = KernelConfig(64, 64, 32, 8, 3)
+FP32_SHALLOW = KernelConfig(64, 64, 16, 8, 3)  # on 12.x with all options, what addresses of a depth of 32 take is spilled
 SMALL = KernelConfig(128, 64, 64, 8, 3)  # epilogues with many live values for each logit
 AMPERE = KernelConfig(128, 128, 32, 8, 3)
 AMPERE_GRADIENT = KernelConfig(128, 128, 32, 4, 3, programs=2)
-AMPERE_SOFTCAP_GRADIENT = KernelConfig(128, 64, 32, 4, 3, programs=2)
+AMPERE_SOFTCAP_GRADIENT = KernelConfig(128, 64, 64, 4, 3, programs=2)
 HOPPER = KernelConfig(128, 128, 64, 8, 4)
 WIDE = KernelConfig(128, 256, 64, 8, 4)
 WIDE_STORED = KernelConfig(128, 256, 64, 8, 3)  # E lies beside the operands
@@ -211,7 +212,7 @@ def _default(kernel: str, dtype: torch.dtype, target: Target, *, softcap: bool, 
         return SPECIALISED if kernel == STATISTICS and not cache else SPECIALISED_STORED
     statistics, tensor_memory = kernel == STATISTICS, target.matrix_unit == "tcgen05"
     if dtype == torch.float32:
-        return FP32_SMALL if softcap and tensor_memory else FP32
+        return FP32_SHALLOW if softcap and target.arch // 10 == 12 else FP32
     if target.matrix_unit == "mma.sync" and not statistics:
         return AMPERE_SOFTCAP_GRADIENT if softcap else AMPERE_GRADIENT
     if softcap and not statistics:

@@ -50,7 +50,7 @@ def _bytes_of_e(problem: Problem) -> int:
 
 
 class Reads(NamedTuple):
-    """What the kernels with a product read of H and W, and in what pieces it is copied (``copies.py``)."""
+    """The rows of H and W that the kernels with a product read, and the pieces in which they are copied (``copies.py``)."""
 
     width: int  # of rows, D or more
     rows: int  # of H that a forward gathers, and takes through the kernels, at a time
