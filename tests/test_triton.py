@@ -33,7 +33,7 @@ DEVICE = device_of("triton")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 WIDTH = 64  # rows of whole, aligned blocks: what TMA takes
 SPECIALISED = config.Target("cuda", 100, 3, triton=(3, 6), proven=("bfloat16", "float16"))
-# sm_120 takes the tiles of the first by the loads of the second.
+# sm_120 takes the tiles and the loads of the first.
 PATHS = {"sm_80": 80, "sm_90": 90, "sm_100": 100, "sm_100, warp-specialised": SPECIALISED}
 
 
@@ -142,7 +142,7 @@ def test_operands_that_cannot_be_read_in_place_are_copied_in_pieces(arch, layout
     monkeypatch.setattr(triton_, "weight_slice", noted)
     with running_as(arch):
         plan, _ = check(case, memory_budget=500 * 1024)
-    in_place = layout == "whole units of 16 bytes" and (arch >= 90 or not config.interpreted())
+    in_place = layout == "whole units of 16 bytes" and (target_of(arch).uses_tma or not config.interpreted())
     assert {copied for _, copied in pieces} == {not in_place}
     # The forward takes two chunks of rows, each through all pieces of W.
     of_chunk = next(i for i, (columns, _) in enumerate(pieces) if columns.stop == 1100) + 1

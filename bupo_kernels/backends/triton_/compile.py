@@ -328,9 +328,14 @@ class Work:
             threads=max(map(int, THREADS.findall(assembly)), default=self.gpu.warp_size * binary.metadata.num_warps),
             instruction=", ".join(found),
             tensor_memory=sum(map(int, TENSOR_MEMORY.findall(assembly))),
-            between=_between_products(binary.asm["cubin"]) if name in COUNTED and found and self.gpu.backend == "cuda" else None,
+            between=_between_products(binary.asm["cubin"]) if self._counts(name) and found else None,
             **read,
         )
+
+    def _counts(self, case: str) -> bool:
+        """Tell whether the instructions of a case between two products are counted. A twin has those of another target, and Triton's
+        nvdisasm does not read them all."""
+        return case in COUNTED and self.gpu.backend == "cuda" and self.name not in TWINS
 
 
 def work_for(name: str, *, brief: bool = False, tuning: bool = False) -> Work:
