@@ -58,8 +58,8 @@ def test_a_gpu_without_rates_is_refused_with_the_names_of_those_that_have_them()
 
 def test_a_plan_has_the_tiles_of_the_gpu_that_it_is_for(bare):
     for gpu in GPUS:
-        target = config.Target("cuda", gpu.arch, gpu.processors)
-        tile = config.statistics_config(BF16, target, width=4096, softcap=False)
+        proven = config.Target("cuda", gpu.arch, gpu.processors, triton=(3, 6), proven=("bfloat16",))
+        tile = config.statistics_config(BF16, proven, width=4096, softcap=False)
         assert explain(*operands(gradients=(False, False)), device=gpu.name).tile_plan.kernels[0].startswith(f"statistics {tile}")
     kernels = {explain(*operands(), device=name).tile_plan.kernels for name in ("H100", "B200", "RTX 4090")}
     assert len(kernels) == 3

@@ -120,7 +120,7 @@ def test_a_card_with_99_kib_runs_16_bit_products_in_tiles_that_fit(arch):
     [
         (80, "AMPERE", "AMPERE", "AMPERE", "AMPERE_GRADIENT"),
         (90, "WIDE", "WIDE_STORED", "HOPPER", "HOPPER_GRADIENT"),
-        (100, "WIDE", "HOPPER", "BLACKWELL_SOFTCAP", "HOPPER"),
+        (100, "HOPPER", "HOPPER", "BLACKWELL_SOFTCAP", "HOPPER"),
     ],
 )
 def test_defaults_follow_what_the_matrix_unit_reads(arch, statistics, keeping_e, with_softcap, recompute):
@@ -222,7 +222,7 @@ def test_no_more_warps_than_can_share_tensor_memory_are_taken():
     hopper, blackwell = (Target("cuda", arch, 132, tiles=((KEY, wide),)) for arch in (90, 100))
     kind = {"softcap": False}
     assert config.statistics_config(BF16, hopper, width=4096, **kind) == wide
-    assert config.statistics_config(BF16, blackwell, width=4096, **kind) == config.WIDE
+    assert config.statistics_config(BF16, blackwell, width=4096, **kind) == config.HOPPER
     assert wide not in config.candidates(STATISTICS, BF16, blackwell, **kind)
 
 
@@ -285,7 +285,7 @@ def test_a_version_of_triton_that_nobody_has_looked_at_specialises_nothing(trito
         assert not any(tile.specialised for tile in config.candidates(kernel, dtype, unknown, **flags))
     key = config.key_of(STATISTICS, BF16, softcap=False, cache=False, width=4096)
     tuned = replace(unknown, tiles=((key, config.SPECIALISED),))
-    assert config.statistics_config(BF16, tuned, width=4096, softcap=False) == config.WIDE
+    assert config.statistics_config(BF16, tuned, width=4096, softcap=False) == config.HOPPER
 
 
 def test_with_e_stored_only_the_triton_that_spills_nothing_specialises():
@@ -332,7 +332,7 @@ def test_a_form_that_fails_its_check_leaves_the_other_and_the_verdict_is_asked_f
         target = triton_.target_of(blackwell)
         assert target.proven == ("float16",)
     assert asked == ["triton bfloat16 warp-specialised", "triton float16 warp-specialised"]
-    assert config.statistics_config(BF16, target, width=64, softcap=False) == config.WIDE
+    assert config.statistics_config(BF16, target, width=64, softcap=False) == config.HOPPER
     assert config.statistics_config(FP16, target, width=64, softcap=False) == config.SPECIALISED
 
 

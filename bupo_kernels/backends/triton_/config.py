@@ -112,13 +112,14 @@ SMALL = KernelConfig(128, 64, 64, 8, 3)  # epilogues with many live values for e
 AMPERE = KernelConfig(128, 128, 32, 8, 3)
 AMPERE_GRADIENT = KernelConfig(128, 128, 32, 4, 3, programs=2)
 AMPERE_SOFTCAP_GRADIENT = KernelConfig(128, 64, 64, 4, 3, programs=2)
-HOPPER = KernelConfig(128, 128, 64, 8, 4)
+SHALLOW = KernelConfig(128, 64, 32, 8, 3)  # the same on 12.x, where 4 warps spill with Triton 3.9
+HOPPER = KernelConfig(128, 128, 64, 8, 4)  # on Blackwell too, where kernels are not warp-specialised: wider ones spill with 3.9
 WIDE = KernelConfig(128, 256, 64, 8, 4)
 WIDE_STORED = KernelConfig(128, 256, 64, 8, 3)  # E lies beside the operands
 HOPPER_GRADIENT = KernelConfig(256, 128, 64, 8, 3)  # and so does dz
 SPECIALISED = KernelConfig(128, 256, 64, 8, 4, specialised=True)
 SPECIALISED_STORED = replace(SPECIALISED, stages=3)  # E, or dz, lies beside the operands
-BLACKWELL_SOFTCAP = KernelConfig(128, 64, 64, 4, 4, programs=2)
+BLACKWELL_SOFTCAP = KernelConfig(128, 64, 64, 4, 3, programs=2)
 SMALLEST = KernelConfig(64, 64, 32, 4, 2)
 
 # The versions of Triton that compile a kernel warp-specialised, with nothing spilled (docs/gpu-kernels.md), by whether E is stored.
@@ -214,17 +215,19 @@ def _default(kernel: str, dtype: torch.dtype, target: Target, *, softcap: bool, 
     if dtype == torch.float32:
         return FP32_SHALLOW if softcap and target.arch // 10 == 12 else FP32
     if target.matrix_unit == "mma.sync" and not statistics:
-        return AMPERE_SOFTCAP_GRADIENT if softcap else AMPERE_GRADIENT
+        if softcap:
+            return SHALLOW if target.arch // 10 == 12 else AMPERE_SOFTCAP_GRADIENT
+        return AMPERE_GRADIENT
     if softcap and not statistics:
         return SMALL
     if not target.uses_tma:
         return AMPERE
     if softcap:
         return BLACKWELL_SOFTCAP if tensor_memory else HOPPER
-    if statistics and not cache:
-        return WIDE
     if tensor_memory:
         return HOPPER
+    if statistics and not cache:
+        return WIDE
     return WIDE_STORED if statistics else HOPPER_GRADIENT
 
 
