@@ -333,8 +333,8 @@ class Work:
         )
 
     def _counts(self, case: str) -> bool:
-        """Tell whether the instructions of a case between two products are counted. A twin has those of another target, and Triton's
-        nvdisasm does not read them all."""
+        """Tell whether the instructions of a case between two products are counted. A twin has those of another target, and the
+        nvdisasm that Triton brings does not read all of them."""
         return case in COUNTED and self.gpu.backend == "cuda" and self.name not in TWINS
 
 
