@@ -21,7 +21,7 @@ from bupo_kernels.backends import algebra
 from bupo_kernels.backends.algebra import LEAST_EXPONENT, Statistics
 from bupo_kernels.backends.base import Operands, Problem, is_captured
 from bupo_kernels.backends.compiled import present
-from bupo_kernels.backends.gathers import Gathers
+from bupo_kernels.backends.gathers import Gathers, Segments
 from bupo_kernels.backends.torch_ import to_logits_
 from bupo_kernels.dispatch import choose_gathers
 from bupo_kernels.engine import Settings, active_rows, check_rows, on, problem_of
@@ -312,4 +312,4 @@ def _segments(rows: Tensor, numbers: Tensor) -> Tensor:  # [m] ascending, [N] ->
 def _sum(plan: SupportPlan, dz: Tensor, source: Tensor, index: Tensor, offsets: Tensor, out: Tensor, places: Tensor) -> None:
     out = out.view(out.shape[:-1].numel(), out.shape[-1])
     budget = plan.problem.memory_budget
-    plan.implementation.sums(dz, _rows_of(source), index, offsets, out, places, budget, plan.strategy)
+    plan.implementation.sums(Segments(dz, _rows_of(source), index, offsets), out, places, budget, plan.strategy)

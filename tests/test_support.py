@@ -37,6 +37,7 @@ from bupo_kernels import (
     reference,
 )
 from bupo_kernels.backends.compiled import isas
+from bupo_kernels.backends.gathers import Segments
 from bupo_kernels.dispatch import GATHERS
 from bupo_kernels.numerics import contract, entropy_factor
 from bupo_kernels.support import BYTES_PER_ID
@@ -179,7 +180,7 @@ def count_entries(monkeypatch, name: str) -> list[int]:
     counts, product = [], getattr(GATHERS["torch"], name)
 
     def counted(first, *rest):
-        counts.append(len(rest[0]) if name == "dots" else len(first))
+        counts.append(len(rest[0] if name == "dots" else first.factors))
         return product(first, *rest)
 
     monkeypatch.setattr(type(GATHERS["torch"]), name, staticmethod(counted))
@@ -431,7 +432,7 @@ def test_the_torch_backend_copies_no_more_rows_than_the_budget_has_room_for(dtyp
         largest.clear()
         out, factors = torch.zeros_like(case.weight), torch.randn(64 * 50)
         largest.clear()
-        gathers.sums(factors, case.weight, support[0], support[1], out, torch.arange(64), budget, None)
+        gathers.sums(Segments(factors, case.weight, *support), out, torch.arange(64), budget, None)
     assert max(largest) <= budget
 
 

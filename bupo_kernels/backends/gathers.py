@@ -9,6 +9,7 @@ scattered.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,15 @@ from bupo_kernels.backends.base import Candidate, Problem
 
 # Entries whose rows are at hand together. On a CPU they are to stay in its second cache.
 CPU_ENTRIES, DEVICE_ENTRIES = 128, 65536
+
+
+class Segments(NamedTuple):
+    """Rows of ``source`` with a factor each, segment after segment; a segment may be of none."""
+
+    factors: Tensor  # [m] fp32 (float64)
+    source: Tensor  # [n, D], the elements of a row side by side
+    rows: Tensor  # [m] int64: which
+    offsets: Tensor  # [s + 1] int64: where the segments begin, and where the last one ends
 
 
 class Gathers(Candidate):
@@ -38,16 +48,13 @@ class Gathers(Candidate):
     @abstractmethod
     def sums(
         self,
-        factors: Tensor,  # [m] fp32 (float64)
-        source: Tensor,  # [n, D], the elements of a row side by side
-        index: Tensor,  # [m] int64
-        offsets: Tensor,  # [s + 1] int64
+        segments: Segments,
         out: Tensor,  # [o, D], contiguous
         places: Tensor,  # [s] int64, each another
         budget: int,
         strategy: str | None,
     ) -> None:
-        """Write ``Σ factors[e] · source[index[e]]`` over the entries e of segment i to ``out[places[i]]``, summed in fp32 (float64)
+        """Write ``Σ factors[e] · source[rows[e]]`` over the entries e of segment i to ``out[places[i]]``, summed in fp32 (float64)
         and rounded once, with no more than ``budget`` bytes at hand."""
 
 
@@ -69,35 +76,26 @@ class TorchGathers(Gathers):
             torch.sum(a.mul_(b), 1, out=found[some])
         return found
 
-    def sums(
-        self,
-        factors: Tensor,
-        source: Tensor,
-        index: Tensor,
-        offsets: Tensor,
-        out: Tensor,
-        places: Tensor,
-        budget: int,
-        strategy: str | None,
-    ) -> None:
+    def sums(self, segments: Segments, out: Tensor, places: Tensor, budget: int, strategy: str | None) -> None:
         if len(places) == 0:
             return
+        factors, source, index, offsets = segments
         ends = offsets.tolist()
         most = max(budget // 2 // (8 * max(source.shape[1], 1)), 1)
         first = 0
         while first < len(places):  # as many segments as there is room for, whose sums are put in their places together
             last = min(first + most, len(places))
-            segments = slice(first, last)
             entries = slice(ends[first], ends[last])
-            sums = self._sums(factors[entries], source, index[entries], offsets[first : last + 1] - ends[first], budget // 2)
-            out[places[segments]] = sums.to(out.dtype)
+            some = Segments(factors[entries], source, index[entries], offsets[first : last + 1] - ends[first])
+            out[places[first:last]] = self._sums(some, budget // 2).to(out.dtype)
             first = last
 
     @staticmethod
-    def _sums(factors: Tensor, source: Tensor, index: Tensor, offsets: Tensor, budget: int) -> Tensor:  # [s, D]
+    def _sums(segments: Segments, budget: int) -> Tensor:  # [s, D]
+        factors, source, index, offsets = segments
         if source.dtype == factors.dtype:
             # This gathers without a copy, and a bag is one loop, so that the sum has an order on a GPU too.
-            return _bags(factors, source, index, offsets)
+            return _bags(segments)
         ends = offsets.cpu()
         sums = factors.new_zeros(len(offsets) - 1, source.shape[1])
         step = _entries(source, budget)
@@ -108,11 +106,12 @@ class TorchGathers(Gathers):
             rows = source[index[start:stop]].to(factors.dtype)
             here = torch.arange(stop - start, device=index.device)
             within = (offsets[first : last + 1] - start).clamp(0, stop - start)
-            sums[first:last] += _bags(factors[start:stop], rows, here, within)
+            sums[first:last] += _bags(Segments(factors[start:stop], rows, here, within))
         return sums
 
 
-def _bags(factors: Tensor, source: Tensor, index: Tensor, offsets: Tensor) -> Tensor:  # [m], [n, D], [m], [s + 1] -> [s, D]
+def _bags(segments: Segments) -> Tensor:  # [s, D]
+    factors, source, index, offsets = segments
     if len(index) == 0:
         return source.new_zeros(len(offsets) - 1, source.shape[1])
     return F.embedding_bag(index, source, offsets, mode="sum", per_sample_weights=factors, include_last_offset=True)

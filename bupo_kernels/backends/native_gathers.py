@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bupo_kernels.backends.base import Problem
 from bupo_kernels.backends.compiled import ISAS, address, isas, kernels
-from bupo_kernels.backends.gathers import Gathers
+from bupo_kernels.backends.gathers import Gathers, Segments
 from bupo_kernels.backends.native_rows import why_not_native
 
 
@@ -38,18 +38,9 @@ class NativeGathers(Gathers):
         )
         return found
 
-    def sums(
-        self,
-        factors: Tensor,
-        source: Tensor,
-        index: Tensor,
-        offsets: Tensor,
-        out: Tensor,
-        places: Tensor,
-        budget: int,
-        strategy: str | None,
-    ) -> None:
-        factors, index, offsets, places = factors.contiguous(), index.contiguous(), offsets.contiguous(), places.contiguous()
+    def sums(self, segments: Segments, out: Tensor, places: Tensor, budget: int, strategy: str | None) -> None:
+        source = segments.source
+        factors, index, offsets, places = (x.contiguous() for x in (segments.factors, segments.rows, segments.offsets, places))
         kernels(strategy or isas()[0]).gathered_sums(
             address(factors, torch.float32, len(index)),
             *_rows(source),

@@ -23,7 +23,7 @@ from torch import Tensor
 from bupo_kernels.backends import machine
 from bupo_kernels.backends.algebra import Coefficients, Statistics
 from bupo_kernels.backends.base import Backend, Cache, Operands, Problem, TilePlan
-from bupo_kernels.backends.gathers import Gathers
+from bupo_kernels.backends.gathers import Gathers, Segments
 from bupo_kernels.backends.gradients import MatrixTile, RowsTile, whole_rows
 from bupo_kernels.backends.machine import Gpu, Seconds
 from bupo_kernels.backends.triton_ import config, counts, tiling
@@ -303,21 +303,11 @@ class TritonGathers(Gathers):
             gathered_dots(left, left_rows, right, right_rows, found)
         return found
 
-    def sums(
-        self,
-        factors: Tensor,
-        source: Tensor,
-        index: Tensor,
-        offsets: Tensor,
-        out: Tensor,
-        places: Tensor,
-        budget: int,
-        strategy: str | None,
-    ) -> None:
+    def sums(self, segments: Segments, out: Tensor, places: Tensor, budget: int, strategy: str | None) -> None:
         from bupo_kernels.backends.triton_.gathers import gathered_sums
 
         if len(places):
-            gathered_sums(factors, source, index, offsets, out, places)
+            gathered_sums(*segments, out, places)
 
 
 def _in_front(active: Tensor) -> tuple[Tensor, Tensor]:  # [N] bool -> [N] int64, [1] int64
