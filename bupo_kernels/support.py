@@ -42,12 +42,12 @@ class Support(NamedTuple):
 
     def rows(self) -> Tensor:  # [M]
         """Return the row of each entry."""
-        numbers = torch.arange(len(self.offsets) - 1, device=self.ids.device)
+        numbers = torch.arange(len(self.offsets) - 1, dtype=torch.int64, device=self.ids.device)
         return numbers.repeat_interleave(self.sizes, output_size=len(self.ids))
 
     def is_target(self, targets: Tensor, rows: Tensor) -> Tensor:  # [N], [M] -> [M] bool
         """Return which entries are the target of their row, the first one of each that has it."""
-        numbers = torch.arange(len(rows), device=rows.device)
+        numbers = torch.arange(len(rows), dtype=torch.int64, device=rows.device)
         hits = _wide(torch.where(self.ids == targets[rows], -numbers, -len(rows)))
         return numbers == -_reduce(hits, self.offsets, "max")[rows]
 
@@ -172,7 +172,7 @@ def statistics(operands: Operands, support: Support, mask: Tensor | None, settin
 def _logits(operands: Operands, support: Support, rows: Tensor, active: Tensor, plan: SupportPlan) -> Tensor:  # [M], [N] -> [M]
     """Return the logit of each entry of an active row, which ``rows`` names, and −inf for the others."""
     z = torch.full((len(rows),), -torch.inf, dtype=plan.problem.statistics_dtype, device=rows.device)
-    entries = torch.arange(len(rows), device=rows.device)
+    entries = torch.arange(len(rows), dtype=torch.int64, device=rows.device)
     if not is_captured(rows.device):  # where nothing may wait to be told which rows are active
         entries = entries[active[rows]]
     rows, ids = rows[entries], support.ids[entries]
@@ -261,7 +261,7 @@ def gradients(
         dz, rows, ids = dz[entries], rows[entries], support.ids[entries]
         if need_hidden:
             found[0] = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-            everything = torch.arange(saved.shape[1], device=rows.device)
+            everything = torch.arange(saved.shape[1], dtype=torch.int64, device=rows.device)
             _sum(plan, dz, weight, ids, _segments(rows, everything), found[0], everything)
         if need_weight or (need_bias and bias is not None):
             ids, order = ids.sort(stable=True)

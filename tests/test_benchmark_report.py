@@ -288,7 +288,7 @@ def test_numbers_have_three_digits(number, text):
 def test_nothing_measured_is_said():
     assert report.page({}).endswith("Nothing is measured yet.\n")
     assert report.figures({}) == {}
-    assert [text.strip() for text in report.blocks({}).values()] == ["Nothing is measured yet."] * 2
+    assert [text.strip() for text in report.blocks({}).values()] == ["Nothing is measured yet."] * 3
     assert report.page({"gpu-tune": {"tune": {"rows": [{"ms": 1}]}}}) == report.page({})
 
 
@@ -317,7 +317,7 @@ def test_holes_and_strangers_do_no_harm():
     ):
         page = report.page({"odd": sections})
         assert tables(page)
-        assert report.blocks({"odd": sections}).keys() == {"speed", "step"}
+        assert report.blocks({"odd": sections}).keys() == {"speed", "step", "support"}
         for draw in report.figures({"odd": sections}).values():
             report.write_figure(draw(), io.BytesIO(), "svg")
     assert "not measured: no" in report.page({"odd": {"kernels": section([unable])}})

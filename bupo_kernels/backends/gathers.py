@@ -104,7 +104,7 @@ class TorchGathers(Gathers):
             first = int(torch.searchsorted(ends, start, right=True)) - 1
             last = int(torch.searchsorted(ends, stop))
             rows = source[index[start:stop]].to(factors.dtype)
-            here = torch.arange(stop - start, device=index.device)
+            here = torch.arange(stop - start, dtype=torch.int64, device=index.device)
             within = (offsets[first : last + 1] - start).clamp(0, stop - start)
             sums[first:last] += _bags(Segments(factors[start:stop], rows, here, within))
         return sums

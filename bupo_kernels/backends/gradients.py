@@ -148,7 +148,7 @@ def in_place_order(kept: Tensor) -> Tensor:  # [n] bool -> [k] int64
     """Return the k rows that are ``kept``, in an order in which the i-th is row i or, where that one is not kept, a row past the
     first k. So nobody reads row i but the i-th, whose dz may take its place while others are yet to be read."""
     rows = kept.nonzero().squeeze(1)
-    order = torch.arange(len(rows), device=kept.device)
+    order = torch.arange(len(rows), dtype=torch.int64, device=kept.device)
     order[~kept[: len(rows)]] = rows[rows >= len(rows)]
     return order
 

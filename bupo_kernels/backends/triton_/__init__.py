@@ -346,7 +346,7 @@ def _stream(
     hidden_rows = HiddenRows(operands, rows, read.width, ascending=ascending)
     in_place = not read.copies_weight and reads_in_place(operands.weight)
     step = vocab if in_place else read.columns
-    counts = (count - torch.arange(0, n, read.rows, device=device)).clamp(0, read.rows)
+    counts = (count - torch.arange(0, n, read.rows, dtype=torch.int64, device=device)).clamp(0, read.rows)
     for chunk, first_row in enumerate(range(0, n, read.rows)):
         part = slice(first_row, min(first_row + read.rows, n))
         launch = Launch(operands, rows[part], hidden_rows[part], target)
