@@ -145,7 +145,7 @@ class Request:
             return supports.plan_for(operands, ids, int(active.sum()), settings)
         problem = engine.problem_of(operands, int(active.sum()), settings)
         if gpu is not None:
-            problem = replace(problem, device=torch.device("cuda"), gpu=gpu)
+            problem = replace(problem, device=torch.device("cuda"), gpu=gpu, aligned=True)
         return make_plan(problem, self.backend, one_pass)
 
     def statistics(self) -> RowStatistics:

@@ -63,6 +63,7 @@ def test_a_plan_has_the_tiles_of_the_gpu_that_it_is_for(bare):
         assert explain(*operands(gradients=(False, False)), device=gpu.name).tile_plan.kernels[0].startswith(f"statistics {tile}")
     kernels = {explain(*operands(), device=name).tile_plan.kernels for name in ("H100", "B200", "RTX 4090")}
     assert len(kernels) == 3
+    assert all("weight read in place" in kernels_of_one[-1] for kernels_of_one in kernels)
 
 
 def test_every_backend_can_be_planned_for(bare):
