@@ -284,11 +284,12 @@ def explain(
     ``torch.is_grad_enabled()``. Under autocast the copies that it casts come on top of the stated bytes. Raises what
     :func:`linear_logprobs` would.
 
-    ``device`` plans for a GPU that need not be there, with Triton and the CUDA kernels, as if both had passed their self-check, and
-    for operands as if they were contiguous, whatever their strides (``expand`` makes some of any size in no memory): ``"H100"``, ``"H200"``, ``"B200"``, ``"A100"``, ``"L40S"``, ``"RTX 4090"`` or ``"RTX 5090"``. For these, and for a GPU that is
-    there and is one of them, the plan predicts times: its own, those of naive logits in torch (materialised, log-softmax, backward)
-    and those of the bare products, from counts and the public rates of the GPU (``bupo_kernels/backends/machine.py``). Where
-    ``bupo tune`` has measured kernels on the GPU that is there, its measurements take the place of their predictions.
+    ``device`` plans for a GPU that need not be there, with Triton and the CUDA kernels, as if both had passed their self-check,
+    and for operands as if they were contiguous, whatever their strides (``expand`` makes some of any size in no memory):
+    ``"H100"``, ``"H200"``, ``"B200"``, ``"A100"``, ``"L40S"``, ``"RTX 4090"`` or ``"RTX 5090"``. For these, and for a GPU that is
+    there and is one of them, the plan predicts times: its own, those of naive logits in torch (materialised, log-softmax,
+    backward) and those of the bare products, from counts and the public rates of the GPU (``bupo_kernels/backends/machine.py``).
+    Where ``bupo tune`` has measured kernels on the GPU that is there, its measurements take the place of their predictions.
 
     Example:
         >>> print(explain(torch.randn(512, 64), torch.randn(1000, 64, requires_grad=True), backend="torch"))
