@@ -70,17 +70,20 @@ def reads(problem: Problem, target: Target) -> Reads:
     copies = 1 if width == problem.width else 2  # rows are gathered, and then put into wider ones
     split = config.split_columns(problem.vocab)
     stored = () if config.why_not_cached(problem.dtype, problem.softcap) else (True,)
-    partials = max(_partials(problem, target, cache) for cache in (False, *stored))
+    partials = max(
+        _partials(problem.dtype, problem.width, problem.vocab, problem.softcap, cache, target) for cache in (False, *stored)
+    )
     rows = problem.memory_budget // 8 // (copies * width * item + 16 * partials) // ROW_UNIT * ROW_UNIT
     columns = problem.memory_budget // 4 // (width * item) // split * split
     copies_weight = width != problem.width or not problem.aligned
     return Reads(width, max(rows, ROW_UNIT), min(max(columns, split), problem.vocab), copies_weight)
 
 
-def _partials(problem: Problem, target: Target, cache: bool) -> int:
+@functools.lru_cache(256)  # every tile that is tried for a plan asks, and none changes it
+def _partials(dtype: torch.dtype, width: int, vocab: int, softcap: bool, cache: bool, target: Target) -> int:
     """Return how many partials a row has."""
-    tile = config.statistics_config(problem.dtype, target, width=problem.width, softcap=problem.softcap, cache=cache)
-    return -(-problem.vocab // config.partial_columns(problem.vocab, tile))
+    tile = config.statistics_config(dtype, target, width=width, softcap=softcap, cache=cache)
+    return -(-vocab // config.partial_columns(vocab, tile))
 
 
 # Rows that are gathered together are whole blocks of any kernel: one that stores E writes whole blocks.
@@ -202,7 +205,7 @@ def memory(problem: Problem, tile: Tile, cached: int, target: Target, *, in_plac
     """Return what a call allocates; the gpu tests hold it against the allocator."""
     rows, item, read = problem.rows, problem.dtype.itemsize, reads(problem, target)
     cache = cached * _bytes_of_e(problem)
-    partials = _partials(problem, target, cached > 0)
+    partials = _partials(problem.dtype, problem.width, problem.vocab, problem.softcap, cached > 0, target)
     of_row = read.width * item + (problem.width * item if read.width != problem.width else 0)  # gathered, and made wider
     of_column = read.width * item * read.copies_weight
     # A row has masks, position, coordinates and target (int64), scale, four statistics and their merged values.
