@@ -56,8 +56,8 @@ def target_of(device: torch.device) -> config.Target:
 
 
 def _proven(device: torch.device) -> tuple[str, ...]:
-    dtypes = tuple(str(dtype).removeprefix("torch.") for dtype in config.SPECIALISED_DTYPES)
-    return tuple(dtype for dtype in dtypes if decision.decide(Variant("triton", dtype, specialised=True), device).passed)
+    variants = (Variant("triton", dtype, specialised=True) for dtype in config.SPECIALISED_NAMES)
+    return tuple(variant.dtype for variant in variants if decision.decide(variant, device).passed)
 
 
 @contextmanager
@@ -91,8 +91,7 @@ def _target(device: torch.device) -> config.Target:
 
 def _like(gpu: Gpu) -> config.Target:
     """Return the GPU as if it were there, with the Triton that kernels are counted with, and had passed every self-check."""
-    proven = tuple(str(dtype).removeprefix("torch.") for dtype in config.SPECIALISED_DTYPES)
-    return config.Target("cuda", gpu.arch, gpu.processors, triton=(3, 6), proven=proven)
+    return config.Target("cuda", gpu.arch, gpu.processors, triton=(3, 6), proven=config.SPECIALISED_NAMES)
 
 
 def _target_for(problem: Problem) -> config.Target:

@@ -129,6 +129,7 @@ SPECIALISED_BY = {
     (GRADIENT, False): ((3, 6), (3, 7), (3, 8), (3, 9)),
 }
 SPECIALISED_DTYPES = (torch.bfloat16, torch.float16)
+SPECIALISED_NAMES = tuple(str(dtype).removeprefix("torch.") for dtype in SPECIALISED_DTYPES)  # as Target.proven has them
 
 
 def version_of(triton: str) -> tuple[int, int]:
