@@ -38,6 +38,7 @@ from bupo.rewards import RewardPool
 from bupo.rollout import WHOLE, Rollout, Sample, Stopped, configured_decode, configured_rollout
 from bupo.schedule import FINAL, OptimisedPolicy, Schedule, learning_rate
 from bupo_kernels import PolicyObjective, policy_divergence, policy_lens, policy_logprobs, policy_loss
+from bupo_kernels.policy_losses import top_entropy_bound
 
 HOPELESS = 3  # steps without a single reward after which a run that begins with them ends
 
@@ -110,7 +111,8 @@ def take_steps(setup: Setup, run: RunFolder, termination: Termination) -> list[A
                 for batches in make_mini_batches(samples, rewards, advantages, config, world)
             ]
             clock.lap("old")
-            updates = [update(model, optimizer, batches, policy, config, world) for batches in mini_batches if batches]
+            mini_batches = [of_highest_entropies(batches, config, world) for batches in mini_batches if batches]
+            updates = [update(model, optimizer, batches, policy, config, world) for batches in mini_batches]
             clock.lap("update")
 
         metrics: dict[str, Any] = {"step": step, "phase": policy.phase, "learning_rate": rate, **seen, **describe_updates(updates)}
@@ -334,10 +336,26 @@ def call_options(batch: MicroBatch, policy: OptimisedPolicy, config: TrainConfig
 
 @torch.no_grad()
 def with_old_logprobs(model: PreTrainedModel, batch: MicroBatch, policy: OptimisedPolicy, config: TrainConfig) -> MicroBatch:
-    """Return ``batch`` with the log-probs of its response tokens under ``policy`` as the weights stand."""
-    options = call_options(batch, policy, config)
-    old = as_forward(policy_logprobs, model, batch.input_ids, batch.targets, return_entropy=False, **options)
-    return replace(batch, old_logprobs=old.logprobs)
+    """Return ``batch`` with the log-probs of its response tokens under ``policy`` as the weights stand, and their entropies where
+    the objective asks for them."""
+    options = call_options(batch, policy, config) | {"return_entropy": config.objective.top_entropy_quantile < 1}
+    old = as_forward(policy_logprobs, model, batch.input_ids, batch.targets, **options)
+    return replace(batch, old_logprobs=old.logprobs, old_entropy=old.entropy)
+
+
+def of_highest_entropies(batches: list[MicroBatch], config: TrainConfig, world: World) -> list[MicroBatch]:
+    """Return a mini-batch in which the share ``objective.top_entropy_quantile`` of the tokens of all ranks has a coefficient, those
+    of the highest entropy before the step's updates; the others cost no product of the head. A collective.
+
+    The tokens are those of samples with a gradient, as with DAPO's dynamic sampling, which the paper has (arXiv 2506.01939).
+    """
+    quantile = config.objective.top_entropy_quantile
+    if quantile == 1:
+        return batches
+    pairs = [(batch, batch.old_entropy) for batch in batches if batch.old_entropy is not None]
+    found = torch.cat(world.gather([entropy[batch.mask & (batch.coefficients != 0)].cpu() for batch, entropy in pairs]))
+    bound = top_entropy_bound(found, torch.ones_like(found, dtype=torch.bool), quantile).to(world.device)
+    return [replace(batch, coefficients=batch.coefficients * (entropy >= bound)) for batch, entropy in pairs]
 
 
 class Update(NamedTuple):
@@ -376,6 +394,7 @@ def update(
             old_logprobs=batch.old_logprobs,
             objective=objective,
             denominator=1,
+            lengths=batch.sequence_lengths if objective.needs_sequence else None,
             **call_options(batch, policy, config),
         )
         (loss * world.size).backward()  # FSDP averages over the ranks
@@ -392,9 +411,9 @@ def update(
 
 
 def policy_objective(config: TrainConfig) -> PolicyObjective:
-    """Return the objective of a token; its aggregation is in the coefficients."""
-    clips = config.objective
-    return PolicyObjective(clip_low=clips.clip_low, clip_high=clips.clip_high, dual_clip=clips.dual_clip)
+    """Return the objective of a token; its aggregation, and which tokens count, is in the coefficients."""
+    fields = config.objective.model_dump(exclude={"advantage", "advantage_std", "aggregation", "top_entropy_quantile"})
+    return PolicyObjective(**(fields if fields["clip"] == "ppo" else fields | {"dual_clip": None}))
 
 
 @torch.no_grad()

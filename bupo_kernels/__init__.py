@@ -6,7 +6,7 @@ from bupo_kernels.functional import LinearLogprobs, explain, linear_cross_entrop
 from bupo_kernels.internal_policy import internal_policy, policy_divergence, policy_lens, policy_logprobs, policy_loss
 from bupo_kernels.lens import LensStatistics, linear_divergence, logit_lens
 from bupo_kernels.modules import FusedLMHead
-from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective
+from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective, simpo_loss
 
 __all__ = [
     "FusedLMHead",
@@ -26,4 +26,5 @@ __all__ = [
     "policy_lens",
     "policy_logprobs",
     "policy_loss",
+    "simpo_loss",
 ]

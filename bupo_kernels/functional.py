@@ -190,13 +190,16 @@ def linear_policy_loss(
     sampler_logprobs: Tensor | None = None,  # [...]
     objective: PolicyObjective = PolicyObjective(),  # noqa: B008 (frozen)
     denominator: float | Tensor | None = None,
+    lengths: Tensor | None = None,  # [n] int64
+    entropy_bound: float | Tensor | None = None,
     check: bool = False,
     **options: Any,
 ) -> tuple[Tensor, PolicyMetrics]:
     """Return the loss of an RL step on ``softmax(h Wᵀ)``, with its gradients taken while each chunk of logits is at hand.
 
     6·N·V·D FLOP forward and backward instead of 8, and memory for one chunk of rows. Objectives that need the log-probs of a whole
-    sequence before any gradient (``objective.needs_sequence``) take two passes, as :func:`linear_logprobs` would; so does the
+    sequence (``objective.needs_sequence``) or the entropies of the whole batch (``objective.needs_batch``) before any gradient take
+    two passes, as :func:`linear_logprobs` would; so does the
     ``triton`` backend in fp32 or with a softcap. :func:`explain` with ``objective=`` says which. With a ``support`` the logits are
     few enough to be kept: there it is always a forward and a backward, of 6·M·D FLOP, and rows that have their target as their
     only id cost nothing in either.
@@ -212,6 +215,11 @@ def linear_policy_loss(
             of the leading dimensions.
         denominator: replaces the call's own in the aggregation, so that it can span micro-batches and ranks: how many tokens
             count, or for the sequence means how many sequences have one.
+        lengths: how many tokens each sequence of a packed batch has, of all tokens of ``targets``, numbered through; then these are
+            the sequences. For ratios and importance weights of sequences; of the aggregations only ``"token-mean"`` goes with it.
+        entropy_bound: the entropy at which ``objective.top_entropy_quantile`` divides the whole batch
+            (:func:`bupo_kernels.policy_losses.top_entropy_bound`), so that it can span micro-batches and ranks; None takes that of
+            the call. A token counts at the bound and above.
         check: as in :func:`linear_logprobs`, for the other inputs too.
         options: those of :func:`linear_logprobs`, except ``return_entropy``.
 
@@ -232,25 +240,27 @@ def linear_policy_loss(
     given = {name: x if x is None else check_rows_of(name, x, targets) for name, x in given.items()}
     check_constant("denominator", denominator)
     objective.require_inputs(reference_logprobs=reference_logprobs, sampler_logprobs=sampler_logprobs)
-    if targets.dim() == 1 and (objective.needs_sequence or objective.aggregation != "token-mean"):
+    check_constant("entropy_bound", entropy_bound)
+    if entropy_bound is not None and not objective.needs_batch:
+        raise ValueError("entropy_bound: given, accepted is None with an objective whose top_entropy_quantile is 1")
+    _check_lengths(lengths, targets, objective)
+    over_sequences = objective.aggregation != "token-mean" or (objective.needs_sequence and lengths is None)
+    if targets.dim() == 1 and over_sequences:
         raise ValueError(f"hidden: shape {tuple(hidden.shape)} given, accepted is [..., S, D] for an objective over sequences")
     active = active_tokens(advantages, request.active(), sampler_logprobs)
     if check:
         constants = {name: x for name, x in given.items() if name != "sampler_logprobs"}
         request.check_values(active, **constants, advantages=advantages)
-    sequences = active.reshape(math.prod(active.shape[:-1]), active.shape[-1])  # of no token either, where -1 would be any number
-    dtype = torch.promote_types(request.hidden.dtype, torch.float32)
-    weights = token_weights(
-        sequences, objective.aggregation, denominator=denominator, max_length=objective.max_length, dtype=dtype
-    ).view(targets.shape)
+    weights = weights_of(objective, active, denominator, torch.promote_types(request.hidden.dtype, torch.float32))
 
-    if objective.needs_sequence or request.support is not None:
+    packed: dict[str, Any] = {"lengths": lengths, "entropy_bound": entropy_bound}
+    if objective.needs_sequence or objective.needs_batch or request.support is not None:
         if not objective.needs_sequence:
             active = engine.rows_that_matter(objective, active, weights, advantages)
         found = logprobs_of(replace(request, mask=active & ~request.settled()))
         assert found.entropy is not None
         logprob, entropy = found.logprobs.detach(), found.entropy.detach()
-        terms = policy_terms(objective, logprob, entropy, advantages, mask=active, **given)
+        terms = policy_terms(objective, logprob, entropy, advantages, mask=active, **given, **packed)
         # This has the value Σ w · loss, and its gradient: what is added to the loss is exactly zero, of a log-prob of −inf too.
         through = torch.where(terms.d_logprob == 0, 0, terms.d_logprob * (found.logprobs - logprob))
         through = through + terms.d_entropy * (found.entropy - entropy)
@@ -266,6 +276,34 @@ def linear_policy_loss(
         terms = policy_terms(objective, logprob, entropy, advantages, mask=active, **given)
     metrics = policy_metrics(terms, logprob, entropy, given["old_logprobs"], given["sampler_logprobs"], mask=active)
     return loss, metrics
+
+
+def weights_of(
+    objective: PolicyObjective, active: Tensor, denominator: float | Tensor | None, dtype: torch.dtype
+) -> Tensor:  # [...] bool -> [...]
+    """Return the weight of each token's loss in the whole; a sequence is the last dimension."""
+    sequences = active.reshape(math.prod(active.shape[:-1]), active.shape[-1])  # of no token either, where -1 would be any number
+    aggregation, longest = objective.aggregation, objective.max_length
+    return token_weights(sequences, aggregation, denominator=denominator, max_length=longest, dtype=dtype).view(active.shape)
+
+
+def _check_lengths(lengths: Tensor | None, targets: Tensor, objective: PolicyObjective) -> None:
+    """Raise for lengths that are not those of the sequences packed in ``targets``."""
+    if lengths is None:
+        return
+    if not isinstance(lengths, Tensor) or lengths.dtype != torch.int64 or lengths.dim() != 1:
+        given = f"{lengths.dtype} of shape {tuple(lengths.shape)}" if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"lengths: {given} given, accepted is an int64 tensor of one dimension")
+    if lengths.device != targets.device:
+        raise ValueError(f"lengths: on {lengths.device} given, accepted is the device of targets ({targets.device})")
+    if objective.aggregation != "token-mean":
+        raise ValueError(f"lengths: given, accepted is None with aggregation={objective.aggregation!r}")
+    total, accepted = targets.numel(), "lengths of 0 and above that add up to the number of targets"
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        if (lengths < 0).any() or lengths.sum() != total:
+            raise ValueError(f"lengths: {lengths.tolist()} given, accepted are {accepted} ({total})")
+    else:
+        torch._assert_async(((lengths >= 0).all() & (lengths.sum() == total)), f"lengths: accepted are {accepted}")
 
 
 def explain(
@@ -304,4 +342,5 @@ def explain(
     if gpu is not None and options.get("memory_budget") is None:
         options["memory_budget"] = default_memory_budget(torch.device("cuda"), gpu)
     request = Request.of(hidden, weight, targets, **options)
-    return request.plan(objective is not None and not objective.needs_sequence, gpu)
+    one_pass = objective is not None and not (objective.needs_sequence or objective.needs_batch)
+    return request.plan(one_pass, gpu)
