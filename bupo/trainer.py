@@ -427,7 +427,7 @@ def look(
     if policy != FINAL:
         options = call_options(batch, policy, config)
         entropy = as_forward(policy_logprobs, model, batch.input_ids, batch.targets, **options).entropy
-        divergence = as_forward(policy_divergence, model, batch.input_ids, batch.mask, **options)
+        divergence = as_forward(policy_divergence, model, batch.input_ids, batch.mask, **options).divergence
     assert entropy is not None  # it is returned by default
     assert final.entropy is not None
     gap = torch.where(batch.mask, (final.logprobs - batch.sampler_logprobs).abs(), 0)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from bupo_kernels.functional import LinearLogprobs
+from bupo_kernels.functional import LinearDivergence, LinearLogprobs
 from bupo_kernels.lens import LensStatistics
 from bupo_kernels.modules import FusedLMHead
 from bupo_kernels.policy_losses import PolicyMetrics
@@ -183,7 +183,6 @@ def policy_loss(
     return _head(model, _hidden_states(model, inputs, layer, module, final_norm), targets=targets, advantages=advantages, **options)
 
 
-@torch.no_grad()
 def policy_divergence(
     model: nn.Module,
     input_ids: Tensor,  # [B, S] int64
@@ -195,17 +194,23 @@ def policy_divergence(
     module: str = "layer",
     final_norm: bool = False,
     model_options: dict | None = None,
+    kind: str = "reverse_kl",
     **options,
-) -> Tensor:
-    """Return ``KL(π^l ‖ π)`` of the policy of ``layer`` from the model's own where ``mask`` is True, ``[B, S]`` in nats.
+) -> LinearDivergence:
+    """Return the divergence of the policy of ``layer``, the student, from the model's own, its teacher, where ``mask`` is True: by
+    default ``KL(π^l ‖ π)``, ``[B, S]`` in nats.
 
-    There is no gradient.
+    The model's own policy is a constant: gradients reach the head, the embedding and layers 1..``layer`` by way of the student
+    alone.
 
-    Arguments as in :func:`policy_logprobs`; ``options`` as in :func:`bupo_kernels.linear_divergence`.
+    Arguments as in :func:`policy_logprobs`; ``kind``, ``options`` and what is returned as in
+    :func:`bupo_kernels.linear_divergence`.
     """
     inputs = _inputs(input_ids, attention_mask, position_ids, model_options)
-    hidden, final = (_hidden_states(model, inputs, *policy) for policy in ((layer, module, final_norm), (None, "layer", False)))
-    return _head(model, hidden, reference=final, mask=mask, **options)
+    with torch.no_grad():
+        final = _hidden_states(model, inputs, None, "layer", False)
+    hidden = _hidden_states(model, inputs, layer, module, final_norm)
+    return _head(model, hidden, teacher_hidden=final, mask=mask, kind=kind, **options)
 
 
 @torch.no_grad()
