@@ -54,7 +54,8 @@ def describe(
         f"{sequences * (prompt + response):,.0f} tokens",
     ]
     internal = optimised_policy(config, internal=True)
-    phases = {f"phase 1: {internal.phase}": True, "phase 2: the model": False} if config.policy == "bupo" else {"the model": False}
+    own = "the model" if config.distillation is None else f"the model and layer {config.distillation.layer}"
+    phases = {f"phase 1: {internal.phase}": True, "phase 2: the model": False} if config.policy == "bupo" else {own: False}
     memories = [memory(architecture, config, world_size, internal=first) for first in phases.values()]
     steps = [step_flops(architecture, config, world_size, internal=first, lengths=lengths) for first in phases.values()]
     references = [
