@@ -215,8 +215,14 @@ class Checkpoints(Section):
 
 class Telemetry(Section):
     episodes_every: PositiveInt = Field(20, description="steps between groups of episodes written as text")
+    look_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.1, description="of a step's FLOPs, the most that looks at policies may take, by samples and by steps; 1 = unbounded"
+    )
+    look_tokens: PositiveInt | None = Field(
+        None, description="the most of a look at both policies, per device; null = 4096, or the longest sequence"
+    )
     lens_every: NonNegativeInt = Field(10, description="steps between looks at the policies of all layers; 0 = never")
-    lens_tokens: PositiveInt = Field(256, description="of each such look, per device")
+    lens_tokens: PositiveInt = Field(256, description="the most of each such look, per device")
     tensorboard: bool | None = Field(None, description="null = if it is installed")
     wandb: str | None = Field(None, description="project on Weights & Biases; null = off")
     peak_tflops: PositiveFloat | None = Field(None, description="of one device, for MFU; null = known GPUs only")
@@ -338,8 +344,8 @@ class TrainConfig(Section):
 
     @property
     def look_tokens(self) -> int:
-        """The tokens per device on which each step looks at both policies: some thousands, or the longest sequence."""
-        return min(self.hardware.max_tokens_per_device, max(4096, sum(self.lengths)))
+        """The most tokens per device of a look at both policies: as configured, else some thousands, and the longest sequence."""
+        return min(self.hardware.max_tokens_per_device, max(self.telemetry.look_tokens or 4096, sum(self.lengths)))
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from bupo_kernels.functional import weights_of
-from bupo_kernels.internal_policy import _backbone, _head, _inputs
+from bupo_kernels.internal_policy import _backbone, policy_states, read_head
 from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective, active_tokens
 
 
@@ -91,30 +91,32 @@ def self_distillation_loss(
         given = backbone.config._attn_implementation
         raise ValueError(f"attention_weight: {attention_weight} given with attn_implementation={given!r}, accepted is 'eager'")
 
-    inputs = _inputs(input_ids, attention_mask, position_ids, model_options)
-    states: list[Tensor] = []
     attentions: list[Tensor] = []
-
-    def keep_input(_: nn.Module, arguments: tuple, named: dict) -> None:
-        states.append(arguments[0] if arguments else named["hidden_states"])
 
     def keep_attention(_: nn.Module, __: tuple, output: tuple) -> None:
         attentions.append(output[1])
 
     with ExitStack() as undo:
-        undo.callback(backbone.layers[layer].register_forward_pre_hook(keep_input, with_kwargs=True).remove)
         for block in (backbone.layers[layer - 1], backbone.layers[depth - 1]) if attention_weight else ():
             undo.callback(block.self_attn.register_forward_hook(keep_attention).remove)
-        final = backbone(**inputs).last_hidden_state
-    student = backbone.norm(states[0]) if final_norm else states[0]
-    if attention_weight and states[0].requires_grad and not attentions[0].requires_grad:
+        states = policy_states(
+            model,
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            layer=layer,
+            final_norm=final_norm,
+            model_options=model_options,
+        )
+    student, final = states.internal, states.final
+    if attention_weight and student.requires_grad and not attentions[0].requires_grad:
         raise ValueError("model: checkpoints activations with use_reentrant=True, accepted is use_reentrant=False")
 
     ignored, mask = options.get("ignore_index", -100), options.get("mask")
     active = active_tokens(targets, (targets != ignored) if mask is None else mask & (targets != ignored), sampler_logprobs)
     dtype = torch.promote_types(final.dtype, torch.float32)
     weights = weights_of(objective, active, denominator, dtype) * torch.where(active, advantages.to(dtype), 0)
-    loss, metrics = _head(
+    loss, metrics = read_head(
         model,
         final,
         targets=targets,
@@ -129,7 +131,7 @@ def self_distillation_loss(
         **options,
     )
     for_both = {name: value for name, value in options.items() if name not in ("mask", "ignore_index")}
-    found = _head(
+    found = read_head(
         model,
         student,
         teacher_hidden=final.detach(),

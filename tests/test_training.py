@@ -538,7 +538,10 @@ def test_what_is_seen_of_both_policies_is_the_mean_over_response_tokens(config_f
     config, world = load_config(config_file, ["hardware.max_tokens_per_device=1000"]), World(0, 1, torch.device("cpu"))
     model, samples = load_model(config.model, config.hardware, world), random_samples(6, vocab=14)
     with training_attention(model, "per-sequence"):
-        seen = look(model, samples, policy, 1, config, world)
+        seen, _ = look(model, samples, policy, 6, 1, config, world)
+        few = [look(model, samples, policy, 2, step, config, world)[0] for step in (1, 1, 2)]
+    assert seen["look_tokens"] == sum(len(sample.response_ids) for sample in samples) > few[0]["look_tokens"]
+    assert few[0] == few[1] != few[2]  # which samples are looked at depends on the step
     entropies, finals, divergences, gaps = [], [], [], []
     with torch.no_grad():
         for sample in samples:
@@ -561,12 +564,13 @@ def test_what_is_seen_of_both_policies_is_the_mean_over_response_tokens(config_f
 
 
 def test_the_layers_seen_are_those_of_a_plain_logit_lens(config_file):
-    config, of_two = (load_config(config_file, [f"telemetry.lens_tokens={n}"]) for n in (1000, 2))
-    world = World(0, 1, torch.device("cpu"))
+    config, world = load_config(config_file, ["hardware.max_tokens_per_device=1000"]), World(0, 1, torch.device("cpu"))
     model, samples = load_model(config.model, config.hardware, world), random_samples(6, vocab=14)
     with training_attention(model, "per-sequence"):
-        seen = look_at_layers(model, samples, 1, config, world)
-        few = [look_at_layers(model, samples, step, of_two, world) for step in (1, 1, 2)]
+        _, looked_at = look(model, samples, FINAL, 6, 1, config, world)
+        seen = look_at_layers(model, looked_at, 1000, 1, config, world)
+        few = [look_at_layers(model, looked_at, 2, step, config, world) for step in (1, 1, 2)]
+    assert (seen["lens_tokens"], few[0]["lens_tokens"]) == (sum(len(sample.response_ids) for sample in samples), 2)
     entropies, divergences, logprobs = [], [], []
     raw_last = []
     model.base_model.norm.register_forward_pre_hook(lambda _, inputs: raw_last.append(inputs[0]))
