@@ -484,7 +484,10 @@ def test_the_description_follows_the_run():
     assert "phase" not in grpo
     assert "ratio" not in grpo
     assert "half of the longest" in grpo
-    assert "the model and layer 3" in describe(architecture, run_config(**{"policy": "oisd", "oisd.layer": 3}), 1)
+    oisd = describe(architecture, run_config(**{"policy": "oisd", "oisd.layer": 3}), 1)
+    assert "the model and layer 3" in oisd
+    assert "the reference's" in grpo
+    assert "the reference's" not in oisd  # BuPO's released code does not do it
     told = describe(architecture, run_config(), 1, lengths=(7, 9))
     assert "7 prompt and 9 response tokens: 128 tokens" in told
     vllm = describe(architecture, run_config(**{"rollout.engine": "vllm", "hardware.offload": True}), 2)
