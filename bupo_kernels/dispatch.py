@@ -14,10 +14,13 @@ from bupo_kernels.backends import machine
 from bupo_kernels.backends.base import Backend, Candidate, Problem, TilePlan, TooSmall
 from bupo_kernels.backends.cpu_bf16 import CpuBf16
 from bupo_kernels.backends.gathers import Gathers, TorchGathers
+from bupo_kernels.backends.lens_loop import LensRows
 from bupo_kernels.backends.machine import Gpu, Seconds
 from bupo_kernels.backends.native_gathers import NativeGathers
+from bupo_kernels.backends.native_lens import NativeLens
 from bupo_kernels.backends.native_rows import NativeCpu, NativeCuda
 from bupo_kernels.backends.torch_ import Torch
+from bupo_kernels.backends.torch_lens import TorchLens
 from bupo_kernels.backends.triton_ import Triton, TritonGathers
 
 TRITON, CPU_BF16, NATIVE_CPU, NATIVE_CUDA, TORCH = Triton(), CpuBf16(), NativeCpu(), NativeCuda(), Torch()
@@ -46,6 +49,9 @@ NAMES = _names(STRATEGIES)
 
 # The same for a call on supports.
 GATHERS: dict[str, Gathers] = {"triton": TritonGathers(), "native": NativeGathers(), "torch": TorchGathers()}
+
+# The same for what the ops above do not give of a lens.
+LENSES: dict[str, LensRows] = {"native": NativeLens(), "torch": TorchLens()}
 
 Chosen = TypeVar("Chosen", bound=Candidate)
 
@@ -202,6 +208,11 @@ def choose(problem: Problem, backend: str = "auto") -> tuple[str, Backend, str |
 def choose_gathers(problem: Problem, backend: str = "auto") -> tuple[str, Gathers, str | None, dict[str, str]]:
     """Return what :func:`choose` does, for a call on supports."""
     return _choose(problem, backend, _names({name: gathers.strategies for name, gathers in GATHERS.items()}), GATHERS)
+
+
+def choose_lens(problem: Problem, backend: str = "auto") -> tuple[str, LensRows, str | None, dict[str, str]]:
+    """Return what :func:`choose` does, for outputs of a lens that no op gives."""
+    return _choose(problem, backend, _names({name: rows.strategies for name, rows in LENSES.items()}), LENSES)
 
 
 def _choose(
