@@ -208,6 +208,21 @@ void bind_cpu(py::module_& module) {
           },
           release())
       .def(
+          "pack_left",
+          [](const Cpu& self, Address from, i64 stride, i64 rows, i64 width, Address to, int threads) {
+            self.kernels->pack_left(matrix(from, stride, rows, width), at<cpu::Word>(to), counts(rows, width, threads));
+          },
+          release())
+      .def(
+          "linear_products",
+          [](const Cpu& self, Address hidden, i64 rows, Address weight, i64 columns, i64 width, Address out, i64 stride,
+             int threads) {
+            require(width >= 1, "matrices of 1 column and more");
+            self.kernels->linear_products(at<const cpu::Word>(hidden), rows, at<const cpu::Word>(weight), columns, width,
+                                          at<float>(out), apart(stride, rows, columns), counts(rows, columns, threads));
+          },
+          release())
+      .def(
           "lens_statistics",
           [](const Cpu& self, Address products, Address scratch, i64 policies, i64 tokens, i64 columns, i64 first, Address bias,
              Address outer, float inner, bool softcap, Address targets, Address m, i64 stride, i64 policy_stride, Address argmax,

@@ -29,11 +29,11 @@ from torch import Tensor
 
 from bupo_kernels import PolicyObjective, explain, linear_logprobs, linear_policy_loss, reference
 from bupo_kernels.backends import compiled, cpu_bf16, lens_loop, native_rows, tile_loop
-from bupo_kernels.backends.compiled import address
+from bupo_kernels.backends.compiled import MULTIPLY_BF16, address
+from bupo_kernels.backends.native_lens import NativeLens
 
 BF16, FP32 = torch.bfloat16, torch.float32
 EPS = torch.finfo(FP32).eps  # 2 roundoffs; an ulp of x is between EPS/2 and EPS times |x|
-MULTIPLY_BF16 = ("amx", "avx512_bf16")  # the others multiply fp32, and keep dz in it
 FIELDS = ("logprobs", "entropy", "logsumexp")
 THREADS = (1, 2, 3, 5)
 SENTINEL = 7.0
@@ -416,6 +416,21 @@ def test_every_output_of_a_lens_matches_the_oracle(isa, dtype, scales, rows, voc
     lens = random_lens(scales, (rows,), vocab, width, dtype=dtype, options=OPTIONS[options], seed=seed)
     outputs, top_k = outputs or ["rank"], min(top_k, vocab)
     assert_agrees(lens.run(outputs, top_k, memory_budget=budget, backend=f"native:{isa}"), lens, outputs, top_k)
+
+
+@given(rows=st.integers(1, 100), columns=st.integers(1, 100), width=st.integers(1, 70), margin=st.integers(0, 3))
+@examples(20)
+def test_products_are_written_where_they_belong_and_nowhere_else(isa, rows, columns, width, margin):
+    # Whole numbers, whose products are exact.
+    hidden, weight = (torch.randint(-9, 10, (n, width + margin)).to(BF16)[:, :width] for n in (rows, columns))
+    lens, out = NativeLens(), torch.full((rows + 1, columns + margin), SENTINEL)
+    operands = lens.pack_hidden(hidden, isa), lens.pack_weight(weight, isa)
+    for count in THREADS[:2]:
+        with threads(count):
+            lens.multiply(out[:rows, :columns], *operands, width, isa)
+        assert torch.equal(out[:rows, :columns], hidden.float() @ weight.float().T)
+        assert (out[rows] == SENTINEL).all()
+        assert (out[:, columns:] == SENTINEL).all()
 
 
 def test_a_lens_of_rows_longer_than_a_segment(isa, monkeypatch):

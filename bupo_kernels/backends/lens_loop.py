@@ -28,6 +28,7 @@ from bupo_kernels.backends import algebra
 from bupo_kernels.backends.algebra import Statistics
 from bupo_kernels.backends.base import Candidate, Operands, Readout, Tile
 from bupo_kernels.backends.compiled import present
+from bupo_kernels.backends.cpu_arguments import PANEL
 from bupo_kernels.backends.gradients import accumulate_, product_dtype
 from bupo_kernels.backends.quantised import is_plain, rows_of
 from bupo_kernels.backends.tile_loop import CPU_TILE, DEVICE_TILE, SMALL_TILE
@@ -81,6 +82,23 @@ class LensRows(Candidate):
 
     keeps: ClassVar[bool] = False  # whether a fold leaves logits in its tile, from which the second pass can be taken
     multiplies: ClassVar[bool] = False  # whether `cross` is a product of matrices, which does not take 0 · −inf for 0
+
+    def packs(self, dtype: torch.dtype, strategy: str | None) -> bool:
+        """Return whether operands of ``dtype`` are multiplied by kernels of its own, which pack them: with :meth:`pack_hidden`,
+        :meth:`pack_weight` and :meth:`multiply`."""
+        return False
+
+    def pack_hidden(self, hidden: Tensor, strategy: str | None) -> Tensor:  # [n, D] -> [words]
+        """Return the hidden vectors as :meth:`multiply` takes them: of at most 2 bytes an element, with n rounded up to 32."""
+        raise NotImplementedError(f"{type(self).__name__} has no product of its own")
+
+    def pack_weight(self, weight: Tensor, strategy: str | None) -> Tensor:  # [c, D] -> [words]
+        """Return rows of the weight as :meth:`multiply` takes them: of at most 2 bytes an element, with c rounded up to 32."""
+        raise NotImplementedError(f"{type(self).__name__} has no product of its own")
+
+    def multiply(self, out: Tensor, hidden: Tensor, weight: Tensor, width: int, strategy: str | None) -> None:  # [n, c]
+        """Write the fp32 products of what :meth:`pack_hidden` and :meth:`pack_weight` gave."""
+        raise NotImplementedError(f"{type(self).__name__} has no product of its own")
 
     def needs_scratch(self, pairs: bool) -> bool:
         """Return whether tiles need scratch memory, where ``pairs`` says whether all pairs are compared."""
@@ -144,13 +162,17 @@ class LensLoop:
         self.rules_out = operands.bias is not None and bool((operands.bias == -math.inf).any())
         self.dtype = torch.promote_types(operands.hidden.dtype, torch.float32)
         self.product_dtype = product_dtype(operands.hidden.dtype, operands.hidden.device)
+        self.packs = kernels.packs(operands.hidden.dtype, strategy)
         self.rows, self.tile, self.keeps = self._plan(count, memory_budget)
+        # Panels of few rows are mostly padding, for which no memory is planned.
+        self.packs = self.packs and min(self.tile.rows * self.policies, self.tile.columns) >= SMALL_TILE
 
     def _plan(self, count: int, memory_budget: int) -> tuple[int, Tile, bool]:
         """Return how many rows there may be at a time, the tokens and columns of the largest tile within the budget, and whether
         all tiles are kept for the second pass. Raise ``ValueError`` where the budget holds not even the smallest."""
         policies, k, (vocab, width) = self.policies, self.top_k, self.operands.weight.shape
         size, item, of_product = self.dtype.itemsize, self.operands.hidden.dtype.itemsize, self.product_dtype.itemsize
+        width = -(-width // PANEL) * PANEL if self.packs else width
         copies = item < of_product if is_plain(self.operands.weight) else 2  # of a slice, as in tile_loop.memory
         # A row has statistics and results, in float and int64, the top k twice, products of all pairs, indices and coordinates;
         # and its hidden vectors.
@@ -188,7 +210,8 @@ class LensLoop:
         return rows, Tile(tokens, columns), False
 
     def _blocks(self, rows: Tensor) -> list[tuple[slice, Tensor, Readout]]:  # [n]
-        """Return the rows block by block, with their hidden vectors [P · r, D] and their readout."""
+        """Return the rows block by block, with their hidden vectors [P · r, D], or these as they are packed, and their
+        readout."""
         blocks, coordinates = [], self.operands.coordinates(rows)
         for first in range(0, len(rows), self.tile.rows):
             tokens = slice(first, min(first + self.tile.rows, len(rows)))
@@ -196,8 +219,9 @@ class LensLoop:
             hidden = [self.norm(state[index]) for state in self.states]
             if self.final is not None:
                 hidden.append(self.final[index])
-            stacked = torch.stack([x.to(self.operands.hidden.dtype) for x in hidden]).to(self.product_dtype)
-            blocks.append((tokens, stacked.flatten(0, 1), self.operands.readout.rows(index, self.dtype)))
+            stacked = torch.stack([x.to(self.operands.hidden.dtype) for x in hidden]).flatten(0, 1)
+            operand = self.kernels.pack_hidden(stacked, self.strategy) if self.packs else stacked.to(self.product_dtype)
+            blocks.append((tokens, operand, self.operands.readout.rows(index, self.dtype)))
         return blocks
 
     def _tiles(self, rows: Tensor, blocks: list[tuple[slice, Tensor, Readout]], kept: Tensor | None) -> Iterator[LensTile]:
@@ -210,14 +234,18 @@ class LensLoop:
         at = 0
         for start in range(0, vocab if len(rows) else 0, self.tile.columns):
             columns = slice(start, min(start + self.tile.columns, vocab))
-            w = rows_of(weight, columns).to(self.product_dtype)
+            w = rows_of(weight, columns)
+            w = self.kernels.pack_weight(w, self.strategy) if self.packs else w.to(self.product_dtype)
             b = None if bias is None else bias[columns].to(self.dtype)
             for tokens, hidden, readout in blocks:
-                shape = (self.policies, tokens.stop - tokens.start, len(w))
+                shape = (self.policies, tokens.stop - tokens.start, columns.stop - columns.start)
                 count = math.prod(shape)
                 z = (room[:count] if kept is None else kept[at : at + count]).view(shape)
                 at += count
-                accumulate_(z.flatten(0, 1), hidden, w.T, first=True)
+                if self.packs:
+                    self.kernels.multiply(z.flatten(0, 1), hidden, w, weight.shape[1], self.strategy)
+                else:
+                    accumulate_(z.flatten(0, 1), hidden, w.T, first=True)
                 free = scratch[:count].view(shape) if len(scratch) else None
                 yield LensTile(columns, tokens, z, free, False, b, readout, y[tokens])
 

@@ -1,4 +1,5 @@
-"""The row kernels of a lens in C++ (csrc/cpu): products of any dtype but float64 on a CPU, which are fp32 all of them."""
+"""The row kernels of a lens in C++ (csrc/cpu), for any dtype but float64 on a CPU. Where it multiplies bf16, bf16 operands have the
+product of packed panels that ``cpu_bf16.py`` has; all others have the library's, in fp32."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from bupo_kernels.backends.algebra import Statistics
 from bupo_kernels.backends.base import Problem
-from bupo_kernels.backends.compiled import ISAS, address, isas, kernels
+from bupo_kernels.backends.compiled import ISAS, MULTIPLY_BF16, address, isas, kernels, words
 from bupo_kernels.backends.cpu_arguments import ReadoutArguments, padded, up
 from bupo_kernels.backends.lens_loop import Comparison, LensRows, LensTile, Running
 from bupo_kernels.backends.native_rows import why_not_native
@@ -31,6 +32,37 @@ class NativeLens(LensRows):
 
     def why_not_default(self, problem: Problem) -> str | None:
         return "torch.compile cannot trace it" if torch.compiler.is_compiling() else None
+
+    def packs(self, dtype: torch.dtype, strategy: str | None) -> bool:
+        return dtype == torch.bfloat16 and (strategy or isas()[0]) in MULTIPLY_BF16
+
+    def pack_hidden(self, hidden: Tensor, strategy: str | None) -> Tensor:  # [n, D] -> [words]
+        return self._packed(hidden, "pack_left", strategy)
+
+    def pack_weight(self, weight: Tensor, strategy: str | None) -> Tensor:  # [c, D] -> [words]
+        return self._packed(weight, "pack_rows", strategy)
+
+    @staticmethod
+    def _packed(matrix: Tensor, how: str, strategy: str | None) -> Tensor:  # [n, D] -> [words]
+        k, (rows, width) = kernels(strategy or isas()[0]), matrix.shape
+        matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
+        packed = words(k.packed_words(rows, width))
+        source = address(matrix, torch.bfloat16, width)
+        getattr(k, how)(source, matrix.stride(0), rows, width, address(packed), torch.get_num_threads())
+        return packed
+
+    def multiply(self, out: Tensor, hidden: Tensor, weight: Tensor, width: int, strategy: str | None) -> None:  # [n, c]
+        k, (rows, columns) = kernels(strategy or isas()[0]), out.shape
+        k.linear_products(
+            address(hidden, torch.int32, k.packed_words(rows, width)),
+            rows,
+            address(weight, torch.int32, k.packed_words(columns, width)),
+            columns,
+            width,
+            address(out, torch.float32, columns),
+            out.stride(0),
+            torch.get_num_threads(),
+        )
 
     def needs_scratch(self, pairs: bool) -> bool:
         return pairs

@@ -105,6 +105,11 @@ struct Kernels {
   void (*row_gradient)(const float* logits, std::int64_t stride, std::int64_t rows, std::int64_t columns, Readout readout,
                        bool formed, Coefficients coefficients, float* dz, int threads);
 
+  // Packs the rows of a matrix as left panels (depth = width).
+  void (*pack_left)(Matrix from, Word* to, int threads);
+  // Writes out[rows, columns] = h Wᵀ, with h as packed left panels and W as packed rows.
+  void (*linear_products)(const Word* hidden, std::int64_t rows, const Word* weight, std::int64_t columns, std::int64_t width,
+                          float* out, std::int64_t stride, int threads);
   // Folds products of P policies on the same tokens, fp32 [P, tokens, columns] of the columns from `first` on, into what a lens keeps
   // of them, and leaves logits in their place. `scratch` has as much room, and is read only where all pairs are asked for.
   void (*lens_statistics)(float* products, float* scratch, std::int64_t policies, std::int64_t tokens, std::int64_t columns,
