@@ -26,6 +26,9 @@ def tell_flop_counter() -> None:
     counter.register_flop_formula(ops.linear_statistics)(_statistics)
     counter.register_flop_formula(ops.linear_statistics_backward)(_backward)
     counter.register_flop_formula(ops.linear_policy_loss)(_policy_loss)
+    counter.register_flop_formula(ops.linear_divergence)(_divergence)
+    counter.register_flop_formula(ops.linear_divergence_backward)(_divergence_backward)
+    counter.register_flop_formula(ops.linear_divergence_sum)(_divergence_sum)
     counter.register_flop_formula(ops.support_statistics)(_on_support)
     counter.register_flop_formula(ops.support_statistics_backward)(_on_support_backward)
 
@@ -45,6 +48,27 @@ def _backward(g_logprob: Shape, g_entropy: Shape, g_logsumexp: Shape, hidden: Sh
 
 def _policy_loss(hidden: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
     return _products(hidden, weight, Settings.decode(rest[-1]).planned)
+
+
+def _divergence(*arguments: Any, **_: Any) -> int:
+    return sum(_products(*operands) for operands, _settings in _sides(arguments))
+
+
+def _divergence_backward(
+    g_divergence: Shape, g_entropy: Shape, divergence: Shape, entropy: Shape, *arguments: Any, **_: Any
+) -> int:
+    """Count the products of both sides too, which the backward forms again."""
+    return sum(_products(*operands, settings.needed) for operands, settings in _sides(arguments))
+
+
+def _divergence_sum(*arguments: Any, **_: Any) -> int:
+    return sum(_products(*operands, settings.planned) for operands, settings in _sides(arguments))
+
+
+def _sides(arguments: Sequence[Any]) -> list[tuple[tuple[Shape, Shape], Settings]]:
+    """Return hidden states and weight of student and teacher, with their settings, from the arguments of a divergence's op."""
+    student, teacher = (Settings.decode(x) for x in arguments if isinstance(x, str))
+    return [((arguments[0], arguments[1]), student), ((arguments[3], arguments[4]), teacher)]
 
 
 def _on_support(
