@@ -15,10 +15,13 @@ from bupo_kernels.backends.base import Backend, Candidate, Problem, TilePlan, To
 from bupo_kernels.backends.cpu_bf16 import CpuBf16
 from bupo_kernels.backends.divergences import DivergenceRows, TorchDivergence
 from bupo_kernels.backends.gathers import Gathers, TorchGathers
+from bupo_kernels.backends.lens_loop import LensRows
 from bupo_kernels.backends.machine import Gpu, Seconds
 from bupo_kernels.backends.native_gathers import NativeGathers
+from bupo_kernels.backends.native_lens import NativeLens
 from bupo_kernels.backends.native_rows import NativeCpu, NativeCuda
 from bupo_kernels.backends.torch_ import Torch
+from bupo_kernels.backends.torch_lens import TorchLens
 from bupo_kernels.backends.triton_ import Triton, TritonGathers
 
 TRITON, CPU_BF16, NATIVE_CPU, NATIVE_CUDA, TORCH = Triton(), CpuBf16(), NativeCpu(), NativeCuda(), Torch()
@@ -48,8 +51,9 @@ NAMES = _names(STRATEGIES)
 # The same for a call on supports.
 GATHERS: dict[str, Gathers] = {"triton": TritonGathers(), "native": NativeGathers(), "torch": TorchGathers()}
 
-# The same for the rows of a divergence.
+# The same for the rows of a divergence, and for what the ops above do not give of a lens.
 DIVERGENCES: dict[str, DivergenceRows] = {"torch": TorchDivergence()}
+LENSES: dict[str, LensRows] = {"native": NativeLens(), "torch": TorchLens()}
 
 Chosen = TypeVar("Chosen", bound=Candidate)
 
@@ -211,6 +215,11 @@ def choose_gathers(problem: Problem, backend: str = "auto") -> tuple[str, Gather
 def choose_divergence(problem: Problem, backend: str = "auto") -> tuple[str, DivergenceRows, str | None, dict[str, str]]:
     """Return what :func:`choose` does, for the rows of a divergence."""
     return _choose(problem, backend, _names({name: rows.strategies for name, rows in DIVERGENCES.items()}), DIVERGENCES)
+
+
+def choose_lens(problem: Problem, backend: str = "auto") -> tuple[str, LensRows, str | None, dict[str, str]]:
+    """Return what :func:`choose` does, for outputs of a lens that no op gives."""
+    return _choose(problem, backend, _names({name: rows.strategies for name, rows in LENSES.items()}), LENSES)
 
 
 def _choose(
