@@ -22,6 +22,7 @@ from problems import (
     products,
     random_case,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from bupo.measurement import peak_bytes
 from bupo_kernels import FusedLMHead, explain, linear_divergence, numerics, policy_divergence, reference
@@ -424,6 +425,21 @@ def test_the_plan_says_what_a_call_does():
     assert top.why_not["native"] == "it has no kernel for teacher_top"
     with pytest.raises(TypeError, match="targets: given with a teacher"):
         explain(case.hidden, case.weight, case.targets, **frozen)
+
+
+def test_torchs_flop_counter_counts_what_the_plan_does():
+    case, teacher = random_case(6, 40, 8), random_case(6, 40, 5, seed=1)
+    frozen = {"teacher_hidden": teacher.hidden.detach(), "teacher_weight": teacher.weight.detach()}
+    top = {"teacher_top": (torch.zeros(6, 1, dtype=torch.int64), torch.zeros(6, 1))}
+    for options in (frozen, frozen | {"reduction": "mean"}, top, top | {"reduction": "sum"}):
+        plan = explain(case.hidden, case.weight, **options)
+        with FlopCounterMode(display=False) as counter:
+            linear_divergence(case.hidden, case.weight, **options).divergence.sum().backward()
+        assert counter.get_total_flops() == plan.flops_forward + plan.flops_backward
+    support = torch.arange(6), torch.arange(7)
+    with FlopCounterMode(display=False) as counter:
+        linear_divergence(case.hidden, case.weight, **frozen, support=support).divergence.sum().backward()
+    assert counter.get_total_flops() == 2 * 6 * (3 * 8 + 5)
 
 
 # ---- torch
