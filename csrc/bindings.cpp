@@ -248,6 +248,24 @@ void bind_cpu(py::module_& module) {
           },
           release())
       .def(
+          "row_divergence",
+          [](const Cpu& self, Address student, i64 student_stride, bool student_gradient, Address student_bias,
+             Address student_outer, float student_inner, bool student_softcap, Address teacher, i64 teacher_stride,
+             bool teacher_gradient, Address teacher_bias, Address teacher_outer, float teacher_inner, bool teacher_softcap,
+             i64 rows, i64 columns, float beta, Address g_divergence, Address g_entropy, Address divergence, Address entropy,
+             int threads) {
+            counts(rows, columns, threads);
+            require(beta >= 0.0f && beta <= 1.0f, "betas from 0 to 1");
+            if (rows == 0) return;
+            self.kernels->row_divergence({at<float>(student), apart(student_stride, rows, columns), student_gradient,
+                                          readout(student_bias, student_outer, student_inner, student_softcap)},
+                                         {at<float>(teacher), apart(teacher_stride, rows, columns), teacher_gradient,
+                                          readout(teacher_bias, teacher_outer, teacher_inner, teacher_softcap)},
+                                         rows, columns, beta, at_or_null<const float>(g_divergence),
+                                         at_or_null<const float>(g_entropy), at<float>(divergence), at<float>(entropy), threads);
+          },
+          release())
+      .def(
           "gathered_dots",
           [](const Cpu& self, Address left, i64 left_stride, Address left_rows, Address right, i64 right_stride, Address right_rows,
              i64 count, i64 width, bool bf16, Address out, int threads) {

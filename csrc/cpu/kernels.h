@@ -66,6 +66,14 @@ struct LensComparison {
   float* jsd;          // [P, stride]; the last policy's are left alone
 };
 
+// One of the two policies of a divergence: products that a library left in memory, fp32, whole rows.
+struct Policy {
+  float* products;
+  std::int64_t stride;
+  bool gradient;  // whether the gradient of the products is left in their place
+  Readout readout;
+};
+
 // How a gradient is written.
 enum class Write { fp32, add_to_fp32, bf16 };
 
@@ -117,6 +125,11 @@ struct Kernels {
   // Adds to rank and jsd what follows from logits that lens_statistics left (`formed`), or from products.
   void (*lens_comparison)(float* logits, std::int64_t policies, std::int64_t tokens, std::int64_t columns, Readout readout,
                           bool formed, LensStatistics statistics, LensComparison found, int threads);
+  // Writes the divergence of each row and the entropy of the student, [rows] each. `beta` is in bupo_kernels/backends/divergences.py.
+  // With `g_divergence` it leaves gradients where the policies want them; `g_entropy` may be null. What else is in place of the
+  // products has no meaning.
+  void (*row_divergence)(Policy student, Policy teacher, std::int64_t rows, std::int64_t columns, float beta,
+                         const float* g_divergence, const float* g_entropy, float* divergence, float* entropy, int threads);
 
   // Writes out[e] = left[left_rows[e]] · right[right_rows[e]] for rows of one dtype and width, which lie where they are.
   void (*gathered_dots)(Rows left, const std::int64_t* left_rows, Rows right, const std::int64_t* right_rows, std::int64_t count,

@@ -85,6 +85,24 @@ inline Vec exponential(Vec x) {
   return choose(x < -87.0f, 0.0f, (Floats)((Words)e.v + ((Words)shifted.v << 23)));
 }
 
+// Returns ln x within 2 ulp of the larger of ln x and 1, for x > 0 that is not subnormal: of x = 2^n y with y near 1, by a polynomial in
+// y − 1 (constants of Cephes' logf).
+inline Vec logarithm(Vec x) {
+  const Words bits = (Words)x.v, above = bits - 0x3f3504f3u;  // the bits of √½
+  const Ints exponent = (Ints)above >> 23;
+  const Vec n = __builtin_convertvector(exponent, Floats), f = Vec((Floats)(bits - ((Words)exponent << 23))) - 1.0f, square = f * f;
+  Vec p = Vec(7.0376836292e-2f) * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const Vec rest = (f * square * p - n * 2.12194440e-4f) - square * 0.5f;
+  return (f + rest) + n * 0.693359375f;
+}
+
 // Returns tanh x within 2 ulp: an odd polynomial near 0, where (1 − e^−2x) / (1 + e^−2x) would cancel (constants of Cephes' tanhf).
 inline Vec hyperbolic_tangent(Vec x) {
   const Vec square = x * x, size = maximum(x, 0.0f - x);
