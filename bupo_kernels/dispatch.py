@@ -21,7 +21,7 @@ from bupo_kernels.backends.native_lens import NativeLens
 from bupo_kernels.backends.native_rows import NativeCpu, NativeCuda
 from bupo_kernels.backends.torch_ import Torch
 from bupo_kernels.backends.torch_lens import TorchLens
-from bupo_kernels.backends.triton_ import Triton, TritonGathers
+from bupo_kernels.backends.triton_ import Triton, TritonGathers, TritonLens
 
 TRITON, CPU_BF16, NATIVE_CPU, NATIVE_CUDA, TORCH = Triton(), CpuBf16(), NativeCpu(), NativeCuda(), Torch()
 
@@ -51,7 +51,7 @@ NAMES = _names(STRATEGIES)
 GATHERS: dict[str, Gathers] = {"triton": TritonGathers(), "native": NativeGathers(), "torch": TorchGathers()}
 
 # The same for what the ops above do not give of a lens.
-LENSES: dict[str, LensRows] = {"native": NativeLens(), "torch": TorchLens()}
+LENSES: dict[str, LensRows] = {"triton": TritonLens(), "native": NativeLens(), "torch": TorchLens()}
 
 Chosen = TypeVar("Chosen", bound=Candidate)
 

@@ -25,7 +25,10 @@ from bupo_kernels.backends.algebra import Coefficients, Statistics
 from bupo_kernels.backends.base import Backend, Cache, Operands, Problem, TilePlan
 from bupo_kernels.backends.gathers import Gathers, Segments
 from bupo_kernels.backends.gradients import MatrixTile, RowsTile, whole_rows
+from bupo_kernels.backends.lens_loop import Comparison, LensRows, LensTile, Running
 from bupo_kernels.backends.machine import Gpu, Seconds
+from bupo_kernels.backends.torch_ import to_logits_
+from bupo_kernels.backends.torch_lens import fold_maxima, multiply_pairs
 from bupo_kernels.backends.triton_ import config, counts, tiling
 from bupo_kernels.backends.triton_.copies import HiddenRows, reads_in_place, weight_slice
 from bupo_kernels.selfcheck import decision
@@ -307,6 +310,49 @@ class TritonGathers(Gathers):
 
         if len(places):
             gathered_sums(*segments, out, places)
+
+
+class TritonLens(LensRows):
+    """The row kernels of a lens, on products of the library; the top k, the maxima and c of all pairs are the library's too. No
+    self-check knows them yet, so ``backend="auto"`` passes them over."""
+
+    strategies = ()
+    reads_quantised = True
+    multiplies = True
+
+    def why_not(self, problem: Problem, strategy: str | None) -> str | None:
+        return _why_not_triton(problem)
+
+    def why_not_default(self, problem: Problem) -> str | None:
+        if config.interpreted():
+            return "the interpreter is for tests; backend='triton' asks for it"
+        return "its kernels of a lens are in no self-check and have run on no GPU yet; backend='triton' asks for them"
+
+    def keeps(self, pairs: bool) -> bool:
+        return not pairs
+
+    def needs_scratch(self, pairs: bool) -> bool:
+        return pairs
+
+    def fold(self, tile: LensTile, running: Running, with_entropy: bool, strategy: str | None) -> None:
+        from bupo_kernels.backends.triton_.lens import lens_sums
+
+        z = to_logits_(tile.z, tile.bias, tile.readout)
+        before = Statistics(*(x.clone(memory_format=torch.contiguous_format) for x in running.statistics))
+        m = fold_maxima(z, tile, running)
+        lens_sums(z, tile.scratch if running.pairs else None, before, m, running)
+        if running.pairs and tile.scratch is not None:
+            shrink, moved = (before.m - m).exp(), torch.where(before.s > 0, before.m - m, 0)
+            multiply_pairs(running, before.s, tile.scratch, z, shrink, moved)
+        running.statistics.m.copy_(m)
+
+    def compare(
+        self, tile: LensTile, statistics: Statistics, log_s: Tensor, found: Comparison, strategy: str | None
+    ) -> None:  # [P, r] each
+        from bupo_kernels.backends.triton_.lens import lens_comparison
+
+        z = tile.z if tile.formed else to_logits_(tile.z, tile.bias, tile.readout)
+        lens_comparison(z, statistics, log_s, found)
 
 
 def _in_front(active: Tensor) -> tuple[Tensor, Tensor]:  # [N] bool -> [N] int64, [1] int64
