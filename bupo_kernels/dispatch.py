@@ -23,7 +23,7 @@ from bupo_kernels.backends.native_lens import NativeLens
 from bupo_kernels.backends.native_rows import NativeCpu, NativeCuda
 from bupo_kernels.backends.torch_ import Torch
 from bupo_kernels.backends.torch_lens import TorchLens
-from bupo_kernels.backends.triton_ import Triton, TritonDivergence, TritonGathers
+from bupo_kernels.backends.triton_ import Triton, TritonDivergence, TritonGathers, TritonLens
 
 TRITON, CPU_BF16, NATIVE_CPU, NATIVE_CUDA, TORCH = Triton(), CpuBf16(), NativeCpu(), NativeCuda(), Torch()
 
@@ -53,12 +53,8 @@ NAMES = _names(STRATEGIES)
 GATHERS: dict[str, Gathers] = {"triton": TritonGathers(), "native": NativeGathers(), "torch": TorchGathers()}
 
 # The same for the rows of a divergence, and for what the ops above do not give of a lens.
-DIVERGENCES: dict[str, DivergenceRows] = {
-    "triton": TritonDivergence(),
-    "native": NativeDivergence(),
-    "torch": TorchDivergence(),
-}
-LENSES: dict[str, LensRows] = {"native": NativeLens(), "torch": TorchLens()}
+DIVERGENCES: dict[str, DivergenceRows] = {"triton": TritonDivergence(), "native": NativeDivergence(), "torch": TorchDivergence()}
+LENSES: dict[str, LensRows] = {"triton": TritonLens(), "native": NativeLens(), "torch": TorchLens()}
 
 Chosen = TypeVar("Chosen", bound=Candidate)
 

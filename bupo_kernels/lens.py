@@ -74,9 +74,10 @@ def logit_lens(
     Cost: 2·L·N·V·D FLOP (L+1 with ``final``), and one pass over W for all layers of as many rows as the budget has room for, in
     most calls all. ``logsumexp``, ``logprobs``, ``entropy`` and ``max_probability`` alone run on any backend. Everything else has
     products of the library (on a CPU fp32 ones, to which 16-bit operands are upcast; bf16 ones in C++ where the CPU has them) and
-    row kernels: in C++ on a CPU but for float64, else in torch. ``rank`` and ``jsd`` take a second look at the logits: C++ keeps
-    those of as many rows at a time as the budget has room for; torch, and C++ where that is fewer than 256 rows of all layers
-    together, forms them again, which doubles the work. ``pairwise_kl`` adds L/D of it. On one core with AVX-512 (31 layers,
+    row kernels: in C++ on a CPU but for float64, in Triton where ``backend="triton"`` asks for it, else in torch. ``rank`` and
+    ``jsd`` take a second look at the logits: C++ and Triton (but for ``pairwise_kl``) keep those of as many rows at a time as the
+    budget has room for; torch, and they where that is fewer than 256 rows of all layers together, form them again, which doubles
+    the work. ``pairwise_kl`` adds L/D of it. On one core with AVX-512 (31 layers,
     V = 49,152, D = 576, fp32), in units of the bare products: divergences from the final policy with the top 10 1.01,
     ``pairwise_kl`` 1.08, ``rank`` 1.09, ``jsd`` 1.20, all but pairs 1.39; in bf16 (AVX-512-BF16) 1.16 to 1.21, 1.30, and with
     ``rank`` and ``jsd`` 1.58.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bupo.measurement import peak_bytes
 from bupo_kernels import FusedLMHead, LensStatistics, dispatch, explain, logit_lens
-from bupo_kernels.backends import compiled
+from bupo_kernels.backends import compiled, lens_loop
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -461,8 +461,26 @@ def test_triton_answers_what_it_can(dtype, name):
     pytest.importorskip("triton")
     lens = random_lens((0.2, 1.0), (5,), 70, 16, dtype=dtype, device=device_of("triton"), options=OPTIONS[name])
     assert_agrees(lens.run(OF_ANY_BACKEND, backend="triton"), lens, OF_ANY_BACKEND)
-    with pytest.raises(ValueError, match=r"^backend: 'triton' given"):
-        lens.run(("rank",), backend="triton")
+    assert_agrees(lens.run(top_k=3, backend="triton"), lens, top_k=3)
+    outputs = [name for name in OUTPUTS if name != "pairwise_kl"]  # logits are kept
+    assert_agrees(lens.run(outputs, backend="triton"), lens, outputs)
+
+
+def test_triton_folds_slices_and_what_a_policy_rules_out(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(lens_loop, "CPU_TILE", (16, 50))
+    monkeypatch.setattr(lens_loop, "DEVICE_TILE", (16, 50))
+    lens = random_lens((0.2, 1.0, 30.0), (5,), 170, 16, device=device_of("triton"))
+    outputs = [name for name in OUTPUTS if name != "pairwise_kl"]
+    for budget in (None, 60_000):
+        assert_agrees(lens.run(outputs, 3, backend="triton", memory_budget=budget), lens, outputs, 3)
+    bias = torch.zeros(170, device=lens.weight.device)
+    bias[60:120] = -math.inf
+    few = replace(lens, weight=torch.cat([lens.weight[:60], lens.weight[120:]]), targets=lens.targets % 60)
+    for asked in (OUTPUTS, outputs):
+        found = replace(lens, targets=few.targets).run(asked, backend="triton", bias=bias)
+        moved = torch.where(found.argmax >= 120, found.argmax - 60, found.argmax)
+        assert_agrees(found._replace(argmax=moved), few, asked)
 
 
 # ---- real models

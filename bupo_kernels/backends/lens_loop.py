@@ -80,8 +80,11 @@ class Comparison(NamedTuple):
 class LensRows(Candidate):
     """The two kernels that work on the rows of a lens's tiles. Methods hold no state."""
 
-    keeps: ClassVar[bool] = False  # whether a fold leaves logits in its tile, from which the second pass can be taken
     multiplies: ClassVar[bool] = False  # whether `cross` is a product of matrices, which does not take 0 · −inf for 0
+
+    def keeps(self, pairs: bool) -> bool:
+        """Return whether a fold leaves logits in its tile, from which the second pass can be taken."""
+        return False
 
     def packs(self, dtype: torch.dtype, strategy: str | None) -> bool:
         """Return whether operands of ``dtype`` are multiplied by kernels of its own, which pack them: with :meth:`pack_hidden`,
@@ -179,8 +182,9 @@ class LensLoop:
         per_row = policies * (10 * size + 2 * 8 + 2 * k * (size + 8)) + policies**2 * size * self.compares + 64
         per_row += policies * width * of_product
         second, scratch = bool(set(self.outputs) & set(SECOND_PASS)), self.kernels.needs_scratch(self.pairs)
-        temporary = 3 * size * ("jsd" in self.outputs) * (not self.kernels.keeps)
-        temporary += policies * self.compares * (not self.kernels.keeps)
+        keeps = self.kernels.keeps(self.pairs)
+        temporary = 3 * size * ("jsd" in self.outputs) * (not keeps)
+        temporary += policies * self.compares * (not keeps)
 
         def needed(rows: int, tokens: int, columns: int, kept: bool = False) -> int:
             logits = ((not kept) + scratch) * policies * size * tokens * columns + temporary * tokens * columns
@@ -191,7 +195,7 @@ class LensLoop:
 
         most_rows, most_columns = CPU_TILE if self.operands.weight.device.type == "cpu" else DEVICE_TILE
         tokens, columns = max(min(most_rows // policies, count), 1), min(most_columns, vocab)
-        if second and self.kernels.keeps and count:
+        if second and keeps and count:
             room = memory_budget - needed(0, tokens, columns, True)
             rows = min(room // (per_row + policies * vocab * size), count)
             if rows * policies >= min(KEPT_ROWS, count * policies):

@@ -21,7 +21,6 @@ class NativeLens(LensRows):
 
     strategies = ISAS
     reads_quantised = True
-    keeps = True
 
     def why_not(self, problem: Problem, strategy: str | None) -> str | None:
         if problem.device.type != "cpu":
@@ -63,6 +62,9 @@ class NativeLens(LensRows):
             out.stride(0),
             torch.get_num_threads(),
         )
+
+    def keeps(self, pairs: bool) -> bool:
+        return True
 
     def needs_scratch(self, pairs: bool) -> bool:
         return pairs

@@ -25,23 +25,15 @@ class TorchLens(LensRows):
         return None
 
     def fold(self, tile: LensTile, running: Running, with_entropy: bool, strategy: str | None) -> None:
-        z, e, columns = to_logits_(tile.z, tile.bias, tile.readout), tile.scratch, tile.columns
-        (m, s, t, z_y), cross, k = running.statistics, running.cross, running.top_z.shape[2]
+        z, e = to_logits_(tile.z, tile.bias, tile.readout), tile.scratch
+        (m, s, t, _), cross = running.statistics, running.cross
         assert e is not None
-        z_y.copy_(_of_targets(z, tile, z_y))
-        if k:
-            keep_top(z, running, columns)
-        if running.argmax is not None:
-            slice_m, best = z.max(2)  # the first of equals
-            running.argmax.copy_(torch.where(slice_m > m, best + columns.start, running.argmax))
-        else:
-            slice_m = z.amax(2)
-        higher = torch.maximum(m, slice_m)
+        higher = fold_maxima(z, tile, running)
         shrink = (m - higher).exp()
         moved = torch.where(s > 0, m - higher, 0)  # how far it was from nothing to the first maximum does not matter
         torch.exp(z.sub_(higher.unsqueeze(2)), out=e)
         if cross is not None:
-            multiply_pairs(running, e, z, shrink, moved)
+            multiply_pairs(running, s, e, z, shrink, moved)
         slice_s = e.sum(2)
         if cross is not None:
             t.copy_(cross.diagonal(dim1=1, dim2=2).T)
@@ -70,12 +62,23 @@ class TorchLens(LensRows):
                 found.jsd[layer] += (own + torch.sub(log_p[-1], mixture).mul_(p[-1]).nansum(1)) / 2
 
 
-def _of_targets(z: Tensor, tile: LensTile, z_y: Tensor) -> Tensor:  # [P, r, c], [P, r] -> [P, r]
+def fold_maxima(z: Tensor, tile: LensTile, running: Running) -> Tensor:  # [P, r, c] -> [P, r]
+    """Take logits of targets, the top k and the argmax from a tile of logits, and return the maxima with its own, which ``running``
+    does not have yet."""
+    m, z_y = running.statistics.m, running.statistics.z_y
     column, inside = target_column(tile.targets, tile.columns)
-    return torch.where(inside.squeeze(1), z.gather(2, column.expand(len(z), -1, 1)).squeeze(2), z_y)
+    found = z.gather(2, column.expand(len(z), -1, 1)).squeeze(2)
+    z_y.copy_(torch.where(inside.squeeze(1), found, z_y))
+    if running.top_z.shape[2]:
+        _keep_top(z, running, tile.columns)
+    if running.argmax is None:
+        return torch.maximum(m, z.amax(2))
+    slice_m, best = z.max(2)  # the first of equals
+    running.argmax.copy_(torch.where(slice_m > m, best + tile.columns.start, running.argmax))
+    return torch.maximum(m, slice_m)
 
 
-def keep_top(z: Tensor, running: Running, columns: slice) -> None:  # [P, r, c]
+def _keep_top(z: Tensor, running: Running, columns: slice) -> None:  # [P, r, c]
     """Keep the top k of those so far and of the logits of a tile, in order."""
     k = running.top_z.shape[2]
     seen = slice(0, min(k, columns.start))
@@ -89,14 +92,14 @@ def keep_top(z: Tensor, running: Running, columns: slice) -> None:  # [P, r, c]
 
 def multiply_pairs(
     running: Running,
+    s: Tensor,  # [P, r]: that of the columns before, of their maxima
     e: Tensor,  # [P, r, c]: e^(z−m)
     x: Tensor,  # [P, r, c]: z − m, overwritten where columns are ruled out
     shrink: Tensor,  # [P, r]: e^(m−m') of the maxima m before, and m' now
     moved: Tensor,  # [P, r]: m − m', 0 where there was nothing before
 ) -> None:
-    """Add to c of all pairs, and have it count from new maxima; s of ``running`` is still that of before."""
+    """Add to c of all pairs, and have it count from new maxima."""
     assert running.cross is not None
-    s = running.statistics.s
     c = running.cross.add_(s.T.unsqueeze(2) * moved.T.unsqueeze(1)).mul_(shrink.T.unsqueeze(2))
     if running.ruled_out is None:
         c.baddbmm_(e.transpose(0, 1), x.permute(1, 2, 0))

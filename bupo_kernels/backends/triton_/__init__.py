@@ -16,7 +16,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,7 +27,10 @@ from bupo_kernels.backends.base import Backend, Cache, Operands, Problem, TilePl
 from bupo_kernels.backends.divergences import DivergenceRows, Side, Upstream, largest
 from bupo_kernels.backends.gathers import Gathers, Segments
 from bupo_kernels.backends.gradients import MatrixTile, RowsTile, whole_rows
+from bupo_kernels.backends.lens_loop import Comparison, LensRows, LensTile, Running
 from bupo_kernels.backends.machine import Gpu, Seconds
+from bupo_kernels.backends.torch_ import to_logits_
+from bupo_kernels.backends.torch_lens import fold_maxima, multiply_pairs
 from bupo_kernels.backends.triton_ import config, counts, tiling
 from bupo_kernels.backends.triton_.copies import HiddenRows, reads_in_place, weight_slice
 from bupo_kernels.selfcheck import decision
@@ -283,10 +286,11 @@ def _why_not_triton(problem: Problem) -> str | None:
     return None
 
 
-class TritonGathers(Gathers):
-    """The products of a call on supports. No self-check knows them yet, so ``backend="auto"`` passes them over."""
+class _Unproven:
+    """The kernels that no self-check knows yet: ``backend="auto"`` passes them over, and they run where they are asked for."""
 
-    strategies = ()
+    strategies: ClassVar[tuple[str, ...]] = ()
+    kernels: ClassVar[str]  # what they are, with the verb that goes with it
 
     def why_not(self, problem: Problem, strategy: str | None) -> str | None:
         return _why_not_triton(problem)
@@ -294,7 +298,13 @@ class TritonGathers(Gathers):
     def why_not_default(self, problem: Problem) -> str | None:
         if config.interpreted():
             return "the interpreter is for tests; backend='triton' asks for it"
-        return "its products on a support are in no self-check and have run on no GPU yet; backend='triton' asks for them"
+        return f"{self.kernels} in no self-check, and nobody has run them on a GPU yet; backend='triton' asks for them"
+
+
+class TritonGathers(_Unproven, Gathers):
+    """The products of a call on supports."""
+
+    kernels = "the products on a support are"
 
     def dots(self, left: Tensor, left_rows: Tensor, right: Tensor, right_rows: Tensor, budget: int, strategy: str | None) -> Tensor:
         from bupo_kernels.backends.triton_.gathers import gathered_dots
@@ -311,18 +321,10 @@ class TritonGathers(Gathers):
             gathered_sums(*segments, out, places)
 
 
-class TritonDivergence(DivergenceRows):
-    """The row kernel of a divergence. No self-check knows it yet, so ``backend="auto"`` passes it over."""
+class TritonDivergence(_Unproven, DivergenceRows):
+    """The row kernel of a divergence."""
 
-    strategies = ()
-
-    def why_not(self, problem: Problem, strategy: str | None) -> str | None:
-        return _why_not_triton(problem)
-
-    def why_not_default(self, problem: Problem) -> str | None:
-        if config.interpreted():
-            return "the interpreter is for tests; backend='triton' asks for it"
-        return "its row kernel of a divergence is in no self-check and has run on no GPU yet; backend='triton' asks for it"
+    kernels = "the rows of a divergence are"
 
     def rows(
         self, student: Side, teacher: Side, beta: float, upstream: Upstream | None, with_entropy: bool, strategy: str | None
@@ -334,6 +336,40 @@ class TritonDivergence(DivergenceRows):
         if count:
             divergence_rows(student, teacher, beta, upstream, divergence, entropy)
         return divergence.clamp_(0, largest(beta)), entropy.clamp_(0, math.log(columns))
+
+
+class TritonLens(_Unproven, LensRows):
+    """The row kernels of a lens, on products of the library; the top k, the maxima and c of all pairs are the library's too."""
+
+    kernels = "the rows of a lens are"
+    reads_quantised = True
+    multiplies = True
+
+    def keeps(self, pairs: bool) -> bool:
+        return not pairs
+
+    def needs_scratch(self, pairs: bool) -> bool:
+        return pairs
+
+    def fold(self, tile: LensTile, running: Running, with_entropy: bool, strategy: str | None) -> None:
+        from bupo_kernels.backends.triton_.lens import lens_sums
+
+        z = to_logits_(tile.z, tile.bias, tile.readout)
+        before = Statistics(*(x.clone(memory_format=torch.contiguous_format) for x in running.statistics))
+        m = fold_maxima(z, tile, running)
+        lens_sums(z, tile.scratch if running.pairs else None, before, m, running)
+        if running.pairs and tile.scratch is not None:
+            shrink, moved = (before.m - m).exp(), torch.where(before.s > 0, before.m - m, 0)
+            multiply_pairs(running, before.s, tile.scratch, z, shrink, moved)
+        running.statistics.m.copy_(m)
+
+    def compare(
+        self, tile: LensTile, statistics: Statistics, log_s: Tensor, found: Comparison, strategy: str | None
+    ) -> None:  # [P, r] each
+        from bupo_kernels.backends.triton_.lens import lens_comparison
+
+        z = tile.z if tile.formed else to_logits_(tile.z, tile.bias, tile.readout)
+        lens_comparison(z, statistics, log_s, found)
 
 
 def _in_front(active: Tensor) -> tuple[Tensor, Tensor]:  # [N] bool -> [N] int64, [1] int64

@@ -35,13 +35,15 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from bupo_kernels.backends import sass
-from bupo_kernels.backends.algebra import Coefficients
+from bupo_kernels.backends.algebra import Coefficients, Statistics
 from bupo_kernels.backends.base import Cache, Operands, Readout
+from bupo_kernels.backends.lens_loop import Comparison, Running
 from bupo_kernels.backends.triton_ import config, counts
 from bupo_kernels.backends.triton_.copies import HiddenRows, weight_slice
 from bupo_kernels.backends.triton_.gathers import gathered_dots, gathered_sums
 from bupo_kernels.backends.triton_.gradient_cached import gradient_cached
 from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute
+from bupo_kernels.backends.triton_.lens import lens_comparison, lens_sums
 from bupo_kernels.backends.triton_.linear_statistics import linear_statistics
 from bupo_kernels.backends.triton_.merge import merge
 from bupo_kernels.backends.triton_.product import Launch
@@ -77,6 +79,11 @@ BUDGETS = {
     "gathered_sums, fp32": (224, 240, 240, 221),
     "gathered_dots, fp32, ragged width": (624, 640, 552, 479),
     "gathered_sums, fp32, ragged width": (320, 328, 328, 200),
+    "lens_sums, fp32": (272, 272, 256, 256),
+    "lens_sums, fp32, final policy": (560, 568, 528, 537),
+    "lens_sums, fp32, all pairs": (280, 288, 272, 262),
+    "lens_comparison, fp32, rank": (400, 408, 152, 132),
+    "lens_comparison, fp32, jsd": (584, 584, 536, 328),
 }
 
 SPECIALISED_BUDGETS = {
@@ -183,6 +190,7 @@ def _compiling(target: GPUTarget) -> Iterator[list[tuple[str, str, Any]]]:
 
 
 ROWS, COLUMNS = 64, 1024  # of the launches
+LENS_BYTES = 512  # for its sums
 GATHERED_BYTES = 8192  # a tile of 8 x 256 fp32, whose sums pass between warps
 RAGGED = 1061  # a vocabulary that is no multiple of 16: Triton tells kernels apart by that
 
@@ -259,10 +267,23 @@ def _others(target: config.Target, dtype: torch.dtype, with_entropy: bool) -> It
         count = _zeros(1, dtype=torch.int64)
         merging = partial(merge, _zeros(4, 4, ROWS), count, rows, _zeros(4, ROWS), with_entropy=with_entropy)
         yield Case("", merging, 512)  # for its sums
+        yield from _lens()
         return
     columns = config.statistics_config(dtype, target, width=512, softcap=False, cache=True).columns
     dz, coefficients = _zeros(ROWS, COLUMNS, dtype=dtype), _coefficients(with_entropy)
     yield Case("", partial(gradient_cached, _cache(), columns, rows, coefficients, dz, slice(0, COLUMNS)))
+
+
+def _lens() -> Iterator[Case]:
+    """Yield the cases of the kernels of a lens, which read fp32 products whatever was multiplied."""
+    z, by_row = _zeros(2, ROWS, COLUMNS), _zeros(2, ROWS)
+    statistics, ids = Statistics(by_row, by_row, by_row, by_row), _zeros(2, ROWS, dtype=torch.int64)
+    cross, top, top_ids = _zeros(ROWS, 2, 2), _zeros(2, ROWS, 0), _zeros(2, ROWS, 0, dtype=torch.int64)
+    for name, found, pairs in (("", None, False), (", final policy", cross, False), (", all pairs", cross, True)):
+        running = Running(statistics, None, found, pairs, None, top, top_ids)
+        yield Case(name, partial(lens_sums, z, z if pairs else None, statistics, by_row, running), LENS_BYTES)
+    for name, comparison in ((", rank", Comparison(ids, None)), (", jsd", Comparison(None, by_row))):
+        yield Case(name, partial(lens_comparison, z, statistics, by_row, comparison), LENS_BYTES)
 
 
 @dataclass(frozen=True)
