@@ -17,6 +17,7 @@ from typing import get_args
 
 from bupo.config import ExportType, describe_config, load_config, override, parse_config
 from bupo.errors import ConfigError
+from bupo.packaged import MODELS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -203,14 +204,21 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser(
         "export",
-        help="a checkpoint of a run as a model for from_pretrained",
-        description="Writes the weights of a run's checkpoint, on however many devices it was saved, as a Hugging Face checkpoint.",
+        help="a checkpoint of a run, or a GGUF file, as a model for from_pretrained",
+        description="Writes the weights of a run's checkpoint, on however many devices it was saved, or those of a GGUF file, as a "
+        "Hugging Face checkpoint.",
     )
-    export.add_argument("run", type=Path, metavar="RUN", help="folder of a run (its output_dir)")
+    export.add_argument(
+        "run",
+        metavar="RUN",
+        help=f"folder of a run (its output_dir), a .gguf file, or an installed package's model: {', '.join(MODELS)}",
+    )
     export.add_argument("output", type=Path, metavar="DIR", help="new folder")
     export.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     export.add_argument(
-        "--dtype", choices=get_args(ExportType), help="of its weights (default: checkpoints.export_dtype of the run, else auto)"
+        "--dtype",
+        choices=get_args(ExportType),
+        help="of its weights (default: checkpoints.export_dtype of the run, else auto; float32 for a GGUF file)",
     )
     export.set_defaults(do=_export)
 
@@ -358,9 +366,15 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     _prepare_process()
-    from bupo.commands import export_command
+    from bupo.commands import convert_command, export_command
 
-    step = export_command(options.run, options.output, options.step, options.dtype)
+    if options.run.lower().endswith(".gguf") or (options.run in MODELS and not Path(options.run).is_dir()):
+        if options.step is not None:
+            raise ConfigError(f"--step: {options.step} given, accepted with the folder of a run")
+        convert_command(options.run, options.output, options.dtype)
+        print(f"{options.run} is in {options.output}")
+        return 0
+    step = export_command(Path(options.run), options.output, options.step, options.dtype)
     print(f"step {step} is in {options.output}")
     return 0
 
