@@ -8,6 +8,7 @@ Interrupted at any point, the same command goes on. Data are functions of the se
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import shlex
 import shutil
@@ -242,11 +243,14 @@ def read_records(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def add_record(path: Path, name: str, record: dict[str, Any]) -> None:
-    """Add a record to the file, one a line, which is whole at any moment."""
-    records = read_records(path) | {name: record}
+    """Add a record to the file, one a line, which is whole at any moment; several processes may add theirs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in records.items())
-    replace_file(path, "{\n" + lines + "\n}\n")
+    lock = path.with_suffix(".lock")
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        records = read_records(path) | {name: record}
+        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(value)}" for key, value in records.items())
+        replace_file(path, "{\n" + lines + "\n}\n")
 
 
 def minutes_left(todo: Sequence[Run], records: dict[str, dict[str, Any]]) -> float:

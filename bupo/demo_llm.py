@@ -21,18 +21,18 @@ from bupo.config import check_new_folder
 from bupo.output import claim
 from bupo.tables import columns
 
-HELDOUT = 128  # held-out sequences, of the 891 there are
-START, STEP = range(1, 100), range(2, 11)  # of a sequence
+HELDOUT = 128  # held-out sequences, of the 1,089 there are
+START, STEP = range(1, 100), range(2, 13)  # of a sequence
 ANSWER_TOKENS = 4  # a space and up to three digits
 
 CONFIG: dict[str, Any] = {
     "bupo": {"layer": 29, "internal_steps": 5},  # the last layer but one, as the paper has it for its Llama models
-    "steps": 40,
+    "steps": 20,
     "reward": {"function": "bupo.rewards:first_number"},
     "rollout": {"engine": "generate", "prompts": 8, "samples": 8, "max_new_tokens": ANSWER_TOKENS},
     "optimizer": {"learning_rate": 1e-5, "mini_batch": 8},
     "evaluation": {"samples": 4, "k": [1, 4], "every": 10},
-    "checkpoints": {"every": 20, "keep": 1},
+    "checkpoints": {"every": 10, "keep": 1},
 }
 ANALYSIS_TOKENS = 24  # of each response that the analysis reads
 
