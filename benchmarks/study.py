@@ -85,12 +85,13 @@ TASKS = {
 }
 WARM_ACCURACY = 0.2  # of the sums; the demo's is higher, and leaves the methods too little to differ in
 
-# The settings of each method, of the layer and the number of internal steps. OISD gets its line here once the trainer has it.
+# The settings of each method, of the layer and the number of internal steps.
 METHODS: dict[str, Callable[[int, int], tuple[str, ...]]] = {
     "GRPO": lambda layer, steps: ("policy=grpo",),
     "BuPO": lambda layer, steps: ("policy=bupo", f"bupo.layer={layer}", f"bupo.internal_steps={steps}"),
     "frozen": lambda layer, steps: ("policy=grpo", f"optimizer.upper_from={layer}", "optimizer.upper_layers=0"),
     "layer-wise rate": lambda layer, steps: ("policy=grpo", f"optimizer.upper_from={layer}", "optimizer.upper_layers=0.1"),
+    "OISD": lambda layer, steps: ("policy=oisd", f"oisd.layer={layer}"),
 }
 FLOWS = {"smollm2": True, "gemma3-270m": False}  # models whose entropy flow is read, and whether they take chats
 
