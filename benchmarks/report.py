@@ -108,12 +108,21 @@ def blocks(results: Results) -> dict[str, str]:
     """Return what stands in the marked places of README.md, by name."""
     measured, recorded = machines(results), results.get("recorded", {})
     tables = {place: _in_short(measured, name, every_model=False) for place, name in PLACES.items()}
-    if demo := recorded.get("demo"):
-        first, *others = demo["rows"][0]
-        body = [[row[first], *(f"{100 * row[name]:.1f} %" for name in others)] for row in demo["rows"]]
-        tables["demo"] = table([first, *(f"{name}:" for name in others)], body)
+    for place in ("demo", "demo-llm"):
+        if place in recorded:
+            first, *others = recorded[place]["rows"][0]
+            body = [[row[first], *(_share(row[name]) for name in others)] for row in recorded[place]["rows"]]
+            tables[place] = table([first, *(f"{name}:" for name in others)], body)
     numbers = {name: f"{number['value']:g} {number['unit']}" for name, number in recorded.get("numbers", {}).items()}
     return {name: f"\n\n{text or NOTHING}\n\n" for name, text in tables.items()} | numbers
+
+
+def _share(share: float | list[float]) -> str:
+    """Return a share, or one with the ends of its interval, in percent."""
+    if isinstance(share, list):
+        value, low, high = (100 * number for number in share)
+        return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
+    return f"{100 * share:.1f} %"
 
 
 def generate(results: Path, root: Path) -> tuple[dict[Path, str], dict[Path, Callable[[], Figure]]]:

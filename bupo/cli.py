@@ -13,10 +13,14 @@ import sys
 import threading
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from bupo.config import ExportType, describe_config, load_config, override, parse_config
 from bupo.errors import ConfigError
+from bupo.packaged import MODELS, require_packaged
+
+if TYPE_CHECKING:
+    from bupo_kernels.backends.machine import Gpu
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -105,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print memory per device and FLOPs per step from the model's config alone, and stop"
     )
     train.add_argument("--devices", type=int, default=1, metavar="N", help="how many the dry run is for (default 1)")
+    train.add_argument("--gpu", metavar="NAME", help="H100, A100, ...: add the least time of the dry run on these cards")
     train.set_defaults(do=_train)
 
     evaluate = commands.add_parser(
@@ -203,26 +208,40 @@ def _parser() -> argparse.ArgumentParser:
 
     export = commands.add_parser(
         "export",
-        help="a checkpoint of a run as a model for from_pretrained",
-        description="Writes the weights of a run's checkpoint, on however many devices it was saved, as a Hugging Face checkpoint.",
+        help="a checkpoint of a run, or a GGUF file, as a model for from_pretrained",
+        description="Writes the weights of a run's checkpoint, on however many devices it was saved, or those of a GGUF file, as a "
+        "Hugging Face checkpoint.",
     )
-    export.add_argument("run", type=Path, metavar="RUN", help="folder of a run (its output_dir)")
+    export.add_argument(
+        "run",
+        metavar="RUN",
+        help=f"folder of a run (its output_dir), a .gguf file, or an installed package's model: {', '.join(MODELS)}",
+    )
     export.add_argument("output", type=Path, metavar="DIR", help="new folder")
     export.add_argument("--step", type=int, help="of the checkpoint (default: the newest)")
     export.add_argument(
-        "--dtype", choices=get_args(ExportType), help="of its weights (default: checkpoints.export_dtype of the run, else auto)"
+        "--dtype",
+        choices=get_args(ExportType),
+        help="of its weights (default: checkpoints.export_dtype of the run, else auto; float32 for a GGUF file)",
     )
     export.set_defaults(do=_export)
 
     demo = commands.add_parser(
         "demo",
-        help="train a million-parameter model on sums, on this machine, in a few minutes",
-        description="Builds a small Qwen3 and a character tokenizer, warms the model up on two-digit sums until about half of its "
-        "samples are right, then runs `bupo train` on the reward of being right.",
+        help="train a small model on this machine: a million parameters on sums, or a real language model",
+        description="sums: builds a small Qwen3 and a character tokenizer, warms the model up on two-digit sums until about half "
+        "of its samples are right, then runs `bupo train` on the reward of being right, and `bupo analyze`; some minutes. "
+        "smollm2: takes SmolLM2-135M-Instruct from an installed package of the Python index, analyzes it, and trains it with BuPO "
+        "and with GRPO to go on with arithmetic sequences; half an hour on two cores, and the same command with --output goes on.",
     )
-    demo.add_argument("--policy", choices=("bupo", "grpo"), default="bupo", help="bupo, or the GRPO baseline with the same budget")
+    demo.add_argument("--model", choices=("sums", "smollm2"), default="sums", help="default sums")
+    demo.add_argument(
+        "--policy", choices=("bupo", "grpo"), help="bupo, or the GRPO baseline with the same budget (default: bupo; smollm2: both)"
+    )
     demo.add_argument("--seed", type=int, default=0, help="of the data split, the weights and the sampling (default 0)")
-    demo.add_argument("--output", type=Path, help="new folder (default runs/demo-POLICY-seedSEED, numbered if taken)")
+    demo.add_argument(
+        "--output", type=Path, help="new folder (default runs/demo-POLICY-seedSEED or demo-MODEL-seedSEED, numbered if taken)"
+    )
     demo.set_defaults(do=_demo)
 
     check = commands.add_parser(
@@ -283,13 +302,25 @@ def _train(options: argparse.Namespace) -> int:
         if options.devices < 1:
             raise ConfigError(f"--devices: {options.devices} given, accepted are 1 and more")
         check_fits(architecture := load_architecture(config), config)
-        print(describe(architecture, config, options.devices))
+        print(describe(architecture, config, options.devices, gpu=_gpu(options.gpu)))
         return 0
+    if options.gpu is not None:
+        raise ConfigError(f"--gpu: {options.gpu} given, accepted with --dry-run")
     _prepare_process()
     from bupo.trainer import train
 
     train(config)
     return 0
+
+
+def _gpu(name: str | None) -> Gpu | None:
+    """Return the GPU of a name of ``explain``. Raises :class:`ConfigError`."""
+    from bupo_kernels.backends.machine import named
+
+    try:
+        return None if name is None else named(name)
+    except ValueError as error:
+        raise ConfigError(f"--gpu: {str(error).removeprefix('device: ')}") from None
 
 
 def _evaluate(options: argparse.Namespace) -> int:
@@ -358,9 +389,15 @@ def _bench(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     _prepare_process()
-    from bupo.commands import export_command
+    from bupo.commands import convert_command, export_command
 
-    step = export_command(options.run, options.output, options.step, options.dtype)
+    if options.run.lower().endswith(".gguf") or (options.run in MODELS and not Path(options.run).is_dir()):
+        if options.step is not None:
+            raise ConfigError(f"--step: {options.step} given, accepted with the folder of a run")
+        convert_command(options.run, options.output, options.dtype)
+        print(f"{options.run} is in {options.output}")
+        return 0
+    step = export_command(Path(options.run), options.output, options.step, options.dtype)
     print(f"step {step} is in {options.output}")
     return 0
 
@@ -368,11 +405,18 @@ def _export(options: argparse.Namespace) -> int:
 def _demo(options: argparse.Namespace) -> int:
     if not 0 <= options.seed < 2**32:
         raise ConfigError(f"--seed: {options.seed} given, accepted are 0 to 2^32 - 1")
-    folder = options.output or _free_folder(Path("runs") / f"demo-{options.policy}-seed{options.seed}")
+    name = (options.policy or "bupo") if options.model == "sums" else options.model
+    folder = options.output or _free_folder(Path("runs") / f"demo-{name}-seed{options.seed}")
+    if options.model != "sums":
+        from bupo.demo_llm import demo_llm
+
+        require_packaged(options.model)
+        print(f"\n{demo_llm(folder, options.model, [options.policy] if options.policy else ('bupo', 'grpo'), options.seed)}")
+        return 0
     _prepare_process()
     from bupo.demo import demo
 
-    before, after = demo(folder, options.policy, options.seed)
+    before, after = demo(folder, name, options.seed)
     print(f"before  {before}\nafter   {after}")
     return 0
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import torch
 from transformers import AutoConfig
 
 from bupo.analysis.collect import model_fingerprint
@@ -15,7 +17,8 @@ from bupo.data import load_examples
 from bupo.distributed import process_group
 from bupo.errors import ConfigError
 from bupo.evaluation import PARTIAL, Accuracy, evaluate_model
-from bupo.model import export, export_type, load_model, load_tokenizer
+from bupo.model import convert, export, export_type, load_model, load_tokenizer
+from bupo.packaged import MODELS, packaged_gguf
 from bupo.rewards import RewardPool
 from bupo.rollout import configured_decode, configured_rollout
 
@@ -49,6 +52,13 @@ def evaluate_command(config: TrainConfig, out: Path | None) -> Accuracy:
             with world.agree():
                 raise ConfigError(f"reward.function: {config.reward.function!r} failed for every response: {failure}")
         return accuracy
+
+
+def convert_command(name: str, output: Path, dtype: str | None = None) -> None:
+    """Write a GGUF file, or one of :data:`bupo.packaged.MODELS`, as a Hugging Face checkpoint. Raises :class:`ConfigError`."""
+    chosen = torch.float32 if dtype in (None, "auto") else getattr(torch, dtype)
+    with TemporaryDirectory() as folder:
+        convert(packaged_gguf(name, Path(folder)) if name in MODELS else name, output, chosen)
 
 
 def export_command(run: Path, output: Path, step: int | None, dtype: str | None = None) -> int:

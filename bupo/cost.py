@@ -16,6 +16,7 @@ from transformers import PretrainedConfig
 from bupo.config import TrainConfig
 from bupo.looks import Looks, plan_looks
 from bupo.schedule import FINAL, OptimisedPolicy
+from bupo_kernels.backends.machine import FP32_SHARE, Gpu, moved
 from bupo_kernels.dispatch import default_memory_budget
 
 
@@ -322,6 +323,61 @@ def _lens_flops(architecture: PretrainedConfig) -> float:
     """Return the FLOPs of the heads of H^0 to H^L and of the model's own policy on one token."""
     s = _shape(architecture)
     return 2.0 * s.vocab * s.width * (s.layers + 2)
+
+
+# ---- time
+
+
+class Seconds(NamedTuple):
+    """The least seconds that the parts of a step take; rewards, communication and the start of kernels are left out."""
+
+    rollout: float
+    training: float  # looks, old log-probs and update
+
+    @property
+    def total(self) -> float:
+        return self.rollout + self.training
+
+
+def step_seconds(
+    architecture: PretrainedConfig,
+    config: TrainConfig,
+    world_size: int,
+    gpu: Gpu,
+    *,
+    internal: bool,
+    lengths: tuple[float, float] | None = None,
+) -> Seconds:
+    """Estimate the least seconds of a step on ``world_size`` cards: a bound of their rates, which engines and trainers stay above.
+
+    Products run at the card's sustained rate. A decoding step of ``rollout.sequences`` sequences takes its products, or reads the
+    weights, and keys and values of half of the mean response, from the card's memory, whichever is longer; there are as many such
+    steps as it takes to generate all tokens with the batch always full. Arguments are those of :func:`step_flops`.
+    """
+    s, b = _shape(architecture), 2 if config.hardware.precision == "bfloat16" else 4
+    prompt, response = lengths or mean_lengths(config)
+    step = step_flops(architecture, config, world_size, internal=internal, lengths=lengths)
+    rate = (gpu.sustained if b == 2 else FP32_SHARE * gpu.fp32) * world_size
+    sequences = config.rollout.prompts * config.rollout.samples / world_size  # of a device
+    at_a_time = min(config.rollout.sequences, sequences)
+    cache = at_a_time * (prompt + response / 2) * 2 * s.keys * s.layers
+    reads = sequences * response / at_a_time * moved(gpu, b * (parameters(architecture).total + cache))
+    decode = max(step.decode.hardware / rate, reads)
+    return Seconds(step.prefill.hardware / rate + decode, (step.look + step.training).hardware / rate)
+
+
+def run_hours(
+    architecture: PretrainedConfig, config: TrainConfig, world_size: int, gpu: Gpu, lengths: tuple[float, float] | None = None
+) -> float:
+    """Estimate the least hours of a whole run without evaluations, from :func:`step_seconds` of its steps of both phases."""
+    first = config.bupo.internal_steps if config.policy == "bupo" and config.bupo else 0
+    steps = {True: first, False: config.steps - first}
+    seconds = sum(
+        count * step_seconds(architecture, config, world_size, gpu, internal=internal, lengths=lengths).total
+        for internal, count in steps.items()
+        if count
+    )
+    return seconds / 3600
 
 
 # ---- memory

@@ -60,8 +60,11 @@ def demo(folder: Path, policy: str = "bupo", seed: int = 0) -> tuple[Accuracy, A
     return accuracies[0], accuracies[-1]
 
 
-def prepare(folder: Path, policy: str, seed: int) -> Path:
-    """Write prompts, the warm checkpoint and the configuration of a demo run; return the configuration's path."""
+def prepare(folder: Path, policy: str, seed: int, accuracy: float = WARM_ACCURACY) -> Path:
+    """Write prompts, the warm checkpoint and the configuration of a demo run; return the configuration's path.
+
+    The warm-up ends when a share ``accuracy`` of samples is right.
+    """
     check_new_folder(folder, "--output")
     folder.mkdir(parents=True, exist_ok=True)
     sums = [{"prompt": f"{a}+{b}=", "answer": str(a + b)} for a in range(100) for b in range(100)]
@@ -72,8 +75,8 @@ def prepare(folder: Path, policy: str, seed: int) -> Path:
 
     tokenizer = character_tokenizer("0123456789+=")
     model = small_model(tokenizer, seed)
-    print(f"warm-up: {model.num_parameters() / 1e6:.2f} M parameters, until {WARM_ACCURACY:.0%} of samples are right", flush=True)
-    warm_up(model, tokenizer, examples["train"], seed)
+    print(f"warm-up: {model.num_parameters() / 1e6:.2f} M parameters, until {accuracy:.0%} of samples are right", flush=True)
+    warm_up(model, tokenizer, examples["train"], seed, accuracy)
     for part in (model, tokenizer):
         part.save_pretrained(folder / "warm")
 
@@ -119,15 +122,17 @@ def small_model(tokenizer: PreTrainedTokenizerBase, seed: int) -> Qwen3ForCausal
     return Qwen3ForCausalLM(config)
 
 
-def warm_up(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, sums: list[dict[str, str]], seed: int) -> None:
-    """Train the model on solved ``sums`` until :data:`WARM_ACCURACY` of its samples are right."""
+def warm_up(
+    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, sums: list[dict[str, str]], seed: int, enough: float
+) -> None:
+    """Train the model on solved ``sums`` until a share ``enough`` of its samples is right."""
     FusedLMHead.adopt(model.lm_head)
     rng = random.Random(seed)
     solutions = [solution(tokenizer, row) for row in sums]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.02, total_iters=50)
     with progress_bar() as progress:
-        task = progress.add_task("warm-up", total=WARM_ACCURACY)
+        task = progress.add_task("warm-up", total=enough)
         for step in range(1, WARM_STEPS + 1):
             batch = pack(sorted(rng.sample(solutions, 128), key=tokens), [0.0] * 128, model.device)
             with training_attention(model, "per-sequence"):
@@ -145,9 +150,9 @@ def warm_up(model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerBase, sums: l
                 progress.console.print(
                     f"warm-up step {step}  loss {loss.item():.3f}  sampled accuracy {accuracy:.1%}", highlight=False
                 )
-                if accuracy >= WARM_ACCURACY:
+                if accuracy >= enough:
                     return
-    raise RuntimeError(f"warm-up: {accuracy:.1%} of samples right after {WARM_STEPS} steps, expected {WARM_ACCURACY:.0%}")
+    raise RuntimeError(f"warm-up: {accuracy:.1%} of samples right after {WARM_STEPS} steps, expected {enough:.0%}")
 
 
 def solution(tokenizer: PreTrainedTokenizerBase, row: dict[str, str]) -> Sample:

@@ -9,6 +9,7 @@ from transformers import PretrainedConfig
 from bupo.config import TrainConfig
 from bupo.cost import (
     Memory,
+    Seconds,
     Step,
     looks_of,
     mean_lengths,
@@ -16,11 +17,14 @@ from bupo.cost import (
     optimised_policy,
     parameters,
     reference_flops,
+    run_hours,
     step_flops,
+    step_seconds,
     work_of,
 )
 from bupo.schedule import OptimisedPolicy
 from bupo.tables import columns
+from bupo_kernels.backends.machine import Gpu
 
 # The entries of a Memory by their titles; some are there in training alone, some in rollouts alone.
 MEMORY_PARTS = {
@@ -47,9 +51,16 @@ STEP_PARTS = {
 
 
 def describe(
-    architecture: PretrainedConfig, config: TrainConfig, world_size: int, lengths: tuple[float, float] | None = None
+    architecture: PretrainedConfig,
+    config: TrainConfig,
+    world_size: int,
+    lengths: tuple[float, float] | None = None,
+    gpu: Gpu | None = None,
 ) -> str:
-    """Return the model, the run and the tables of memory and FLOPs; ``lengths`` are those of :func:`bupo.cost.step_flops`."""
+    """Return the model, the run and the tables of memory and FLOPs, and of time on ``gpu`` if there is one.
+
+    ``lengths`` are those of :func:`bupo.cost.step_flops`.
+    """
     counts, hardware = parameters(architecture), config.hardware
     prompt, response = lengths or mean_lengths(config)
     sequences = config.rollout.prompts * config.rollout.samples
@@ -83,6 +94,13 @@ def describe(
         "",
         *_flops_table(list(phases), steps, references if config.distillation is None else []),
     ]
+    if gpu is not None:
+        seconds = [
+            step_seconds(architecture, config, world_size, gpu, internal=first, lengths=lengths) for first in phases.values()
+        ]
+        hours = run_hours(architecture, config, world_size, gpu, lengths)
+        lines += ["", *_time_table(list(phases), seconds, f"{world_size} x {gpu.name}")]
+        lines.append(f"{config.steps} steps: at least {hours:.1f} hours, without evaluations")
     return "\n".join(lines)
 
 
@@ -123,6 +141,13 @@ def _flops_table(phases: list[str], steps: Sequence[Step], references: Sequence[
         rows.append(["  against ours", *(f"{theirs / ours:.2f}x" for theirs, ours in zip(references, training, strict=True)), ""])
     if len(phases) == 1:  # There is nothing to compare it with.
         rows = [row[:-1] for row in rows]
+    return columns(rows, numbers=True)
+
+
+def _time_table(phases: list[str], steps: Sequence[Seconds], cards: str) -> list[str]:
+    rows = [[f"least seconds per step, {cards}", *phases]]
+    parts = {"rollouts": "rollout", "metrics, old log-probs, update": "training", "all": "total"}
+    rows += [[title, *(f"{getattr(step, part):,.1f}" for step in steps)] for title, part in parts.items()]
     return columns(rows, numbers=True)
 
 

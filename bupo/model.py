@@ -25,7 +25,7 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from bupo.config import Hardware, Optimizer
+from bupo.config import Hardware, Optimizer, check_new_folder
 from bupo.distributed import World, shard, sharded_units
 from bupo.errors import ConfigError
 from bupo.output import replacing
@@ -270,6 +270,21 @@ def export(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Pat
             model.config.dtype = masters
             tokenizer.save_pretrained(partial)
     world.barrier()
+
+
+def convert(name: str | Path, path: Path, dtype: torch.dtype = torch.float32) -> None:
+    """Write the model ``name``, such as a GGUF file, with tokenizer and chat template as a folder for ``from_pretrained``.
+
+    Packed weights are unpacked and rounded once, to ``dtype``; float32 holds them as they are. The folder ``path``, which must be
+    new or empty, appears whole or not at all. Raises :class:`ConfigError`, also for weights that are missing or not finite.
+    """
+    check_new_folder(path, "DIR")
+    tokenizer, model = load_tokenizer(str(name)), read_model(str(name), dtype=dtype)
+    require_finite(str(name), model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as partial:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
 
 
 def keep_base(name: str, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:

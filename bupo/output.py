@@ -34,10 +34,14 @@ def progress_bar(shown: bool = True) -> Progress:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a place for a file or folder, which takes that of ``path`` once the context ends without an error."""
+    """Give a place for a file or folder, which takes that of ``path`` once the context ends without an error, and else is gone."""
     partial = path.with_name(path.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # a folder that was left unfinished
-    yield partial
+    shutil.rmtree(partial, ignore_errors=True)  # a folder that a killed process left unfinished
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial) if partial.is_dir() else partial.unlink(missing_ok=True)
+        raise
     shutil.rmtree(path, ignore_errors=True)  # a folder cannot be put over another
     os.replace(partial, path)
 

@@ -56,6 +56,12 @@ def exact_match(response: str, answer: str) -> float:
     return float(response.strip() == answer.strip())
 
 
+def first_number(response: str, answer: str) -> float:
+    """Return 1.0 when the first whole number of the response is the answer, whatever follows it."""
+    found = re.search(r"-?\d+", response)
+    return float(found is not None and found[0] == answer.strip())
+
+
 def boxed_string(response: str, answer: str) -> float:
     r"""Return 1.0 when the last ``\boxed{}`` is the answer's string after the normalisation of the MATH benchmark.
 

@@ -1,6 +1,7 @@
 """What `bupo.cost` states against models built from the same configs: counted, and run under torch's FLOP counter and allocator."""
 
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,9 @@ from bupo.cost import (
     parameters,
     pass_flops,
     reference_flops,
+    run_hours,
     step_flops,
+    step_seconds,
     training_flops,
     work_of,
 )
@@ -33,6 +36,7 @@ from bupo.errors import ConfigError
 from bupo.measurement import peak_bytes
 from bupo.peaks import peak_flops
 from bupo_kernels import policy_logprobs, policy_loss, self_distillation_loss
+from bupo_kernels.backends.machine import named
 
 ROOT = Path(__file__).parent.parent
 PAPER = {"qwen3-4b": 4.02, "qwen3-8b": 8.19, "octothinker-3b": 3.21, "octothinker-8b": 8.03}  # billions of parameters, as published
@@ -493,6 +497,24 @@ def test_the_description_follows_the_run():
     vllm = describe(architecture, run_config(**{"rollout.engine": "vllm", "hardware.offload": True}), 2)
     assert "vLLM takes 50% of the device's memory" in vllm
     assert "GiB of CPU memory for each device" in vllm
+
+
+def test_the_least_time_of_a_step_is_that_of_its_products_or_of_what_decoding_reads():
+    architecture, card = tiny_model().config, named("H100")
+    config = run_config(**{"hardware.precision": "bfloat16", "rollout.sequences": 2})
+    step = step_flops(architecture, config, internal=True)
+    seconds = step_seconds(architecture, config, 1, card, internal=True)
+    assert seconds.training == pytest.approx((step.look + step.training).hardware / card.sustained)
+    # 8 responses of 10 tokens, 2 at a time: 40 times all weights, and keys and values of 2 sequences of 5 + 5 tokens, 2 bytes each
+    read = 40 * 2 * (parameters(architecture).total + 2 * 10 * 4 * 2 * 16)
+    assert seconds.rollout == pytest.approx(step.prefill.hardware / card.sustained + read / (0.9 * card.memory_rate))
+    slow = replace(card, sustained=1.0)  # no product hides behind the memory
+    products = step_seconds(architecture, config, 2, slow, internal=True)
+    assert products.rollout == pytest.approx((step.prefill + step.decode).hardware / 2)
+    hours = run_hours(architecture, config, 1, card)
+    first, second = (step_seconds(architecture, config, 1, card, internal=internal).total for internal in (True, False))
+    assert hours == pytest.approx((first + (config.steps - 1) * second) / 3600)
+    assert f"at least {hours:.1f} hours" in describe(architecture, config, 1, gpu=card)
 
 
 def test_the_slurm_example_is_valid_bash():

@@ -24,6 +24,7 @@ from bupo.rewards import (
     RewardPool,
     boxed_string,
     exact_match,
+    first_number,
     last_boxed,
     load_reward,
     math_answer,
@@ -40,6 +41,14 @@ def boxed(answer: str) -> str:
 
 def test_exact_match_ignores_white_space_around():
     assert (exact_match(" 12\n", "12"), exact_match("120", "12"), exact_match("1 2", "12")) == (1.0, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("response", "answer", "reward"),
+    [(" 40, 47", "40", 1.0), ("40", "40", 1.0), (" 4 0", "40", 0.0), ("no: 41", "40", 0.0), ("", "40", 0.0), ("-7", "7", 0.0)],
+)
+def test_the_first_number_of_a_response_is_its_answer(response, answer, reward):
+    assert first_number(response, answer) == reward
 
 
 @pytest.mark.parametrize(

