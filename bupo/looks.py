@@ -1,4 +1,4 @@
-"""How much of a step the looks at policies may take, and on what they are taken then: arithmetic on predicted FLOPs alone."""
+"""The plan of a run's looks at policies: what they may take of a step, and on what they are taken, from predicted FLOPs alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Looks:
-    """What a run looks at: every so many steps on so many samples, and on so many tokens of these at all layers."""
+    """The looks of a run: every so many steps on so many samples, and on so many tokens of these at all layers."""
 
     every: int  # steps from one look at both policies to the next
     samples: int  # on each device, at a look at both policies
