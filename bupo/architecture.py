@@ -7,9 +7,9 @@ from pathlib import Path
 from transformers import AutoConfig, PretrainedConfig
 
 from bupo.config import TrainConfig
+from bupo.cost import MODEL_TYPES
 from bupo.errors import ConfigError
 from bupo.model import pretrained, unusable
-from bupo_kernels.internal_policy import MODEL_TYPES
 
 
 def load_architecture(config: TrainConfig) -> PretrainedConfig:

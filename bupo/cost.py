@@ -19,6 +19,8 @@ from bupo.schedule import FINAL, OptimisedPolicy
 from bupo_kernels.backends.machine import FP32_SHARE, Gpu, moved
 from bupo_kernels.dispatch import default_memory_budget
 
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")  # whose parameters and FLOPs are counted here, and which `bupo train` takes
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -36,7 +38,7 @@ class Parameters:
 
 
 class _Shape(NamedTuple):
-    """The sizes of a decoder of one of :data:`bupo_kernels.internal_policy.MODEL_TYPES`."""
+    """The sizes of a decoder of one of :data:`MODEL_TYPES`."""
 
     layers: int
     width: int
@@ -72,7 +74,7 @@ def _shape(architecture: PretrainedConfig) -> _Shape:
 
 
 def parameters(architecture: PretrainedConfig) -> Parameters:
-    """Count the parameters of a model of one of the types of :data:`bupo_kernels.internal_policy.MODEL_TYPES`."""
+    """Count the parameters of a model of one of the types of :data:`MODEL_TYPES`."""
     s, kind = _shape(architecture), architecture.model_type
     biases = 0
     if kind == "qwen2":

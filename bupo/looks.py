@@ -1,4 +1,4 @@
-"""How much of a step the looks at policies may take, and on what they are taken then: arithmetic on predicted FLOPs alone."""
+"""The plan of a run's looks at policies: what they may take of a step, and on what they are taken, from predicted FLOPs alone."""
 
 from __future__ import annotations
 

@@ -26,11 +26,11 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from bupo.config import Hardware, Optimizer, check_new_folder
+from bupo.cost import MODEL_TYPES
 from bupo.distributed import World, shard, sharded_units
 from bupo.errors import ConfigError
 from bupo.output import replacing
 from bupo_kernels import FusedLMHead
-from bupo_kernels.internal_policy import MODEL_TYPES
 
 
 def pretrained(name: str) -> dict[str, str]:
@@ -81,7 +81,7 @@ def _one_process_model(name: str, hardware: Hardware, read: bool) -> PreTrainedM
     options = {"attn_implementation": "sdpa" if hardware.attention == "per-sequence" else hardware.attention}
     try:
         architecture = AutoConfig.from_pretrained(**pretrained(name))
-        # internal_policy would refuse these too, but only after the weights have been read.
+        # What these cost is counted for some types alone; their structure is verified when the weights are there.
         if architecture.model_type not in MODEL_TYPES:
             raise ValueError(f"of type {architecture.model_type!r}, accepted are {', '.join(MODEL_TYPES)}")
         # The old and the new log-probs of a ratio must come from one and the same network.

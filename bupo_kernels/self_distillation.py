@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from bupo_kernels.functional import weights_of
-from bupo_kernels.internal_policy import _backbone, policy_states, read_head
+from bupo_kernels.internal_policy import backbone_of, policy_states, read_head
 from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective, active_tokens
+from bupo_kernels.structure import stack_of
 
 
 class SelfDistillation(NamedTuple):
@@ -80,8 +81,7 @@ def self_distillation_loss(
 
     Raises ``ValueError`` naming the argument, and as the functions named above do.
     """
-    backbone = _backbone(model)
-    depth = int(backbone.config.num_hidden_layers)
+    backbone, depth = backbone_of(model)
     if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer < depth:
         raise ValueError(f"layer: {layer!r} given, accepted are 1 to {depth - 1} (layers count from 1, the last one teaches)")
     for name, value in (("divergence_weight", divergence_weight), ("attention_weight", attention_weight)):
@@ -90,6 +90,10 @@ def self_distillation_loss(
     if attention_weight and backbone.config._attn_implementation != "eager":
         given = backbone.config._attn_implementation
         raise ValueError(f"attention_weight: {attention_weight} given with attn_implementation={given!r}, accepted is 'eager'")
+    watched: list[Any] = [stack_of(backbone)[number - 1] for number in (layer, depth)] if attention_weight else []
+    if any(not hasattr(block, "self_attn") for block in watched):
+        kind = type(backbone).__name__
+        raise ValueError(f"attention_weight: {attention_weight} given with {kind}, accepted are models whose layers have self_attn")
 
     attentions: list[Tensor] = []
 
@@ -97,7 +101,7 @@ def self_distillation_loss(
         attentions.append(output[1])
 
     with ExitStack() as undo:
-        for block in (backbone.layers[layer - 1], backbone.layers[depth - 1]) if attention_weight else ():
+        for block in watched:
             undo.callback(block.self_attn.register_forward_hook(keep_attention).remove)
         states = policy_states(
             model,

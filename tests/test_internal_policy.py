@@ -241,6 +241,7 @@ def test_checkpointing_that_would_lose_the_gradient_is_refused(module):
 
 def test_a_forward_that_others_replaced_comes_back():
     model, (ids, _) = tiny_model(), token_batch()
+    hidden_under(model, ids, 2, "attention")  # the first time the structure is verified, with all that is in it
     mlp = model.base_model.layers[1].mlp
     original, calls = mlp.forward, []
     mlp.forward = theirs = lambda hidden: calls.append(1) or original(hidden)
