@@ -31,7 +31,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-SECTIONS = ("kernels", "step", "scaling", "support", "divergence")
+SECTIONS = ("kernels", "step", "scaling", "support", "divergence", "lens")
 ORDER = ("floor", "naive", "ours", "peer")
 KERNEL = ("group", "model", "layers", "rows", "vocab", "width", "dtype", "active", "distribution")  # these tell tables apart
 STEP = ("model", "phase", "layer", "layers", "sequences", "length", "dtype", "checkpointing")
