@@ -32,7 +32,13 @@ class MicroBatch:
     sampler_logprobs: Tensor  # the log-probs the targets were sampled with, NaN where there are none
     lengths: tuple[int, ...]  # the lengths of the sequences, in order
     old_logprobs: Tensor | None = None  # the optimised policy's before the step's first update
+    old_entropy: Tensor | None = None  # the same, where the objective asks for it
     kept: tuple[Tensor, Tensor] | None = None  # ids [M] and offsets [T + 1] that the sampler kept for targets; None for all
+
+    @property
+    def sequence_lengths(self) -> Tensor:  # [n] int64
+        """:attr:`lengths` as a tensor."""
+        return torch.tensor(self.lengths, dtype=torch.int64, device=self.targets.device)
 
     @property
     def mask(self) -> Tensor:  # [1, T] bool
@@ -131,8 +137,11 @@ def fill(lengths: Sequence[int], order: Iterable[int], bins: int, capacity: int)
 def token_weights(lengths: Sequence[int], aggregation: str) -> list[float]:
     """Return the weight of each response token, for each sequence of a whole mini-batch (all ranks), which may have none.
 
-    ``token-mean`` counts every token alike, ``sequence-mean-token-mean`` every sequence. ``lengths`` are those of the responses.
+    ``token-mean`` counts every token alike, ``sequence-mean-token-mean`` every sequence, ``sequence-mean-token-sum`` each token as
+    the first counts a sequence. ``lengths`` are those of the responses.
     """
     if aggregation == "token-mean":
         return [1 / sum(lengths) for _ in lengths]
+    if aggregation == "sequence-mean-token-sum":
+        return [1 / len(lengths) for _ in lengths]
     return [1 / (length * len(lengths)) for length in lengths]

@@ -123,10 +123,29 @@ class Rollout(Section):
 class Objective(Section):
     advantage: Literal["grpo", "rloo", "reinforce++", "reinforce++-baseline"] = "grpo"
     advantage_std: bool = Field(True, description="grpo: divide group advantages by their standard deviation")
-    clip_low: Share = 0.2
-    clip_high: Annotated[float, Field(ge=0)] = 0.2
-    dual_clip: Annotated[float, Field(gt=1)] | None = 10.0
-    aggregation: Literal["token-mean", "sequence-mean-token-mean"] = "token-mean"
+    ratio: Literal["token", "sequence"] = Field("token", description="whose ratio is bounded; sequence = GSPO, GMPO, VESPO, LUSPO")
+    clip: Literal["ppo", "cispo", "sapo", "gmpo", "vespo"] = Field(
+        "ppo", description="what bounds it; gmpo and vespo are of sequences"
+    )
+    clip_low: Share = Field(0.2, description="of ppo: ratios from 1 - clip_low; of gmpo: ln ratios from -clip_low")
+    clip_high: Annotated[float, Field(ge=0)] = Field(0.2, description="the same above, and of cispo")
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        10.0, description="of ppo: the highest ratio where the advantage is < 0"
+    )
+    sapo_temperature_pos: PositiveFloat = Field(1.0, description="of sapo's gate where the advantage is positive")
+    sapo_temperature_neg: PositiveFloat = Field(1.05, description="the same elsewhere")
+    vespo_k_pos: Annotated[float, Field(ge=0)] = Field(
+        2.0, description="of vespo where the advantage is positive: r^k e^(lambda (1 - r))"
+    )
+    vespo_lambda_pos: PositiveFloat = 3.0
+    vespo_k_neg: Annotated[float, Field(ge=0)] = Field(3.0, description="the same where it is negative")
+    vespo_lambda_neg: PositiveFloat = 2.0
+    top_entropy_quantile: Share = Field(
+        1.0, description="share of an update's tokens with a loss, those of highest entropy before it; others count in means"
+    )
+    aggregation: Literal["token-mean", "sequence-mean-token-mean", "sequence-mean-token-sum"] = Field(
+        "token-mean", description="sequence-mean-token-sum with ratio: sequence is LUSPO"
+    )
 
 
 class Optimizer(Section):
@@ -182,8 +201,14 @@ class Checkpoints(Section):
 
 class Telemetry(Section):
     episodes_every: PositiveInt = Field(20, description="steps between groups of episodes written as text")
+    look_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.1, description="of a step's FLOPs, the most that looks at policies may take, by samples and by steps; 1 = unbounded"
+    )
+    look_tokens: PositiveInt | None = Field(
+        None, description="the most of a look at both policies, per device; null = 4096, or the longest sequence"
+    )
     lens_every: NonNegativeInt = Field(10, description="steps between looks at the policies of all layers; 0 = never")
-    lens_tokens: PositiveInt = Field(256, description="of each such look, per device")
+    lens_tokens: PositiveInt = Field(256, description="the most of each such look, per device")
     tensorboard: bool | None = Field(None, description="null = if it is installed")
     wandb: str | None = Field(None, description="project on Weights & Biases; null = off")
     peak_tflops: PositiveFloat | None = Field(None, description="of one device, for MFU; null = known GPUs only")
@@ -223,6 +248,11 @@ class TrainConfig(Section):
             require(self.bupo.internal_steps <= self.steps, "bupo.internal_steps", f"are 0 to {self.steps} (steps)")
             measurable = self.guards.perplexity is None or self.heldout != []
             require(measurable, "bupo.guards.perplexity", "is null without data.heldout")
+        objective = self.objective
+        of_sequences = objective.ratio == "sequence" or objective.clip not in ("gmpo", "vespo")
+        require(of_sequences, "objective.ratio", f"is sequence with objective.clip: {objective.clip}")
+        of_all = objective.top_entropy_quantile == 1 or objective.clip != "gmpo"
+        require(of_all, "objective.top_entropy_quantile", "is 1.0 with objective.clip: gmpo")
         require(self.data.train != [], "data.train", "is at least one")
         unpacked = rollout.engine != "vllm" or not self.model.lower().endswith(".gguf")
         require(unpacked, "rollout.engine", "are continuous and generate for a GGUF file")
@@ -289,8 +319,8 @@ class TrainConfig(Section):
 
     @property
     def look_tokens(self) -> int:
-        """The tokens per device on which each step looks at both policies: some thousands, or the longest sequence."""
-        return min(self.hardware.max_tokens_per_device, max(4096, sum(self.lengths)))
+        """The most tokens per device of a look at both policies: as configured, else some thousands, and the longest sequence."""
+        return min(self.hardware.max_tokens_per_device, max(self.telemetry.look_tokens or 4096, sum(self.lengths)))
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> TrainConfig:

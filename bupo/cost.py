@@ -6,7 +6,7 @@ A FLOP is a multiplication or an addition; a product of ``[m, k]`` and ``[k, n]`
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import torch
 from transformers import PretrainedConfig
 
 from bupo.config import TrainConfig
+from bupo.looks import Looks, plan_looks
 from bupo.schedule import FINAL, OptimisedPolicy
 from bupo_kernels.dispatch import default_memory_budget
 
@@ -226,7 +227,7 @@ class Step:
 
     prefill: Flops
     decode: Flops
-    look: Flops  # both policies on some of the samples, for the metrics
+    look: Flops  # looks at policies, for the metrics: the mean over steps
     old_logprobs: Flops
     update: Flops
 
@@ -261,20 +262,62 @@ def step_flops(
     """
     prompt, response = lengths or mean_lengths(config)
     sequences = config.rollout.prompts * config.rollout.samples
-    prefill, each = work_of([(prompt, 1)]), work_of([(prompt, response)])
-    decode = Work(*(whole - before for whole, before in zip(each, prefill, strict=True)))
+    each = work_of([(prompt, response)])
     policy = optimised_policy(config, internal)
-    forward, own = pass_flops(architecture, each, layer=policy.layer, module=policy.module), pass_flops(architecture, each)
-    # An internal policy and the model's own both run once for the entropies, and once more for their divergence.
-    looked_at = min(sequences, world_size * config.look_tokens / each.tokens)
-    look = (own + forward) * 2 if internal else own
+    prefill, decode = _rollout_flops(architecture, [(prompt, response)])
+    looks = looks_of(architecture, config, [(prompt, response)] * sequences, world_size, policy)
+    lens = Flops(head=_lens_flops(architecture) * looks.lens_tokens_per_step)
     return Step(
-        prefill=pass_flops(architecture, prefill) * sequences,
-        decode=pass_flops(architecture, decode) * sequences,
-        look=look * looked_at,
-        old_logprobs=forward * sequences,
+        prefill=prefill * sequences,
+        decode=decode * sequences,
+        look=(_look_flops(architecture, each, policy) * looks.samples_per_step + lens) * world_size,
+        old_logprobs=pass_flops(architecture, each, layer=policy.layer, module=policy.module) * sequences,
         update=_update_flops(architecture, config, each, policy.layer, policy.module) * sequences,
     )
+
+
+def _rollout_flops(architecture: PretrainedConfig, lengths: Sequence[tuple[float, float]]) -> tuple[Flops, Flops]:
+    """Return the FLOPs of reading prompts, and of decoding responses, of these lengths."""
+    prefill, whole = work_of([(prompt, 1) for prompt, _ in lengths]), work_of(lengths)
+    decode = Work(*(both - before for both, before in zip(whole, prefill, strict=True)))
+    return pass_flops(architecture, prefill), pass_flops(architecture, decode)
+
+
+def looks_of(
+    architecture: PretrainedConfig,
+    config: TrainConfig,
+    lengths: Sequence[tuple[float, float]],
+    world_size: int,
+    policy: OptimisedPolicy,
+) -> Looks:
+    """Return what is looked at in a step on ``policy``, whose sequences have so many prompt and response tokens."""
+    telemetry, count = config.telemetry, len(lengths)
+    whole = work_of(lengths)
+    mean = Work(*(value / count for value in whole))
+    rollout = sum((part.model for part in _rollout_flops(architecture, lengths)), 0.0)
+    return plan_looks(
+        rollout / world_size,
+        _look_flops(architecture, mean, policy).model,
+        _lens_flops(architecture),
+        share=telemetry.look_share,
+        most_samples=max(1, min(math.ceil(count / world_size), int(config.look_tokens / mean.tokens))),
+        most_tokens=telemetry.lens_tokens,
+        lens_every=telemetry.lens_every,
+        each_step=policy != FINAL and config.guards.kl is not None,
+    )
+
+
+def _look_flops(architecture: PretrainedConfig, work: Work, policy: OptimisedPolicy) -> Flops:
+    """Return the FLOPs of a look at ``policy`` and the model's own: one forward, and a head for each over the response tokens."""
+    own = pass_flops(architecture, work)
+    heads = 1 if policy == FINAL else 2  # on the ids that a sampler kept they cost next to nothing
+    return Flops(own.layers, own.attention, own.head * heads)
+
+
+def _lens_flops(architecture: PretrainedConfig) -> float:
+    """Return the FLOPs of the heads of H^0 to H^L and of the model's own policy on one token."""
+    s = _shape(architecture)
+    return 2.0 * s.vocab * s.width * (s.layers + 2)
 
 
 # ---- memory

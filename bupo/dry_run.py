@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from transformers import PretrainedConfig
 
 from bupo.config import TrainConfig
-from bupo.cost import Memory, Step, mean_lengths, memory, optimised_policy, parameters, reference_flops, step_flops, work_of
+from bupo.cost import (
+    Memory,
+    Step,
+    looks_of,
+    mean_lengths,
+    memory,
+    optimised_policy,
+    parameters,
+    reference_flops,
+    step_flops,
+    work_of,
+)
 from bupo.schedule import OptimisedPolicy
 from bupo.tables import columns
 
@@ -29,7 +40,7 @@ ONLY_TRAINING, ONLY_ROLLOUTS = ("gradients", "gathered", "activations", "head", 
 STEP_PARTS = {
     "rollouts: prompts": "prefill",
     "rollouts: responses": "decode",
-    "metrics of both policies": "look",
+    "looks at policies": "look",
     "old log-probs": "old_logprobs",
     "update": "update",
 }
@@ -61,6 +72,10 @@ def describe(
         sequences * _reference_training(architecture, config, (prompt, response), optimised_policy(config, internal=first))
         for first in phases.values()
     ]
+    whole = [(prompt, response)] * sequences
+    for title, first in phases.items():
+        looks = looks_of(architecture, config, whole, world_size, optimised_policy(config, first))
+        lines.append(f"looks    {title}: {looks}")
     lines += ["", *_memory_table(list(phases), memories, config), "", *_flops_table(list(phases), steps, references)]
     return "\n".join(lines)
 

@@ -55,21 +55,26 @@ class Schedule:
         """Return whether a guard asks for the perplexity after ``step``."""
         return self.policy(step) != FINAL and self.guards.perplexity is not None
 
-    def observe(self, step: int, reward: float, divergence: float, perplexity: float | None) -> str | None:
+    def observe(
+        self, step: int, reward: float, divergence: float | None, perplexity: float | None, tokens: int | None = None
+    ) -> str | None:
         """Take down what a step of phase 1 was like; return why phase 1 ends with it, or None if it goes on.
 
         Args:
             reward: the mean reward; NaN where every reward failed.
-            divergence: KL(internal ‖ final), in nats per token.
+            divergence: KL(internal ‖ final), in nats per token; None where the step was not looked at, which counts as no step of
+                the guard's window. With that guard every step is looked at.
             perplexity: that of the final policy on held-out responses, relative to the first model's; None without that guard.
+            tokens: how many response tokens the divergence was measured on, for the reason that is returned.
         """
         guards, reason = self.guards, None
         self.rewards += [] if math.isnan(reward) else [reward]
-        self.divergences.append(divergence)
+        self.divergences += [] if divergence is None else [divergence]
         if guards.perplexity is not None and perplexity is not None and perplexity > guards.perplexity:
             reason = f"perplexity {perplexity:.3f} times the first model's, guard {guards.perplexity}"
-        if guards.kl is not None and (kl := _last_mean(self.divergences, guards.window)) > guards.kl:
-            reason = f"KL {kl:.3f} nats over {guards.window} steps, guard {guards.kl}"
+        if guards.kl is not None and self.divergences and (kl := _last_mean(self.divergences, guards.window)) > guards.kl:
+            measured = "" if tokens is None else f", the last on {tokens:,} response tokens"
+            reason = f"KL {kl:.3f} nats over {guards.window} steps{measured}, guard {guards.kl}"
         if guards.reward_drop is not None and len(self.rewards) >= guards.window:
             means = [_last_mean(self.rewards[: n + 1], guards.window) for n in range(guards.window - 1, len(self.rewards))]
             if max(means) - means[-1] > guards.reward_drop:

@@ -23,7 +23,7 @@ from bupo.attention import packed_options, training_attention
 from bupo.batching import IGNORE, MicroBatch, fill, pack, pack_all, token_weights, tokens
 from bupo.checkpoint import Checkpoints, last_step, require_space, space_needed
 from bupo.config import BASE, TrainConfig, load_config
-from bupo.cost import parameters, training_flops, work_of
+from bupo.cost import looks_of, parameters, training_flops, work_of
 from bupo.data import Example, PromptOrder, load_examples, question, stream_seed
 from bupo.distributed import Termination, World, as_forward, full, process_group
 from bupo.errors import ConfigError
@@ -37,7 +37,9 @@ from bupo.peaks import peak_flops
 from bupo.rewards import RewardPool
 from bupo.rollout import WHOLE, Rollout, Sample, Stopped, configured_decode, configured_rollout
 from bupo.schedule import FINAL, OptimisedPolicy, Schedule, learning_rate
-from bupo_kernels import PolicyObjective, policy_divergence, policy_lens, policy_logprobs, policy_loss
+from bupo_kernels import PolicyObjective, policy_logprobs, policy_loss
+from bupo_kernels.internal_policy import PolicyStates, policy_states, read_head
+from bupo_kernels.policy_losses import top_entropy_bound
 
 HOPELESS = 3  # steps without a single reward after which a run that begins with them ends
 
@@ -99,25 +101,27 @@ def take_steps(setup: Setup, run: RunFolder, termination: Termination) -> list[A
 
         # Everything in the loss is of the policy being optimised; the final policy is only looked at.
         with training_attention(model, config.hardware.attention):
-            seen: dict[str, Any] = look(model, samples, policy, step, config, world)
-            seen["perplexity"] = guard.measure(model) if guard and policy != FINAL else None
-            clock.lap("look")
-            if config.telemetry.lens_every and (step == 1 or step % config.telemetry.lens_every == 0):
-                seen |= look_at_layers(model, samples, step, config, world)
-                clock.lap("lens")
+            seen = look_around(setup, run, samples, policy, step, clock)
+            seen["perplexity"] = None
+            if guard and policy != FINAL:
+                seen["perplexity"] = guard.measure(model)
+                clock.lap("guard")
             mini_batches = [
                 [with_old_logprobs(model, batch, policy, config) for batch in batches]
                 for batches in make_mini_batches(samples, rewards, advantages, config, world)
             ]
             clock.lap("old")
-            updates = [update(model, optimizer, batches, policy, config, world) for batches in mini_batches if batches]
+            mini_batches = [of_highest_entropies(batches, config, world) for batches in mini_batches if batches]
+            updates = [update(model, optimizer, batches, policy, config, world) for batches in mini_batches]
             clock.lap("update")
 
         metrics: dict[str, Any] = {"step": step, "phase": policy.phase, "learning_rate": rate, **seen, **describe_updates(updates)}
         metrics |= describe_samples(samples, rewards, advantages) | clock.seconds
         metrics |= describe_speed(samples, advantages, policy, clock.seconds, setup.architecture, config, world)
         if policy != FINAL:
-            metrics["switched"] = setup.schedule.observe(step, metrics["reward"], seen["kl"], seen["perplexity"])
+            metrics["switched"] = setup.schedule.observe(
+                step, metrics["reward"], seen["kl"], seen["perplexity"], seen["look_tokens"]
+            )
         run.log_step(metrics)
         if scored == 0 and step == min(last + HOPELESS, config.steps):
             everything = f"for every response since step {last + 1}"
@@ -334,10 +338,26 @@ def call_options(batch: MicroBatch, policy: OptimisedPolicy, config: TrainConfig
 
 @torch.no_grad()
 def with_old_logprobs(model: PreTrainedModel, batch: MicroBatch, policy: OptimisedPolicy, config: TrainConfig) -> MicroBatch:
-    """Return ``batch`` with the log-probs of its response tokens under ``policy`` as the weights stand."""
-    options = call_options(batch, policy, config)
-    old = as_forward(policy_logprobs, model, batch.input_ids, batch.targets, return_entropy=False, **options)
-    return replace(batch, old_logprobs=old.logprobs)
+    """Return ``batch`` with the log-probs of its response tokens under ``policy`` as the weights stand, and their entropies where
+    the objective asks for them."""
+    options = call_options(batch, policy, config) | {"return_entropy": config.objective.top_entropy_quantile < 1}
+    old = as_forward(policy_logprobs, model, batch.input_ids, batch.targets, **options)
+    return replace(batch, old_logprobs=old.logprobs, old_entropy=old.entropy)
+
+
+def of_highest_entropies(batches: list[MicroBatch], config: TrainConfig, world: World) -> list[MicroBatch]:
+    """Return a mini-batch in which the share ``objective.top_entropy_quantile`` of the tokens of all ranks has a coefficient, those
+    of the highest entropy before the step's updates; the others cost no product of the head. A collective.
+
+    The tokens are those of samples with a gradient, as with DAPO's dynamic sampling, which the paper has (arXiv 2506.01939).
+    """
+    quantile = config.objective.top_entropy_quantile
+    if quantile == 1:
+        return batches
+    pairs = [(batch, batch.old_entropy) for batch in batches if batch.old_entropy is not None]
+    found = torch.cat(world.gather([entropy[batch.mask & (batch.coefficients != 0)].cpu() for batch, entropy in pairs]))
+    bound = top_entropy_bound(found, torch.ones_like(found, dtype=torch.bool), quantile).to(world.device)
+    return [replace(batch, coefficients=batch.coefficients * (entropy >= bound)) for batch, entropy in pairs]
 
 
 class Update(NamedTuple):
@@ -376,6 +396,7 @@ def update(
             old_logprobs=batch.old_logprobs,
             objective=objective,
             denominator=1,
+            lengths=batch.sequence_lengths if objective.needs_sequence else None,
             **call_options(batch, policy, config),
         )
         (loss * world.size).backward()  # FSDP averages over the ranks
@@ -392,63 +413,112 @@ def update(
 
 
 def policy_objective(config: TrainConfig) -> PolicyObjective:
-    """Return the objective of a token; its aggregation is in the coefficients."""
-    clips = config.objective
-    return PolicyObjective(clip_low=clips.clip_low, clip_high=clips.clip_high, dual_clip=clips.dual_clip)
+    """Return the objective of a token; its aggregation, and which tokens count, is in the coefficients."""
+    fields = config.objective.model_dump(exclude={"advantage", "advantage_std", "aggregation", "top_entropy_quantile"})
+    return PolicyObjective(**(fields if fields["clip"] == "ppo" else fields | {"dual_clip": None}))
+
+
+def look_around(
+    setup: Setup, run: RunFolder, samples: list[Sample], policy: OptimisedPolicy, step: int, clock: Clock
+) -> dict[str, Any]:
+    """Return what is seen of policies in ``step``: as much as :func:`bupo.cost.looks_of` allows, None where that is nothing."""
+    model, config, world = setup.model, setup.config, setup.world
+    lengths = [(len(sample.prompt_ids), len(sample.response_ids)) for sample in samples]
+    looks = looks_of(setup.architecture, config, lengths, world.size, policy)
+    if step == setup.last + 1:
+        run.say(f"looks at policies: {looks}")
+    if not looks.due(step):
+        clock.lap("look")
+        return dict.fromkeys(("entropy", "entropy_final", "kl", "sampler_gap", "look_tokens"))
+    with_lens = looks.lens_due(step)
+    count = looks.samples_with_lens if with_lens else looks.samples
+    found, seen = look(model, samples, policy, count, step, config, world)
+    clock.lap("look")
+    layers: dict[str, Any] = {}
+    if with_lens:
+        layers = look_at_layers(model, seen, looks.lens_tokens, step, config, world)
+        clock.lap("lens")
+    return found | layers
+
+
+class Seen(NamedTuple):
+    """The samples of a look on this rank, and what every policy's head reads on them."""
+
+    batch: MicroBatch
+    states: PolicyStates
 
 
 @torch.no_grad()
 def look(
-    model: PreTrainedModel, samples: list[Sample], policy: OptimisedPolicy, step: int, config: TrainConfig, world: World
-) -> dict[str, float | None]:
-    """Return statistics of both policies on randomly chosen samples (``config.look_tokens`` on each rank), before the updates."""
-    batch = some_of(samples, stream_seed(config.seed, "look", step), config.look_tokens, world)
-    final = as_forward(policy_logprobs, model, batch.input_ids, batch.targets, **call_options(batch, FINAL, config))
-    entropy, divergence = final.entropy, torch.zeros(())
-    if policy != FINAL:
-        options = call_options(batch, policy, config)
-        entropy = as_forward(policy_logprobs, model, batch.input_ids, batch.targets, **options).entropy
-        divergence = as_forward(policy_divergence, model, batch.input_ids, batch.mask, **options)
-    assert entropy is not None  # it is returned by default
-    assert final.entropy is not None
-    gap = torch.where(batch.mask, (final.logprobs - batch.sampler_logprobs).abs(), 0)
-    sums = [x.sum(dtype=torch.float64) for x in (entropy, final.entropy, divergence.to(entropy), gap, batch.mask)]
-    *sums, count = world.sum(torch.stack(sums)).tolist()
+    model: PreTrainedModel, samples: list[Sample], policy: OptimisedPolicy, count: int, step: int, config: TrainConfig, world: World
+) -> tuple[dict[str, float | None], Seen]:
+    """Return statistics of both policies on randomly chosen samples, ``count`` on each rank, before the updates; and the samples.
+
+    There are fewer samples where they would have more than ``config.look_tokens`` on a rank.
+    """
+    batch = some_of(samples, stream_seed(config.seed, "look", step), count, config.look_tokens, world)
+    states, (*values, logprobs) = as_forward(_look, model, batch, policy, config)
+    gap = torch.where(batch.mask, (logprobs - batch.sampler_logprobs).abs(), 0)
+    sums = [x.sum(dtype=torch.float64) for x in (*values, gap, batch.mask)]
+    *sums, tokens_ = world.sum(torch.stack(sums)).tolist()
     names = ("entropy", "entropy_final", "kl", "sampler_gap")
-    means = {name: value / count for name, value in zip(names, sums, strict=True)}
+    means = {name: value / tokens_ for name, value in zip(names, sums, strict=True)}
     known = {"kl": policy != FINAL, "sampler_gap": math.isfinite(means["sampler_gap"])}
-    return {name: mean if known.get(name, True) else None for name, mean in means.items()}
+    found = {name: mean if known.get(name, True) else None for name, mean in means.items()}
+    return found | {"look_tokens": int(tokens_)}, Seen(batch, states)
+
+
+def _look(
+    model: PreTrainedModel, batch: MicroBatch, policy: OptimisedPolicy, config: TrainConfig
+) -> tuple[PolicyStates, list[Tensor]]:
+    """Return what heads read in one forward, and of it the entropies of ``policy`` and of the model's own, the divergence of the
+    one from the other, and the log-probs of the other."""
+    states = policy_states(model, batch.input_ids, **packed_options(batch, config.hardware.attention), **policy.options)
+    read: dict[str, Any] = {"temperature": config.rollout.temperature}
+    if policy != FINAL and batch.kept is None:  # one pass over the weight of the head for all
+        read |= {"outputs": ("entropy", "kl_to_final", "logprobs"), "final": states.final}
+        lens = read_head(model, [states.internal, states.final], targets=batch.targets, **read)
+        return states, [*lens.entropy, lens.kl_to_final[0], lens.logprobs[1]]
+    read |= {"support": batch.kept}
+    own = read_head(model, states.final, targets=batch.targets, **read)
+    if policy == FINAL:
+        return states, [own.entropy, own.entropy, torch.zeros_like(own.entropy), own.logprobs]
+    compared = {"teacher_hidden": states.final, "kind": "reverse_kl", "mask": batch.mask}
+    internal = read_head(model, states.internal, **compared, **read)
+    return states, [internal.entropy, own.entropy, internal.divergence, own.logprobs]
 
 
 @torch.no_grad()
 def look_at_layers(
-    model: PreTrainedModel, samples: list[Sample], step: int, config: TrainConfig, world: World
+    model: PreTrainedModel, seen: Seen, limit: int, step: int, config: TrainConfig, world: World
 ) -> dict[str, list[float] | float]:
     """Return the entropy of the policies of H^0 to H^L, their KL to the final one and the perplexity of that.
 
-    They are means over randomly chosen response tokens (``telemetry.lens_tokens`` on each rank), before the updates.
+    They are means over randomly chosen response tokens of what was ``seen``, at most ``limit`` on each rank, before the updates.
     """
-    seed, limit = stream_seed(config.seed, "lens", step), config.telemetry.lens_tokens
-    batch = some_of(samples, seed, max(limit, *map(tokens, samples)), world)
+    batch, states = seen
     responses = batch.mask.flatten().nonzero().squeeze(1).tolist()
-    chosen = random.Random(seed).sample(responses, min(limit, len(responses)))
+    chosen = random.Random(stream_seed(config.seed, "lens", step)).sample(responses, min(limit, len(responses)))
     targets = torch.full_like(batch.targets, IGNORE)
     targets[0, chosen] = batch.targets[0, chosen]
 
     outputs = ("entropy", "kl_to_final", "logprobs")
-    lens = as_forward(policy_lens, model, batch.input_ids, targets, outputs=outputs, **batch_options(batch, config))
+    read = {"outputs": outputs, "final": states.final, "temperature": config.rollout.temperature}
+    lens = as_forward(read_head, model, [*states.residual, states.final], targets=targets, **read)
     count = torch.full((1,), len(chosen), dtype=torch.float64, device=world.device)
     entropy, divergence, logprobs = (getattr(lens, name) for name in outputs)
     sums = [x.sum((1, 2), dtype=torch.float64) for x in (entropy[:-1], divergence[:-1], logprobs[-1:])]
     means = world.sum(torch.cat([*sums, count])).tolist()
-    *means, logprob = (value / means[-1] for value in means[:-1])
+    tokens_ = means.pop()
+    *means, logprob = (value / tokens_ for value in means)
     half = len(means) // 2
-    return {"lens_entropy": means[:half], "lens_kl": means[half:], "lens_perplexity": math.exp(-logprob)}
+    numbers = {"lens_perplexity": math.exp(-logprob), "lens_tokens": int(tokens_)}
+    return {"lens_entropy": means[:half], "lens_kl": means[half:], **numbers}
 
 
-def some_of(samples: list[Sample], seed: int, limit: int, world: World) -> MicroBatch:
-    """Return this rank's part of randomly chosen samples, up to ``limit`` tokens on each rank."""
-    chosen = random.Random(seed).sample(range(len(samples)), len(samples))
+def some_of(samples: list[Sample], seed: int, count: int, limit: int, world: World) -> MicroBatch:
+    """Return this rank's part of randomly chosen samples, ``count`` on each rank or up to ``limit`` tokens."""
+    chosen = random.Random(seed).sample(range(len(samples)), min(len(samples), count * world.size))
     parts, _ = fill([tokens(sample) for sample in samples], chosen, world.size, limit)
     mine = sorted((samples[i] for i in parts[world.rank]), key=tokens)
     return pack(mine, [0.0] * len(mine), world.device)

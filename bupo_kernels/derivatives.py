@@ -64,16 +64,3 @@ def refuse(operands: dict[str, object], statistic: bool = False) -> None:
                 raise NotImplementedError(f"{name}: differentiated by torch.func, accepted is detach() of it: there is no gradient")
         if transformed and requires_grad(x):
             raise NotImplementedError(f"{name}: differentiated by torch.func, {ACCEPTED}, and detach() of it; {INSTEAD}")
-
-
-class Statistic(torch.autograd.Function):
-    """The identity on ``values``, whose gradient with respect to ``operands`` raises."""
-
-    @staticmethod
-    def forward(ctx, op: str, values: Tensor, *operands: Tensor) -> Tensor:
-        ctx.op = op
-        return values.clone()
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise NotImplementedError(f"{ctx.op}: a gradient asked for, it is a statistic and has none; detach() it")

@@ -13,6 +13,7 @@ import torch
 from bupo_kernels.backends import machine
 from bupo_kernels.backends.base import Backend, Candidate, Problem, TilePlan, TooSmall
 from bupo_kernels.backends.cpu_bf16 import CpuBf16
+from bupo_kernels.backends.divergences import DivergenceRows, TorchDivergence
 from bupo_kernels.backends.gathers import Gathers, TorchGathers
 from bupo_kernels.backends.machine import Gpu, Seconds
 from bupo_kernels.backends.native_gathers import NativeGathers
@@ -46,6 +47,9 @@ NAMES = _names(STRATEGIES)
 
 # The same for a call on supports.
 GATHERS: dict[str, Gathers] = {"triton": TritonGathers(), "native": NativeGathers(), "torch": TorchGathers()}
+
+# The same for the rows of a divergence.
+DIVERGENCES: dict[str, DivergenceRows] = {"torch": TorchDivergence()}
 
 Chosen = TypeVar("Chosen", bound=Candidate)
 
@@ -202,6 +206,11 @@ def choose(problem: Problem, backend: str = "auto") -> tuple[str, Backend, str |
 def choose_gathers(problem: Problem, backend: str = "auto") -> tuple[str, Gathers, str | None, dict[str, str]]:
     """Return what :func:`choose` does, for a call on supports."""
     return _choose(problem, backend, _names({name: gathers.strategies for name, gathers in GATHERS.items()}), GATHERS)
+
+
+def choose_divergence(problem: Problem, backend: str = "auto") -> tuple[str, DivergenceRows, str | None, dict[str, str]]:
+    """Return what :func:`choose` does, for the rows of a divergence."""
+    return _choose(problem, backend, _names({name: rows.strategies for name, rows in DIVERGENCES.items()}), DIVERGENCES)
 
 
 def _choose(

@@ -20,8 +20,8 @@ float64 inputs are computed in float64 throughout. fp32 products follow torch's 
 
 Under ``torch.compile`` a call is one node, whatever the number of rows, and gives bit for bit what it gives without. Off the CPU
 ``triton`` never waits for the device in the forward; ``native`` and ``torch`` wait once, to be told how many rows count, and in a
-CUDA graph take all of them. A target or a temperature out of range is then a device-side assert. (:func:`logit_lens` and
-:func:`linear_divergence`, which have no gradient, do wait, and are traced as the plain torch they are.)
+CUDA graph take all of them. A target or a temperature out of range is then a device-side assert. (:func:`logit_lens`, which has no
+gradient, does wait, and is traced as the plain torch it is.)
 
 A logit of −inf, by a ``bias`` of −inf or a product that overflows, is a column that cannot be chosen: its probability and its
 gradient are exactly 0, and ``0 · ln 0 = 0`` in entropies and divergences. A target there has log-prob −inf and the finite gradient
@@ -42,7 +42,7 @@ from bupo_kernels import engine, ops
 from bupo_kernels.backends import machine
 from bupo_kernels.dispatch import Plan, default_memory_budget
 from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective, active_tokens, policy_metrics, policy_terms, token_weights
-from bupo_kernels.request import Request, check_constant, check_rows_of
+from bupo_kernels.request import REDUCTIONS, DivergenceRequest, Request, check_constant, check_rows_of
 from bupo_kernels.support import SupportPlan
 
 
@@ -190,13 +190,16 @@ def linear_policy_loss(
     sampler_logprobs: Tensor | None = None,  # [...]
     objective: PolicyObjective = PolicyObjective(),  # noqa: B008 (frozen)
     denominator: float | Tensor | None = None,
+    lengths: Tensor | None = None,  # [n] int64
+    entropy_bound: float | Tensor | None = None,
     check: bool = False,
     **options: Any,
 ) -> tuple[Tensor, PolicyMetrics]:
     """Return the loss of an RL step on ``softmax(h Wᵀ)``, with its gradients taken while each chunk of logits is at hand.
 
     6·N·V·D FLOP forward and backward instead of 8, and memory for one chunk of rows. Objectives that need the log-probs of a whole
-    sequence before any gradient (``objective.needs_sequence``) take two passes, as :func:`linear_logprobs` would; so does the
+    sequence (``objective.needs_sequence``) or the entropies of the whole batch (``objective.needs_batch``) before any gradient take
+    two passes, as :func:`linear_logprobs` would; so does the
     ``triton`` backend in fp32 or with a softcap. :func:`explain` with ``objective=`` says which. With a ``support`` the logits are
     few enough to be kept: there it is always a forward and a backward, of 6·M·D FLOP, and rows that have their target as their
     only id cost nothing in either.
@@ -212,6 +215,11 @@ def linear_policy_loss(
             of the leading dimensions.
         denominator: replaces the call's own in the aggregation, so that it can span micro-batches and ranks: how many tokens
             count, or for the sequence means how many sequences have one.
+        lengths: how many tokens each sequence of a packed batch has, of all tokens of ``targets``, numbered through; then these are
+            the sequences. For ratios and importance weights of sequences; of the aggregations only ``"token-mean"`` goes with it.
+        entropy_bound: the entropy at which ``objective.top_entropy_quantile`` divides the whole batch
+            (:func:`bupo_kernels.policy_losses.top_entropy_bound`), so that it can span micro-batches and ranks; None takes that of
+            the call. A token counts at the bound and above.
         check: as in :func:`linear_logprobs`, for the other inputs too.
         options: those of :func:`linear_logprobs`, except ``return_entropy``.
 
@@ -232,25 +240,27 @@ def linear_policy_loss(
     given = {name: x if x is None else check_rows_of(name, x, targets) for name, x in given.items()}
     check_constant("denominator", denominator)
     objective.require_inputs(reference_logprobs=reference_logprobs, sampler_logprobs=sampler_logprobs)
-    if targets.dim() == 1 and (objective.needs_sequence or objective.aggregation != "token-mean"):
+    check_constant("entropy_bound", entropy_bound)
+    if entropy_bound is not None and not objective.needs_batch:
+        raise ValueError("entropy_bound: given, accepted is None with an objective whose top_entropy_quantile is 1")
+    _check_lengths(lengths, targets, objective)
+    over_sequences = objective.aggregation != "token-mean" or (objective.needs_sequence and lengths is None)
+    if targets.dim() == 1 and over_sequences:
         raise ValueError(f"hidden: shape {tuple(hidden.shape)} given, accepted is [..., S, D] for an objective over sequences")
     active = active_tokens(advantages, request.active(), sampler_logprobs)
     if check:
         constants = {name: x for name, x in given.items() if name != "sampler_logprobs"}
         request.check_values(active, **constants, advantages=advantages)
-    sequences = active.reshape(math.prod(active.shape[:-1]), active.shape[-1])  # of no token either, where -1 would be any number
-    dtype = torch.promote_types(request.hidden.dtype, torch.float32)
-    weights = token_weights(
-        sequences, objective.aggregation, denominator=denominator, max_length=objective.max_length, dtype=dtype
-    ).view(targets.shape)
+    weights = weights_of(objective, active, denominator, torch.promote_types(request.hidden.dtype, torch.float32))
 
-    if objective.needs_sequence or request.support is not None:
+    packed: dict[str, Any] = {"lengths": lengths, "entropy_bound": entropy_bound}
+    if objective.needs_sequence or objective.needs_batch or request.support is not None:
         if not objective.needs_sequence:
             active = engine.rows_that_matter(objective, active, weights, advantages)
         found = logprobs_of(replace(request, mask=active & ~request.settled()))
         assert found.entropy is not None
         logprob, entropy = found.logprobs.detach(), found.entropy.detach()
-        terms = policy_terms(objective, logprob, entropy, advantages, mask=active, **given)
+        terms = policy_terms(objective, logprob, entropy, advantages, mask=active, **given, **packed)
         # This has the value Σ w · loss, and its gradient: what is added to the loss is exactly zero, of a log-prob of −inf too.
         through = torch.where(terms.d_logprob == 0, 0, terms.d_logprob * (found.logprobs - logprob))
         through = through + terms.d_entropy * (found.entropy - entropy)
@@ -266,6 +276,136 @@ def linear_policy_loss(
         terms = policy_terms(objective, logprob, entropy, advantages, mask=active, **given)
     metrics = policy_metrics(terms, logprob, entropy, given["old_logprobs"], given["sampler_logprobs"], mask=active)
     return loss, metrics
+
+
+def weights_of(
+    objective: PolicyObjective, active: Tensor, denominator: float | Tensor | None, dtype: torch.dtype
+) -> Tensor:  # [...] bool -> [...]
+    """Return the weight of each token's loss in the whole; a sequence is the last dimension."""
+    sequences = active.reshape(math.prod(active.shape[:-1]), active.shape[-1])  # of no token either, where -1 would be any number
+    aggregation, longest = objective.aggregation, objective.max_length
+    return token_weights(sequences, aggregation, denominator=denominator, max_length=longest, dtype=dtype).view(active.shape)
+
+
+def _check_lengths(lengths: Tensor | None, targets: Tensor, objective: PolicyObjective) -> None:
+    """Raise for lengths that are not those of the sequences packed in ``targets``."""
+    if lengths is None:
+        return
+    if not isinstance(lengths, Tensor) or lengths.dtype != torch.int64 or lengths.dim() != 1:
+        given = f"{lengths.dtype} of shape {tuple(lengths.shape)}" if isinstance(lengths, Tensor) else type(lengths).__name__
+        raise TypeError(f"lengths: {given} given, accepted is an int64 tensor of one dimension")
+    if lengths.device != targets.device:
+        raise ValueError(f"lengths: on {lengths.device} given, accepted is the device of targets ({targets.device})")
+    if objective.aggregation != "token-mean":
+        raise ValueError(f"lengths: given, accepted is None with aggregation={objective.aggregation!r}")
+    total, accepted = targets.numel(), "lengths of 0 and above that add up to the number of targets"
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        if (lengths < 0).any() or lengths.sum() != total:
+            raise ValueError(f"lengths: {lengths.tolist()} given, accepted are {accepted} ({total})")
+    else:
+        torch._assert_async(((lengths >= 0).all() & (lengths.sum() == total)), f"lengths: accepted are {accepted}")
+
+
+class LinearDivergence(NamedTuple):
+    """The divergence of a student's policy from its teacher's, fp32 (float64 for float64 inputs), and what rows have of it; 0.0 on
+    masked rows and on those of weight 0."""
+
+    divergence: Tensor  # [...], each times its row's weight; or [], their sum or mean. In nats, differentiable
+    entropy: Tensor | None  # [...] of the student, nats, in [0, ln V]; differentiable where divergence is [...]
+    per_row: Tensor  # [...], without weights, at least 0; no gradient
+
+
+def linear_divergence(
+    student_hidden: Tensor,  # [..., D]
+    student_weight: Tensor,  # [V, D]
+    teacher_hidden: Tensor,  # [..., D']
+    teacher_weight: Tensor | None = None,  # [V, D']
+    *,
+    kind: str = "forward_kl",
+    beta: float = 0.5,
+    row_weights: Tensor | None = None,  # [...] or [..., 1]
+    reduction: str = "none",
+    denominator: float | Tensor | None = None,
+    teacher_bias: Tensor | None = None,  # [V]
+    teacher_temperature: float | Tensor | None = None,  # or [...]
+    teacher_logit_scale: float | None = None,
+    teacher_softcap: float | None = None,
+    check: bool = False,
+    **options: Any,
+) -> LinearDivergence:
+    """Return how far a student's policy ``p = softmax(h Wᵀ)`` is from its teacher's, ``q = softmax(h' W'ᵀ)``, without logits of all
+    rows at once.
+
+    Args:
+        student_hidden, student_weight: as ``hidden`` and ``weight`` of :func:`linear_logprobs`.
+        teacher_hidden: ``[..., D']``, of any width, for the same rows; fp32, bf16 or fp16, whatever the student's (float64 for
+            both or for none).
+        teacher_weight: the teacher's unembedding, ``[V, D']`` over the same vocabulary. None: the student's, as a constant. No
+            gradient then flows to it through the teacher; for one, give it here too.
+        kind: ``"forward_kl"``, ``KL(q ‖ p)``; ``"reverse_kl"``, ``KL(p ‖ q)``; ``"jsd"``, Jensen and Shannon's,
+            ``½ KL(q ‖ M) + ½ KL(p ‖ M)`` with ``M = ½ (p + q)``, in [0, ln 2]; or ``"gjsd"``, generalised:
+            ``β KL(q ‖ M) + (1−β) KL(p ‖ M)`` with ``M = β q + (1−β) p`` (GKD, arXiv 2306.13649, equation 1).
+        beta: β of ``"gjsd"``. As in TRL, 0 is the forward KL and 1 the reverse (the limits of ``gjsd / β`` and ``gjsd / (1−β)``).
+        row_weights: factors of the rows' divergences, of either sign, in the shape of the rows or one per sequence, ``[..., 1]``; a
+            constant. Rows of weight 0 cost nothing.
+        reduction: ``"none"``: the values of rows, times their weights. ``"sum"``, or ``"mean"`` over the rows that ``mask`` leaves
+            (0.0 when there are none).
+        denominator: replaces that number of rows in ``"mean"``, so that it can span micro-batches and ranks.
+        teacher_temperature: the student's, if not given: both policies are softened alike.
+        teacher_logit_scale, teacher_softcap, teacher_bias: those of the teacher's head. If not given: the student's where the head
+            is the student's, and none where ``teacher_weight`` is given.
+        check: look for NaN and inf in the inputs of both first, as in :func:`linear_logprobs`.
+        options: ``bias``, ``temperature``, ``logit_scale`` and ``softcap`` of the student, ``mask``, ``return_entropy``,
+            ``backend`` and ``memory_budget``, as in :func:`linear_logprobs`; and its ``support``, on which both policies are
+            renormalised: 2·M·(D + D') FLOP.
+
+    Returns:
+        :class:`LinearDivergence`. ``divergence`` is differentiable with respect to hidden states, weight and bias of the student,
+        and to those of the teacher that require a gradient; of values of rows ``entropy`` is too. A KL is inf where the policy that
+        it averages over gives some probability to what the other rules out; the forward KL has the finite gradient p − q there.
+
+    Cost: of a sum or mean, whose gradients are taken in the forward, 2·N·V·(D + D') FLOP and as much again as its products for
+    each trained operand: 6·N·V·D + 2·N·V·D' for a student with a frozen teacher. Values of rows form the products of both again
+    in the backward, of the rows whose upstream gradient is not zero. ``memory_budget`` holds the logits of both sides of as many
+    rows as it has room for, at least one; :func:`explain` says how many.
+
+    Numerics: as :func:`linear_logprobs`. With ε the bound on a log-prob's error there, a divergence D is within
+    ``ε (2 + D + √(2 D))`` of float64 on the same inputs. Differentiable once, in reverse mode. Errors as there.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: {reduction!r} given, accepted are {', '.join(map(repr, REDUCTIONS))}")
+    if denominator is not None and reduction != "mean":
+        raise ValueError(f"denominator: given with reduction={reduction!r}, accepted with 'mean'")
+    check_constant("denominator", denominator)
+    request = DivergenceRequest.of(
+        student_hidden,
+        student_weight,
+        teacher_hidden,
+        teacher_weight,
+        kind=kind,
+        beta=beta,
+        row_weights=row_weights,
+        of_teacher={
+            "bias": teacher_bias,
+            "temperature": teacher_temperature,
+            "logit_scale": teacher_logit_scale,
+            "softcap": teacher_softcap,
+        },
+        **options,
+    )
+    if check:
+        request.check_values()
+    weights = request.weights
+    if reduction == "none":
+        per_row, entropy = request.values()
+        divergence = per_row if weights is None else torch.where(request.active, weights * per_row, 0)
+    else:
+        if weights is None:
+            weights = torch.ones(request.active.shape, dtype=request.dtype, device=request.active.device)
+        if reduction == "mean":
+            weights = weights / (request.student.active().sum().clamp(min=1) if denominator is None else denominator)
+        divergence, per_row, entropy = request.total(weights)
+    return LinearDivergence(divergence, entropy if request.student.return_entropy else None, per_row.detach())
 
 
 def explain(
@@ -304,4 +444,5 @@ def explain(
     if gpu is not None and options.get("memory_budget") is None:
         options["memory_budget"] = default_memory_budget(torch.device("cuda"), gpu)
     request = Request.of(hidden, weight, targets, **options)
-    return request.plan(objective is not None and not objective.needs_sequence, gpu)
+    one_pass = objective is not None and not (objective.needs_sequence or objective.needs_batch)
+    return request.plan(one_pass, gpu)

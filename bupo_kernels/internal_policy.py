@@ -12,12 +12,12 @@ import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from bupo_kernels.functional import LinearLogprobs
+from bupo_kernels.functional import LinearDivergence, LinearLogprobs
 from bupo_kernels.lens import LensStatistics
 from bupo_kernels.modules import FusedLMHead
 from bupo_kernels.policy_losses import PolicyMetrics
@@ -56,12 +56,7 @@ def internal_policy(model: nn.Module, layer: int, module: str = "layer", final_n
     config, depth = backbone.config, backbone.config.num_hidden_layers
     if backbone.config is not model.config:
         raise ValueError("model: already an internal policy, accepted is one such context at a time")
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= depth:
-        raise ValueError(
-            f"layer: {layer!r} given, accepted are 1 to {depth} (layers count from 1, {depth} is the model's own policy)"
-        )
-    if module not in MODULES:
-        raise ValueError(f"module: {module!r} given, accepted are {', '.join(map(repr, MODULES))}")
+    _checked_policy(backbone, layer, module, final_norm)
     if module == "layer" and layer == depth:
         yield model
         return
@@ -157,7 +152,7 @@ def policy_logprobs(
         ValueError, TypeError: naming the argument, as the functions above do.
     """
     inputs = _inputs(input_ids, attention_mask, position_ids, model_options)
-    return _head(model, _hidden_states(model, inputs, layer, module, final_norm), targets=targets, **options)
+    return read_head(model, _hidden_states(model, inputs, layer, module, final_norm), targets=targets, **options)
 
 
 def policy_loss(
@@ -180,10 +175,11 @@ def policy_loss(
     the default objective and ``layer`` given it is InterGRPO of BuPO (arXiv 2512.19673, equation 9).
     """
     inputs = _inputs(input_ids, attention_mask, position_ids, model_options)
-    return _head(model, _hidden_states(model, inputs, layer, module, final_norm), targets=targets, advantages=advantages, **options)
+    return read_head(
+        model, _hidden_states(model, inputs, layer, module, final_norm), targets=targets, advantages=advantages, **options
+    )
 
 
-@torch.no_grad()
 def policy_divergence(
     model: nn.Module,
     input_ids: Tensor,  # [B, S] int64
@@ -195,17 +191,23 @@ def policy_divergence(
     module: str = "layer",
     final_norm: bool = False,
     model_options: dict | None = None,
+    kind: str = "reverse_kl",
     **options,
-) -> Tensor:
-    """Return ``KL(π^l ‖ π)`` of the policy of ``layer`` from the model's own where ``mask`` is True, ``[B, S]`` in nats.
+) -> LinearDivergence:
+    """Return the divergence of the policy of ``layer``, the student, from the model's own, its teacher, where ``mask`` is True: by
+    default ``KL(π^l ‖ π)``, ``[B, S]`` in nats.
 
-    There is no gradient.
+    The model's own policy is a constant: gradients reach the head, the embedding and layers 1..``layer`` by way of the student
+    alone.
 
-    Arguments as in :func:`policy_logprobs`; ``options`` as in :func:`bupo_kernels.linear_divergence`.
+    Arguments as in :func:`policy_logprobs`; ``kind``, ``options`` and what is returned as in
+    :func:`bupo_kernels.linear_divergence`.
     """
     inputs = _inputs(input_ids, attention_mask, position_ids, model_options)
-    hidden, final = (_hidden_states(model, inputs, *policy) for policy in ((layer, module, final_norm), (None, "layer", False)))
-    return _head(model, hidden, reference=final, mask=mask, **options)
+    with torch.no_grad():
+        final = _hidden_states(model, inputs, None, "layer", False)
+    hidden = _hidden_states(model, inputs, layer, module, final_norm)
+    return read_head(model, hidden, teacher_hidden=final, mask=mask, kind=kind, **options)
 
 
 @torch.no_grad()
@@ -225,17 +227,62 @@ def policy_lens(
     Arguments as in :func:`policy_logprobs`; ``options`` and what is returned, with ``[B, S]`` for each policy, as in
     :func:`bupo_kernels.logit_lens`. The ``final`` policy is the model's own. There is no gradient.
     """
+    states = policy_states(model, input_ids, attention_mask=attention_mask, position_ids=position_ids, model_options=model_options)
+    return read_head(
+        model, [*states.residual, states.final], targets=targets, **{"outputs": ("entropy",), "final": states.final, **options}
+    )
+
+
+class PolicyStates(NamedTuple):
+    """The hidden states of one forward of a whole model, each ``[B, S, D]`` and without a graph."""
+
+    residual: list[Tensor]  # H^0 (the embedding), H^1 … H^L, before the final norm
+    internal: Tensor  # what the head reads under the policy that was asked for
+    final: Tensor  # what it reads under the model's own
+
+
+@torch.no_grad()
+def policy_states(
+    model: nn.Module,
+    input_ids: Tensor,  # [B, S] int64
+    *,
+    attention_mask: Tensor | None = None,  # [B, S]
+    position_ids: Tensor | None = None,  # [B, S]
+    layer: int | None = None,
+    module: str = "layer",
+    final_norm: bool = False,
+    model_options: dict | None = None,
+) -> PolicyStates:
+    """Return what the policy of ``layer``, the model's own and those of all layers read, in one forward of all layers.
+
+    Where both policies are looked at, that is cheaper than a forward for each. Arguments and errors as in
+    :func:`policy_logprobs`; :func:`read_head` turns states into statistics.
+    """
+    inputs = _inputs(input_ids, attention_mask, position_ids, model_options)
     backbone = _backbone(model)
-    states: list[Tensor] = []
+    layer = _checked_policy(backbone, layer, module, final_norm)
+    own = module == "layer" and layer == len(backbone.layers)
+    residual: list[Tensor] = []
+    captured: list[Tensor] = []
 
     def capture(_: nn.Module, arguments: tuple, named: dict) -> None:
-        states.append(arguments[0] if arguments else named["hidden_states"])
+        residual.append(arguments[0] if arguments else named["hidden_states"])
+
+    def norm_the_policy(norm: nn.Module, _: tuple, __: Tensor) -> None:
+        # Here its weight is whole, which FSDP2 may shard again behind it.
+        captured[:] = [norm.forward(captured[0] if module != "layer" else residual[layer])]
 
     with ExitStack() as undo:
-        for module in (*backbone.layers, backbone.norm):
-            undo.callback(module.register_forward_pre_hook(capture, with_kwargs=True).remove)
-        final = backbone(**_inputs(input_ids, attention_mask, position_ids, model_options)).last_hidden_state
-    return _head(model, [*states, final], targets=targets, **{"outputs": ("entropy",), "final": final, **options})
+        for part in (*backbone.layers, backbone.norm):
+            undo.callback(part.register_forward_pre_hook(capture, with_kwargs=True).remove)
+        if module != "layer":
+            block = backbone.layers[layer - 1]
+            source = block.self_attn if module == "attention" else block.mlp
+            undo.callback(source.register_forward_hook(lambda _, __, output: captured.append(_tensor(output))).remove)
+        if final_norm and not own:
+            undo.callback(backbone.norm.register_forward_hook(norm_the_policy).remove)
+        final = backbone(**inputs).last_hidden_state
+    return PolicyStates(residual, final if own else captured[0] if captured else residual[layer], final)
 
 
 def _inputs(
@@ -255,15 +302,12 @@ def _hidden_states(
 ) -> Tensor:  # [B, S, D]
     """Return the hidden states that the head of this policy reads."""
     backbone = _backbone(model)
-    if layer is None:
-        if module != "layer" or final_norm:
-            raise ValueError("layer: None given with module or final_norm, accepted is a layer number")
-        layer = int(backbone.config.num_hidden_layers)
+    layer = _checked_policy(backbone, layer, module, final_norm)
     with internal_policy(model, layer, module, final_norm):
         return backbone(**inputs).last_hidden_state
 
 
-def _head(model: PreTrainedModel, hidden: Tensor | list[Tensor], **question: Any) -> Any:
+def read_head(model: PreTrainedModel, hidden: Tensor | list[Tensor], **question: Any) -> Any:
     """Return the answer of the model's head, as :meth:`FusedLMHead.forward`, called as a module: FSDP gathers its weight there."""
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
@@ -285,6 +329,22 @@ def _backbone(model: PreTrainedModel) -> PreTrainedModel:
     if model_type not in MODEL_TYPES or not hasattr(model, "get_output_embeddings"):
         raise ValueError(f"model: of type {model_type!r}, accepted are causal language models of type {', '.join(MODEL_TYPES)}")
     return (model.get_base_model() if hasattr(model, "get_base_model") else model).base_model  # peft wraps the model
+
+
+def _checked_policy(backbone: PreTrainedModel, layer: int | None, module: str, final_norm: bool) -> int:
+    """Return the number of the layer of a policy, which for None, the model's own, is the last."""
+    depth = int(backbone.config.num_hidden_layers)
+    if layer is None:
+        if module != "layer" or final_norm:
+            raise ValueError("layer: None given with module or final_norm, accepted is a layer number")
+        return depth
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 1 <= layer <= depth:
+        raise ValueError(
+            f"layer: {layer!r} given, accepted are 1 to {depth} (layers count from 1, {depth} is the model's own policy)"
+        )
+    if module not in MODULES:
+        raise ValueError(f"module: {module!r} given, accepted are {', '.join(map(repr, MODULES))}")
+    return layer
 
 
 def _tensor(output: Tensor | tuple) -> Tensor:

@@ -1,6 +1,6 @@
-"""The logit lens and the divergence of two policies: statistics without gradient, of several policies that share an unembedding.
+"""The logit lens: statistics without gradient, of several policies that share an unembedding.
 
-Numerics are those of ``functional.py``. Both wait for the device, and are traced by ``torch.compile`` as the plain torch they are.
+Numerics are those of ``functional.py``. It waits for the device, and is traced by ``torch.compile`` as the plain torch it is.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from bupo_kernels import derivatives, engine
-from bupo_kernels import support as supports
 from bupo_kernels.backends import lens_loop
 from bupo_kernels.backends.base import Operands
 from bupo_kernels.request import Request, check_plain
@@ -184,44 +183,3 @@ def _check_alike(named: dict[str, Tensor]) -> None:
                 f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device} given, accepted is {first.dtype} of "
                 f"{tuple(first.shape)} on {first.device}, as {first_name}"
             )
-
-
-def linear_divergence(
-    hidden: Tensor,  # [..., D]
-    reference: Tensor,  # [..., D]
-    weight: Tensor,  # [V, D]
-    **options: Any,
-) -> Tensor:
-    """Return ``KL(softmax(h Wᵀ) ‖ softmax(r Wᵀ))`` of each row, in nats, without logits; a statistic, whose gradient raises.
-
-    Args:
-        hidden, reference: ``[..., D]``, of the two policies, e.g. an internal layer's and the final one's.
-        options: those of :func:`logit_lens`: ``mask``, ``bias``, ``temperature``, ``logit_scale``, ``softcap``, ``memory_budget``;
-            and the ``support`` of :func:`bupo_kernels.linear_logprobs`, on which both policies are renormalised: 4·M·D FLOP.
-
-    Returns:
-        ``[...]`` fp32 (float64 for float64 inputs), at least 0; 0 on masked rows. Numerics, cost, errors as in :func:`logit_lens`.
-    """
-    accepted = ("mask", "bias", "temperature", "logit_scale", "softcap", "memory_budget", "support")
-    if unknown := sorted(set(options) - set(accepted)):
-        raise TypeError(f"{unknown[0]}: given, accepted are {', '.join(accepted)}")
-    _check_alike({"hidden": hidden, "reference": reference})
-    if options.get("support") is None:
-        options.pop("support", None)
-        lens = logit_lens([hidden], weight, final=reference, outputs=("kl_to_final",), **options).kl_to_final
-        assert lens is not None
-        found = lens[0]
-    else:
-        found = _divergence_on_support(hidden, reference, weight, options)
-    # Not left without a graph, as those of a lens: a term of a loss that had no gradient would not be missed.
-    return derivatives.Statistic.apply("linear_divergence", found, hidden, reference, weight, options.get("bias"))
-
-
-@torch.no_grad()
-def _divergence_on_support(hidden: Tensor, reference: Tensor, weight: Tensor, options: dict[str, Any]) -> Tensor:  # [...]
-    derivatives.refuse({"hidden": hidden, "reference": reference, "weight": weight}, statistic=True)
-    targets = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
-    request = Request.of(hidden, weight, targets, **options)
-    assert request.support is not None
-    reference = reference.to(request.hidden.dtype)
-    return supports.divergence(request.operands(), reference, request.support, request.active(), request.settings())

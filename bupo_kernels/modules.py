@@ -10,23 +10,24 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from bupo_kernels.functional import LinearLogprobs, linear_logprobs, linear_policy_loss
-from bupo_kernels.lens import LensStatistics, linear_divergence, logit_lens
+from bupo_kernels.functional import LinearDivergence, LinearLogprobs, linear_divergence, linear_logprobs, linear_policy_loss
+from bupo_kernels.lens import LensStatistics, logit_lens
 from bupo_kernels.policy_losses import PolicyMetrics
 
 # Arguments that ask the head for more than logits.
-QUESTIONS = ("targets", "advantages", "reference", "outputs")
-# The function that answers, by which of them are given. It is called with these, weight, bias and options.
+QUESTIONS = ("targets", "advantages", "teacher_hidden", "outputs")
+# The function that answers, by which of them are given. It is called with hidden and weight, and by name with these, bias and
+# options.
 ANSWERS: dict[tuple[str, ...], Callable[..., Any]] = {
     (): nn.functional.linear,
     ("targets",): linear_logprobs,
     ("targets", "advantages"): linear_policy_loss,
-    ("reference",): linear_divergence,
+    ("teacher_hidden",): linear_divergence,
     ("outputs",): logit_lens,
     ("targets", "outputs"): logit_lens,
 }
 # An argument, and those that it excludes.
-EXCLUDES = {"outputs": ("reference", "advantages"), "reference": ("targets", "advantages")}
+EXCLUDES = {"outputs": ("teacher_hidden", "advantages"), "teacher_hidden": ("targets", "advantages")}
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -61,7 +62,7 @@ class FusedLMHead(nn.Linear):
     @overload
     def forward(self, hidden: Tensor) -> Tensor: ...
     @overload
-    def forward(self, hidden: Tensor, *, reference: Tensor, **options: Any) -> Tensor: ...
+    def forward(self, hidden: Tensor, *, teacher_hidden: Tensor, **options: Any) -> LinearDivergence: ...
     @overload
     def forward(
         self, hidden: Tensor | Sequence[Tensor], targets: Tensor | None = None, *, outputs: Sequence[str], **options: Any
@@ -76,21 +77,21 @@ class FusedLMHead(nn.Linear):
         targets: Tensor | None = None,
         advantages: Tensor | None = None,
         *,
-        reference: Tensor | None = None,
+        teacher_hidden: Tensor | None = None,
         outputs: Sequence[str] | None = None,
         **options: Any,
-    ) -> Tensor | LinearLogprobs | LensStatistics | tuple[Tensor, PolicyMetrics]:
+    ) -> Tensor | LinearDivergence | LinearLogprobs | LensStatistics | tuple[Tensor, PolicyMetrics]:
         """Answer a question about ``hidden[..., D]`` by the function that takes the arguments given, and its ``options``.
 
         * nothing else: logits, ``[..., V]``
         * ``targets[...]``: :func:`bupo_kernels.linear_logprobs`
         * ``targets`` and ``advantages``: :func:`bupo_kernels.linear_policy_loss`
-        * ``reference[..., D]``: :func:`bupo_kernels.linear_divergence` from it
+        * ``teacher_hidden[..., D]``: :func:`bupo_kernels.linear_divergence` from the teacher that it is of
         * ``outputs``: :func:`bupo_kernels.logit_lens`, with or without ``targets``; ``hidden`` are those of several layers
 
         The ``bias`` is always the module's own. Raises ``TypeError`` for arguments that do not go together.
         """
-        values = (targets, advantages, reference, outputs)
+        values = (targets, advantages, teacher_hidden, outputs)
         given = {name: value for name, value in zip(QUESTIONS, values, strict=True) if value is not None}
         answer = ANSWERS.get(tuple(given))
         if answer is None or (options and not given):
@@ -99,7 +100,7 @@ class FusedLMHead(nn.Linear):
             options = getattr(self, "readout", {}) | options
             if not torch.compiler.is_compiling():
                 _check_caller(self)
-        return answer(hidden, weight=self.weight, bias=self.bias, **given, **options)
+        return answer(hidden, self.weight, bias=self.bias, **given, **options)
 
 
 def _refusal(given: Mapping[str, object], options: Mapping[str, object]) -> str:

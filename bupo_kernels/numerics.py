@@ -148,7 +148,20 @@ def gradients(
         half_step=half_fp16_step(g, len(weight)) if stored == torch.float16 else 0.0,
     )
 
-    # From dz to the gradient of the product.
+    return _of_operands(Bounded(dz, error), z, hidden, weight, options, logit_error, dtype)
+
+
+def _of_operands(
+    d: Bounded,  # [n, V] of the logits
+    z: Tensor,  # [n, V]
+    hidden: Tensor,  # [n, D]
+    weight: Tensor,  # [V, D]
+    options: Mapping[str, Any],
+    logit_error: float,
+    dtype: torch.dtype,
+) -> dict[str, Bounded]:
+    """Return "hidden", "weight" and "bias" gradients, rounded to ``dtype``, that follow from those of the logits."""
+    dz, error = d
     slope = torch.full_like(z, options.get("logit_scale", 1.0))
     temperature = options.get("temperature", 1.0)
     temperature = temperature.unsqueeze(1) if isinstance(temperature, Tensor) else temperature
@@ -164,3 +177,49 @@ def gradients(
         "weight": product(by_column, hidden, dtype),
         "bias": Bounded(*(x.squeeze(1) for x in product(by_column, ones, dtype))),
     }
+
+
+class Side(NamedTuple):
+    """One of the two policies of a divergence."""
+
+    hidden: Tensor  # [N, D]
+    weight: Tensor  # [V, D]
+    options: Mapping[str, Any]  # of reference.logits
+    stored: torch.dtype  # of dz
+
+
+def divergence_gradients(
+    student: Side,
+    teacher: Side,
+    beta: float,
+    upstream: Sequence[Tensor],  # [N] each: of divergence and entropy; 0 on rows that are not active
+    logit_error: float,  # of log p, from that of the logits: contract(...)
+) -> tuple[dict[str, Bounded], dict[str, Bounded]]:
+    """Return what :func:`gradients` does of ``Σ upstream · (divergence, entropy)``, for student and teacher.
+
+    The error model is the one there. A dz is the difference of two probabilities, or a probability times a difference of log-probs
+    less its mean, D: each of these has the error b.
+    """
+    found, logits = [], []
+    for side in (student, teacher):
+        options: dict[str, Any] = {k: v.detach().double() if isinstance(v, Tensor) else v for k, v in side.options.items()}
+        z = reference.logits(side.hidden.detach().double(), side.weight.detach().double(), **options)
+        logits.append((z.requires_grad_(), options))
+    (z, _), (u, _) = logits
+    g_d, g_h = (g.double() for g in upstream)
+    with torch.enable_grad():
+        divergence, entropy = reference.divergence_of_logits(z, u, beta)
+        exact = torch.autograd.grad((g_d * divergence + g_h * entropy).sum(), (z, u))
+    log_p, log_q = z.detach().log_softmax(1), u.detach().log_softmax(1)
+    p, q = log_p.exp(), log_q.exp()
+    g_d, g_h, entropy = (x.detach().abs().unsqueeze(1) for x in (g_d, g_h, entropy))
+    spread = 1 + (log_p - log_q).abs().nan_to_num(posinf=0) + divergence.detach().unsqueeze(1)
+    of_entropy = p * g_h * (2 + entropy + (log_p.nan_to_num(neginf=0) + entropy).abs())
+    weights = (p + q if beta == 0 else p, p + q if beta == 1 else q)
+    for side, dz, (logit, options), weight, more in zip(
+        (student, teacher), exact, logits, weights, (of_entropy, torch.zeros_like(p)), strict=True
+    ):
+        error = torch.finfo(side.stored).eps / 2 * dz.abs() + 8 * logit_error * (g_d * weight * spread + more)
+        operands = side.hidden.detach().double(), side.weight.detach().double()
+        found.append(_of_operands(Bounded(dz, error), logit.detach(), *operands, options, logit_error, side.hidden.dtype))
+    return found[0], found[1]

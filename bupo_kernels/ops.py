@@ -1,6 +1,7 @@
 """The ops as torch sees them: registered, with shapes for tracing and a gradient, opaque to compilers.
 
-One op and its backward, one for the one-pass loss, and the first two again for supports, serve every backend. A traced graph holds
+One op and its backward and one for the one-pass loss serve every backend, for log-probs and again for divergences; supports have
+the first two. A traced graph holds
 one node whatever the number of rows is. Tensors and the readout's numbers are arguments of their own, for torch to differentiate,
 batch and trace; all else is one string of :class:`engine.Settings`. (Lists of tensors, which would be shorter, torch neither
 batches nor differentiates.)
@@ -11,15 +12,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from torch import Tensor
 
 from bupo_kernels import derivatives, engine
+from bupo_kernels import divergence as divergences
 from bupo_kernels import support as supports
 from bupo_kernels.backends.base import Cache, Operands, Problem, Readout
 from bupo_kernels.dispatch import choose
+from bupo_kernels.divergence import Policy
 from bupo_kernels.engine import Flags, PolicyTokens, Settings
 from bupo_kernels.support import Support
 
@@ -43,7 +46,10 @@ def operands_of(
 
 def accept(kind: type) -> None:
     """Have the ops take a weight of the class ``kind`` also where that answers for each op itself, and would refuse these."""
-    for op in (linear_statistics, linear_statistics_backward, linear_policy_loss):
+    for op in (
+        *(linear_statistics, linear_statistics_backward, linear_policy_loss),
+        *(linear_divergence, linear_divergence_backward, linear_divergence_sum),
+    ):
         _run_as_it_is(op, kind)
 
 
@@ -218,9 +224,9 @@ def _save_gradients(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor,
     ctx.set_materialize_grads(False)
 
 
-def _scale_gradients(ctx: Context, g_loss: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+def _scale_gradients(ctx: Context, g_loss: Tensor | None, *_: Tensor | None, op: str) -> tuple[Tensor | None, ...]:
     if torch.is_grad_enabled():  # create_graph: what was saved, made in the forward, is in no graph
-        raise derivatives.of_a_gradient("linear_policy_loss")
+        raise derivatives.of_a_gradient(op)
     if g_loss is None:
         return _gradients_of_inputs(ctx, ())
     # A copy the size of W is worth a look at the number, where there is one and that costs nothing (not on a device, not traced).
@@ -230,7 +236,7 @@ def _scale_gradients(ctx: Context, g_loss: Tensor | None, *_: Tensor | None) -> 
     return _gradients_of_inputs(ctx, tuple((g if is_one else (g * g_loss).to(g.dtype)) if need else None for g, need in needed))
 
 
-linear_policy_loss.register_autograd(_scale_gradients, setup_context=_save_gradients)
+linear_policy_loss.register_autograd(partial(_scale_gradients, op="linear_policy_loss"), setup_context=_save_gradients)
 
 
 @torch.library.custom_op("bupo_kernels::support_statistics", mutates_args=())
@@ -306,3 +312,211 @@ def _(_lp: Any, _h: Any, _lse: Any, hidden: Tensor, weight: Tensor, bias: Tensor
 
 support_statistics.register_autograd(partial(_backward, backward=support_statistics_backward), setup_context=_save_for_backward)
 support_statistics_backward.register_autograd(_backward_of_backward)
+
+
+@torch.library.custom_op("bupo_kernels::support_logits", mutates_args=())
+def support_logits(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045
+    active: Tensor,
+    row_temperature: Optional[Tensor],  # noqa: UP045
+    ids: Tensor,
+    offsets: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: Optional[float],  # noqa: UP045
+    settings: str,
+) -> Tensor:
+    """Return the logits of the entries [M], −inf on rows that are not active."""
+    targets = torch.zeros(active.shape, dtype=torch.int64, device=active.device)
+    operands = operands_of(hidden, weight, bias, targets, row_temperature, temperature, logit_scale, softcap)
+    return supports.logits(operands, Support(ids, offsets), active, Settings.decode(settings))
+
+
+@support_logits.register_fake
+def _(hidden: Tensor, _w: Any, _b: Any, _a: Any, _t: Any, ids: Tensor, *_: Any) -> Tensor:
+    return ids.new_empty(ids.shape, dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+
+@torch.library.custom_op("bupo_kernels::support_logits_backward", mutates_args=())
+def support_logits_backward(
+    upstream: Tensor,
+    logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Optional[Tensor],  # noqa: UP045
+    active: Tensor,
+    row_temperature: Optional[Tensor],  # noqa: UP045
+    ids: Tensor,
+    offsets: Tensor,
+    temperature: float,
+    logit_scale: float,
+    softcap: Optional[float],  # noqa: UP045
+    settings: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dH, dW and db, each [0] where it is not needed."""
+    targets = torch.zeros(active.shape, dtype=torch.int64, device=active.device)
+    operands = operands_of(hidden, weight, bias, targets, row_temperature, temperature, logit_scale, softcap)
+    return supports.gradients_of_logits(operands, Support(ids, offsets), upstream, logits, Settings.decode(settings))
+
+
+@support_logits_backward.register_fake
+def _(_g: Any, _z: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+    return _traced_gradients(hidden, weight, bias, Settings.decode(rest[-1]).needed)
+
+
+def _backward_of_divergence_backward(ctx: Context, *_: Tensor | None) -> None:
+    raise derivatives.of_a_gradient("linear_divergence")
+
+
+def _save_logits(ctx: Context, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output, *inputs[:7])
+    *ctx.numbers, ctx.settings = inputs[7:]
+
+
+def _backward_of_logits(ctx: Context, upstream: Tensor) -> tuple[Tensor | None, ...]:
+    settings = Settings.decode(ctx.settings)._replace(needed=ctx.needs_input_grad[:3])
+    return _gradients_of_inputs(ctx, support_logits_backward(upstream, *ctx.saved_tensors, *ctx.numbers, settings.encode()))
+
+
+support_logits.register_autograd(_backward_of_logits, setup_context=_save_logits)
+support_logits_backward.register_autograd(_backward_of_divergence_backward)
+
+
+# What the ops of a divergence take of both sides: what they differentiate, what else there is for each row, and numbers.
+_SIDES = "student", "teacher"
+_OPERANDS = ", ".join(f"Tensor {side}_hidden, Tensor {side}_weight, Tensor? {side}_bias" for side in _SIDES)
+_ROWS = "Tensor active, Tensor? student_row_temperature, Tensor? teacher_row_temperature"
+_NUMBERS = ", ".join(
+    f"float {side}_temperature, float {side}_logit_scale, float? {side}_softcap" for side in ("student", "teacher")
+)
+_CHOICES = "str student_settings, str teacher_settings, float beta"
+
+
+class BothSides(NamedTuple):
+    """The arguments of an op of a divergence, those of :data:`_OPERANDS` to :data:`_CHOICES`, as its room takes them."""
+
+    student: Policy
+    teacher: Policy
+    active: Tensor
+    beta: float
+
+    @staticmethod
+    def of(arguments: tuple[Any, ...]) -> BothSides:
+        operands, (active, *temperatures), numbers, (*settings, beta) = _parted(arguments)
+        targets = torch.zeros(active.shape, dtype=torch.int64, device=active.device)
+
+        def policy(i: int) -> Policy:
+            hidden, weight, bias = operands[3 * i : 3 * i + 3]
+            of_side = operands_of(hidden, weight, bias, targets, temperatures[i], *numbers[3 * i : 3 * i + 3])
+            return Policy(of_side, Settings.decode(settings[i]))
+
+        return BothSides(policy(0), policy(1), active, beta)
+
+
+def _parted(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
+    """Return the arguments in the groups :data:`_OPERANDS`, :data:`_ROWS`, :data:`_NUMBERS` and :data:`_CHOICES`."""
+    return arguments[:6], arguments[6:9], arguments[9:15], arguments[15:]
+
+
+def _traced_divergence(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Return divergence and entropy of rows, as far as tracing goes."""
+    (hidden, *_), (active, *_), *_ = _parted(arguments)
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    return active.new_empty(active.shape, dtype=dtype), active.new_empty(active.shape, dtype=dtype)
+
+
+def _traced_gradients_of_both(arguments: tuple[Any, ...], which: str) -> tuple[Tensor, ...]:
+    """Return the gradients of both sides, as far as tracing goes; ``which`` are there is a field of the settings."""
+    operands, _, _, (*settings, _) = _parted(arguments)
+    found: list[Tensor] = []
+    for i, encoded in enumerate(settings):
+        hidden, weight, bias = operands[3 * i : 3 * i + 3]
+        found += _traced_gradients(hidden, weight, bias, getattr(Settings.decode(encoded), which))
+    return tuple(found)
+
+
+def _linear_divergence(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Return the divergence and the student's entropy of each row in the shape of ``active``, 0 on rows that are not."""
+    both = BothSides.of(arguments)
+    divergence, entropy = divergences.values(*both)
+    return divergence.view(both.active.shape), entropy.view(both.active.shape)
+
+
+linear_divergence = torch.library.custom_op(
+    "bupo_kernels::linear_divergence",
+    _linear_divergence,
+    mutates_args=(),
+    schema=f"({_OPERANDS}, {_ROWS}, {_NUMBERS}, {_CHOICES}) -> (Tensor, Tensor)",
+)
+linear_divergence.register_fake(lambda *arguments: _traced_divergence(arguments))
+
+
+def _linear_divergence_backward(
+    g_divergence: Tensor | None, g_entropy: Tensor | None, divergence: Tensor, entropy: Tensor, *arguments: Any
+) -> divergences.Six:
+    """Return dH, dW and db of the student and of the teacher, each [0] where it is not needed."""
+    return divergences.gradients(*BothSides.of(arguments), (g_divergence, g_entropy), (divergence, entropy))
+
+
+_SIX = "Tensor, Tensor, Tensor, Tensor, Tensor, Tensor"
+linear_divergence_backward = torch.library.custom_op(
+    "bupo_kernels::linear_divergence_backward",
+    _linear_divergence_backward,
+    mutates_args=(),
+    schema="(Tensor? g_divergence, Tensor? g_entropy, Tensor divergence, Tensor entropy, "
+    f"{_OPERANDS}, {_ROWS}, {_NUMBERS}, {_CHOICES}) -> ({_SIX})",
+)
+linear_divergence_backward.register_fake(lambda _gd, _gh, _d, _h, *arguments: _traced_gradients_of_both(arguments, "needed"))
+
+
+def _save_divergence(ctx: Context, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    operands, of_rows, *ctx.rest = _parted(inputs)
+    ctx.save_for_backward(*output, *operands, *of_rows)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_divergence(ctx: Context, g_divergence: Tensor | None, g_entropy: Tensor | None) -> tuple[Tensor | None, ...]:
+    numbers, (*settings, beta) = ctx.rest
+    student, teacher = map(Settings.decode, settings)
+    g_entropy = g_entropy if student.with_entropy else None
+    if g_divergence is None and g_entropy is None:
+        return _gradients_of_inputs(ctx, ())
+    wanted = ctx.needs_input_grad
+    encoded = student._replace(needed=wanted[:3]).encode(), teacher._replace(needed=wanted[3:6]).encode()
+    found = linear_divergence_backward(g_divergence, g_entropy, *ctx.saved_tensors, *numbers, *encoded, beta)
+    return _gradients_of_inputs(ctx, found)
+
+
+linear_divergence.register_autograd(_backward_of_divergence, setup_context=_save_divergence)
+linear_divergence_backward.register_autograd(_backward_of_divergence_backward)
+
+
+def _linear_divergence_sum(*arguments: Any) -> tuple[Tensor, ...]:
+    """Return the sum of the divergences times the weights, the last argument; divergence and student's entropy of the rows of
+    weight other than 0, in the shape of ``active``; and the gradients dH, dW, db of both sides of the sum itself, [0] where they
+    are not planned."""
+    *of_both, weights = arguments
+    both = BothSides.of(tuple(of_both))
+    total, found = divergences.weighted_sum(*both, weights)
+    return total, found.divergence.view(both.active.shape), found.entropy.view(both.active.shape), *found.gradients
+
+
+linear_divergence_sum = torch.library.custom_op(
+    "bupo_kernels::linear_divergence_sum",
+    _linear_divergence_sum,
+    mutates_args=(),
+    schema=f"({_OPERANDS}, {_ROWS}, {_NUMBERS}, {_CHOICES}, Tensor weights) -> (Tensor, Tensor, Tensor, {_SIX})",
+)
+
+
+@linear_divergence_sum.register_fake
+def _(*arguments: Any) -> tuple[Tensor, ...]:
+    arguments = arguments[:-1]
+    divergence, entropy = _traced_divergence(arguments)
+    total = divergence.new_empty(())
+    return total, divergence, entropy, *_traced_gradients_of_both(arguments, "planned")
+
+
+linear_divergence_sum.register_autograd(partial(_scale_gradients, op="linear_divergence"), setup_context=_save_gradients)

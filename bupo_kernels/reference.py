@@ -1,5 +1,8 @@
 """The oracle: plain torch that materialises the logits, in any dtype up to float64, for the tests and the self-check."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -67,3 +70,47 @@ def _on_support(z: Tensor, targets: Tensor, ids: Tensor, offsets: Tensor) -> tup
         found.append(torch.stack([torch.nan * x if start == stop else x for x in values]))
     whole = torch.stack(found) if found else z.new_zeros(0, 3)
     return whole[:, 0], whole[:, 1], whole[:, 2]
+
+
+def linear_divergence(
+    student_hidden: Tensor,  # [..., D]
+    student_weight: Tensor,  # [V, D]
+    teacher_hidden: Tensor,  # [..., D']
+    teacher_weight: Tensor,  # [V, D']
+    beta: float,
+    *,
+    of_student: dict | None = None,
+    of_teacher: dict | None = None,
+    mask: Tensor | None = None,  # [...]
+    dtype: torch.dtype = torch.float64,
+) -> tuple[Tensor, Tensor]:
+    """Return ``β KL(q ‖ M) + (1−β) KL(p ‖ M)`` with ``M = β q + (1−β) p`` of student's p and teacher's q, the forward KL for a
+    ``beta`` of 0 and the reverse for 1; and the entropy of p; each ``[...]`` in ``dtype``, 0 on rows that are not active.
+
+    ``of_student`` and ``of_teacher`` are the options of :func:`logits`. The operands are cast to ``dtype`` first; gradients are
+    autograd's.
+    """
+    policies = []
+    for hidden, weight, given in ((student_hidden, student_weight, of_student), (teacher_hidden, teacher_weight, of_teacher)):
+        options: dict[str, Any] = {k: v.to(dtype) if isinstance(v, Tensor) else v for k, v in (given or {}).items()}
+        policies.append(logits(hidden.to(dtype), weight.to(dtype), **options))
+    divergence, entropy = divergence_of_logits(policies[0], policies[1], beta)
+    if mask is not None:
+        divergence, entropy = (torch.where(mask, x, 0) for x in (divergence, entropy))
+    return divergence, entropy
+
+
+def divergence_of_logits(student: Tensor, teacher: Tensor, beta: float) -> tuple[Tensor, Tensor]:  # [..., V] each -> [...]
+    """Return the divergence of :func:`linear_divergence` and the student's entropy."""
+    log_p, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    entropy = -_kl(log_p, torch.zeros_like(log_p))
+    if beta in (0, 1):
+        return _kl(log_q, log_p) if beta == 0 else _kl(log_p, log_q), entropy
+    mixture = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1 - beta))
+    return beta * _kl(log_q, mixture) + (1 - beta) * _kl(log_p, mixture), entropy
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:  # [..., V] each -> [...]
+    """Return the sum of ``p (ln p − ln q)`` where p is not 0."""
+    there = log_p != -torch.inf
+    return (log_p.exp() * torch.where(there, log_p - log_q, 0)).sum(-1)

@@ -7,7 +7,9 @@ An option that is new goes into :class:`Request`; from there it reaches the ops 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +17,14 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from bupo_kernels import derivatives, engine, ops
+from bupo_kernels import divergence as divergences
 from bupo_kernels import support as supports
 from bupo_kernels.backends.base import Operands
+from bupo_kernels.backends.divergences import FORWARD_KL, REVERSE_KL
 from bupo_kernels.backends.machine import Gpu
 from bupo_kernels.backends.quantised import PLAIN, SLICED, called, is_plain, rows_of
 from bupo_kernels.dispatch import Plan, default_memory_budget, make_plan
+from bupo_kernels.divergence import DivergencePlan
 from bupo_kernels.engine import Settings
 from bupo_kernels.flops import tell_flop_counter
 from bupo_kernels.support import Support, SupportPlan
@@ -160,6 +165,161 @@ class Request:
 
 
 OPTIONS = tuple(field.name for field in fields(Request))[3:]
+
+KINDS = {"forward_kl": FORWARD_KL, "reverse_kl": REVERSE_KL, "jsd": 0.5, "gjsd": None}
+REDUCTIONS = ("none", "mean", "sum")
+OF_TEACHER = ("temperature", "logit_scale", "softcap", "bias")  # options that the teacher may have of its own
+
+
+@dataclass(frozen=True)
+class DivergenceRequest:
+    """The arguments of :func:`bupo_kernels.linear_divergence`, as that describes them: a request for each of the two policies, and
+    what compares them. :meth:`of` makes one, and checks it."""
+
+    student: Request
+    teacher: Request
+    beta: float
+    active: Tensor  # [...] bool: which rows count and have a weight other than 0
+    weights: Tensor | None  # [...], None for 1
+
+    @staticmethod
+    def of(
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor,
+        teacher_weight: Tensor | None,
+        *,
+        kind: str,
+        beta: float,
+        row_weights: Tensor | None,
+        of_teacher: dict[str, Any],
+        **options: Any,
+    ) -> DivergenceRequest:
+        """Return the request of a call; ``of_teacher`` are the teacher's options, None for the default. Raise as
+        :meth:`Request.of` does."""
+        if kind not in KINDS:
+            raise ValueError(f"kind: {kind!r} given, accepted are {', '.join(map(repr, KINDS))}")
+        _check_number("beta", beta, "numbers from 0 (forward KL) to 1 (reverse KL)", positive=False)
+        if not 0 <= beta <= 1:
+            raise ValueError(f"beta: {beta} given, accepted are numbers from 0 (forward KL) to 1 (reverse KL)")
+        if kind != "gjsd" and beta != 0.5:
+            raise ValueError(f"beta: {beta} given with kind={kind!r}, accepted with kind='gjsd'")
+        student = _request_of("student", student_hidden, student_weight, options)
+        of_student: dict[str, Any] = {name: getattr(student, name) for name in OF_TEACHER}
+        given = {name: x for name, x in of_teacher.items() if x is not None}
+        shared: dict[str, Any] = of_student if teacher_weight is None else {"temperature": student.temperature}
+        rest = {name: x for name, x in options.items() if name not in OF_TEACHER}
+        if teacher_weight is None:
+            # Nothing flows to the student's head by way of its teacher.
+            teacher_weight = student.weight.detach()
+            shared["bias"] = None if student.bias is None else student.bias.detach()
+        _check_rows_of_teacher(student_hidden, teacher_hidden)
+        teacher = _request_of("teacher", teacher_hidden, teacher_weight, rest | shared | given)
+        if len(teacher.weight) != len(student.weight):
+            raise ValueError(
+                f"teacher_weight: {len(teacher.weight)} rows given, accepted are the {len(student.weight)} of student_weight; "
+                "weight[:n] leaves padding out"
+            )
+        if (teacher.hidden.dtype == torch.float64) != (student.hidden.dtype == torch.float64):
+            raise TypeError(
+                f"teacher_hidden: {teacher.hidden.dtype} given with a student of {student.hidden.dtype}, accepted is "
+                "float64 for both or for none"
+            )
+        active = student.active()
+        weights = None
+        if row_weights is not None:
+            weights = check_rows_of("row_weights", row_weights, student.targets, broadcast=True)
+            active = active & (weights != 0)
+        number = KINDS[kind]
+        found = DivergenceRequest(student, teacher, float(beta if number is None else number), active, weights)
+        return found if weights is None else replace(found, weights=weights.to(found.dtype))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of results."""
+        return torch.promote_types(self.student.hidden.dtype, torch.float32)
+
+    def check_values(self) -> None:
+        """Raise as :meth:`Request.check_values` does, for both sides."""
+        for side, request in (("student", self.student), ("teacher", self.teacher)):
+            _of_side(side, partial(request.check_values, self.active))
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """Return the arguments that the ops of dense divergences have in common."""
+        both = self.student, self.teacher
+        return (
+            *(x for side in both for x in (side.hidden, side.weight, side.bias)),
+            *(self.active, *(side.row_temperature for side in both)),
+            *(x for side in both for x in side.numbers),
+            *(side.settings().encode() for side in both),
+            self.beta,
+        )
+
+    def values(self) -> tuple[Tensor, Tensor]:  # [...] each
+        """Return the divergence and the student's entropy of each row, both differentiable; 0 on rows that are not active."""
+        if self.student.support is None:
+            divergence, entropy = ops.linear_divergence(*self._arguments())
+            return divergence, entropy
+        support = self.student.support
+        z, u = (
+            ops.support_logits(
+                *(side.hidden, side.weight, side.bias, self.active, side.row_temperature),
+                *support,
+                *side.numbers,
+                side.settings().encode(),
+            )
+            for side in (self.student, self.teacher)
+        )
+        found = supports.divergence(z, u, support, self.active.flatten(), self.beta)
+        divergence, entropy = (x.to(self.dtype).view(self.active.shape) for x in found)
+        return divergence, entropy
+
+    def total(self, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [...] -> [], [...], [...]
+        """Return the sum of divergences times ``weights``, and divergence and entropy of the rows, which have no gradient."""
+        if self.student.support is None:
+            total, divergence, entropy, *_ = ops.linear_divergence_sum(*self._arguments(), weights)
+            return total, divergence, entropy
+        divergence, entropy = self.values()
+        return (weights * divergence).sum(), divergence.detach(), entropy.detach()
+
+    def plan(self, one_pass: bool) -> DivergencePlan:
+        """Return the plan for the rows that are active, which are counted and checked for it."""
+        sides = []
+        for side in (self.student, self.teacher):
+            engine.check_rows(side.operands(), self.active, side.ignore_index)
+            sides.append(divergences.Policy(side.operands(), side.settings()))
+        return divergences.plan_for(sides[0], sides[1], int(self.active.sum()), one_pass)
+
+
+def _request_of(side: str, hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> Request:
+    """Return the request of one of the two policies. What its errors name is what the caller knows it as."""
+    if not isinstance(hidden, Tensor):
+        raise TypeError(f"{side}_hidden: {type(hidden).__name__} given, accepted is a Tensor")
+
+    def make() -> Request:
+        targets = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
+        return Request.of(hidden, weight, targets, **options)
+
+    return _of_side(side, make)
+
+
+def _of_side(side: str, call: Callable[[], Any]) -> Any:
+    """Return what ``call`` does, which asks something of one of two policies; its errors name the argument of that side."""
+    try:
+        return call()
+    except (TypeError, ValueError, NotImplementedError) as error:
+        name, colon, rest = str(error).partition(":")
+        if name in ("hidden", "weight") or (side == "teacher" and name in OF_TEACHER):
+            raise type(error)(f"{side}_{name}{colon}{rest}") from None
+        raise
+
+
+def _check_rows_of_teacher(student: Tensor, teacher: Any) -> None:
+    if isinstance(teacher, Tensor) and (teacher.shape[:-1] != student.shape[:-1] or teacher.device != student.device):
+        raise ValueError(
+            f"teacher_hidden: shape {tuple(teacher.shape)} on {teacher.device} given, accepted is [..., D] with "
+            f"{tuple(student.shape[:-1])}, as in student_hidden, on {student.device}"
+        )
 
 
 def gathered(name: str, parameter: Any, hidden: Tensor) -> Any:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from bupo_kernels.backends import algebra
 from bupo_kernels.backends.algebra import LEAST_EXPONENT, Statistics
-from bupo_kernels.backends.base import Operands, Problem, is_captured
+from bupo_kernels.backends.base import Operands, Problem, Readout, is_captured
 from bupo_kernels.backends.compiled import present
+from bupo_kernels.backends.divergences import Policies, Sums, compare, entropy_of
 from bupo_kernels.backends.gathers import Gathers, Segments
 from bupo_kernels.backends.torch_ import to_logits_
 from bupo_kernels.dispatch import choose_gathers
@@ -185,30 +186,62 @@ def _logits(operands: Operands, support: Support, rows: Tensor, active: Tensor, 
     return z
 
 
-def divergence(
-    operands: Operands,
-    reference: Tensor,  # [..., D]
-    support: Support,
-    active: Tensor,  # [...] bool
-    settings: Settings,
-) -> Tensor:  # [...]
-    """Return ``KL(π ‖ ρ)`` of the policies of ``operands.hidden`` and of ``reference`` on one support, 0 on rows that are not
-    active and NaN on those without an id."""
+def logits(operands: Operands, support: Support, active: Tensor, settings: Settings) -> Tensor:  # [...] bool -> [M]
+    """Return the logit of each entry, −inf on rows that are not active."""
     check_rows(operands, active, settings.ignore_index)
     check(support, operands.weight.shape[0])
     plan = plan_for(operands, len(support.ids), active.numel(), settings)
-    rows, shape, active = support.rows(), active.shape, active.flatten()
-    both = []
-    for hidden in (operands.hidden, reference):
-        z = _logits(operands._replace(hidden=hidden), support, rows, active, plan)
-        streamed = _statistics(z, rows, support, operands.targets.flatten())
-        both.append(z - (streamed.m + streamed.s.log())[rows])
-    log_p, log_q = both
-    p = log_p.exp()
-    terms = torch.where(p == 0, 0, p * (log_p - log_q))
-    kl = _reduce(terms, support.offsets, "sum").clamp(min=0)
-    kl = kl.masked_fill(support.sizes == 0, torch.nan).masked_fill(~active, 0)
-    return kl.to(plan.problem.statistics_dtype).view(shape)
+    return _logits(operands, support, support.rows(), active.flatten(), plan)
+
+
+def gradients_of_logits(
+    operands: Operands,
+    support: Support,
+    upstream: Tensor,  # [M]
+    logits: Tensor,  # [M]
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dH, dW and db from the gradients of :func:`logits`; [0] for those not needed."""
+    rows = support.rows()
+    dz = _of_products(upstream.clone(), logits, operands.readout.rows(operands.coordinates(rows), logits.dtype))
+    return _sums(operands, support, rows, dz, settings)
+
+
+def divergence(
+    z: Tensor,  # [M] of the student
+    u: Tensor,  # [M] of the teacher
+    support: Support,
+    active: Tensor,  # [N] bool
+    beta: float,
+) -> tuple[Tensor, Tensor]:  # [N] each
+    """Return the divergence of two policies on one support and the entropy of the first, in float64: 0 on rows that are not active
+    and NaN on those without an id. Both are differentiable by the logits."""
+    rows = support.rows()
+
+    def total(x: Tensor) -> Tensor:
+        return _reduce(x, support.offsets, "sum")
+
+    def log_policy(logits: Tensor) -> Tensor:
+        wide = _wide(logits.detach())
+        m = _reduce(wide, support.offsets, "max").clamp(min=algebra.lowest(torch.float32))
+        shifted = wide - m[rows]
+        return shifted - total(shifted.exp()).log()[rows]
+
+    sums = Sums(total, lambda of_rows: of_rows[rows])
+    log_p, log_q = log_policy(z), log_policy(u)
+    policies = Policies(log_p, log_q, log_p.exp(), log_q.exp())
+    value, by_z, by_u = compare(policies, beta, sums, gradients=(True, True))
+    entropy, of_entropy = entropy_of(log_p, policies.p, sums, gradient=True)
+
+    def through(by: Tensor | None, logits: Tensor) -> Tensor:
+        """Return exactly 0 for each row, with the derivative ``by``."""
+        assert by is not None
+        return total(torch.where((by == 0) | ~active[rows], 0, by.detach() * (logits - logits.detach())))
+
+    def finished(x: Tensor, *ways: Tensor) -> Tensor:
+        return torch.where(active, sum(ways, x.masked_fill(support.sizes == 0, torch.nan)), 0)
+
+    return finished(value, through(by_z, z), through(by_u, u)), finished(entropy, through(of_entropy, z))
 
 
 def _rows_of(x: Tensor) -> Tensor:  # [..., D] -> [n, D]
@@ -250,18 +283,28 @@ def gradients(
     settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dH, dW and db from what :func:`statistics` left; [0] for those not needed."""
+    rows = support.rows()
+    return _sums(operands, support, rows, _gradient_of_products(operands, support, rows, upstream, saved, logits), settings)
+
+
+def _sums(
+    operands: Operands,
+    support: Support,
+    rows: Tensor,  # [M]
+    dz: Tensor,  # [M] of the products
+    settings: Settings,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dH, dW and db; [0] for those not needed."""
     plan = plan_for(operands, len(support.ids), operands.targets.numel(), settings)
     hidden, weight, bias = operands.hidden, operands.weight, operands.bias
     need_hidden, need_weight, need_bias = settings.needed
     found = [hidden.new_empty(0) for _ in range(3)]
+    everything = torch.arange(operands.targets.numel(), dtype=torch.int64, device=rows.device)
     with on(hidden.device):
-        rows = support.rows()
-        dz = _gradient_of_products(operands, support, rows, upstream, saved, logits)
         entries = (dz != 0).nonzero().squeeze(1)  # a NaN counts
         dz, rows, ids = dz[entries], rows[entries], support.ids[entries]
         if need_hidden:
             found[0] = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-            everything = torch.arange(saved.shape[1], dtype=torch.int64, device=rows.device)
             _sum(plan, dz, weight, ids, _segments(rows, everything), found[0], everything)
         if need_weight or (need_bias and bias is not None):
             ids, order = ids.sort(stable=True)
@@ -297,11 +340,15 @@ def _gradient_of_products(
     else:
         dz.mul_(of_rows.constant[rows] - of_rows.slope[rows] * x.clamp_(min=LEAST_EXPONENT))
     dz = torch.where(support.is_target(targets, rows), of_rows.on_target[rows], dz)
+    return torch.where((m != -torch.inf)[rows], _of_products(dz, logits, readout), 0)
+
+
+def _of_products(dz: Tensor, logits: Tensor, readout: Readout) -> Tensor:  # [M], [M] -> [M]
+    """Turn the gradient of logits into that of the products, in place."""
     temperature = readout.temperature.squeeze(1) if isinstance(readout.temperature, Tensor) else readout.temperature
     if readout.softcap is not None:
         dz.mul_(1 - (logits * (temperature / readout.softcap)).square_())  # 1 − tanh²
-    dz.mul_(readout.logit_scale / temperature)
-    return torch.where((m != -torch.inf)[rows], dz, 0)
+    return dz.mul_(readout.logit_scale / temperature)
 
 
 def _segments(rows: Tensor, numbers: Tensor) -> Tensor:  # [m] ascending, [N] -> [N + 1]

@@ -12,16 +12,17 @@
 namespace bupo {
 
 enum class Ratio { token, none };
-enum class Clip { none, ppo, cispo };
+enum class Clip { none, ppo, cispo, sapo };
 enum class Divergence { none, k1, k2, k3 };
 
 struct Objective {
   Ratio ratio;
   Clip clip;
   Divergence kl;
-  bool importance;   // whether to weigh the policy term by min(π_old / π_sampler, importance_cap)
-  float floor, top;  // bounds of the ratio: 1 − clip_low and 1 + clip_high
-  float ceiling;     // bound of the ratio where the advantage is negative: dual_clip, delta or infinity
+  bool importance;           // whether to weigh the policy term by min(π_old / π_sampler, importance_cap)
+  float floor, top;          // bounds of the ratio: 1 − clip_low and 1 + clip_high
+  float ceiling;             // bound of the ratio where the advantage is negative: dual_clip, delta or infinity
+  float sapo_pos, sapo_neg;  // temperatures of SAPO's gate where the advantage is positive, and elsewhere
   float kl_coefficient;
   float entropy_coefficient;
   float importance_cap;
@@ -52,6 +53,11 @@ BUPO_HD PolicyTerms policy_term(const Objective& objective, float ratio, float l
   if (objective.clip == Clip::cispo) {
     const float slope = -(ratio > objective.top ? objective.top : ratio) * advantage;
     return {slope * logprob, slope, 0};
+  }
+  if (objective.clip == Clip::sapo) {
+    const float temperature = advantage > 0 ? objective.sapo_pos : objective.sapo_neg, x = temperature * (ratio - 1);
+    const float gate = 1 / (1 + expf(-x)), rest = 1 / (1 + expf(x));  // 1 − gate would round to 0
+    return {-4 / temperature * gate * advantage, -4 * gate * rest * ratio * advantage, 0};
   }
   // The minimum of both branches is one clamp of the ratio, to bounds that depend on the advantage's sign.
   const float floor = objective.clip == Clip::ppo ? objective.floor : 0;

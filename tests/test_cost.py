@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models import FAMILIES, tiny_model, token_batch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -15,7 +17,9 @@ from bupo.config import TrainConfig, load_config, parse_config
 from bupo.cost import (
     Work,
     activation_bytes,
+    looks_of,
     memory,
+    optimised_policy,
     parameters,
     pass_flops,
     reference_flops,
@@ -181,12 +185,44 @@ def test_a_step_follows_the_configuration():
     assert frozen.update.layers == plain.update.layers * 5 / 6  # half of a third
     scaled = step_flops(architecture, run_config(**{"optimizer.upper_layers": 0.1, "optimizer.upper_from": 2}), internal=False)
     assert scaled.update == plain.update
-    # The look at both policies is on one micro-batch of 30 tokens a device, two sequences of 14, and never on more than there are.
-    one, eight = (step_flops(architecture, run_config(), size, internal=False).look.model for size in (1, 8))
-    assert one == pytest.approx(plain.old_logprobs.model * 30 / 14 / 8)
-    assert eight == pytest.approx(plain.old_logprobs.model)
-    internal = step_flops(architecture, run_config(), 8, internal=True)  # two passes of each: entropies, then their divergence
-    assert internal.look.model == pytest.approx(2 * (plain.old_logprobs.model + internal.old_logprobs.model))
+    # All of the samples are looked at where nothing bounds it: a forward, and a head for each policy.
+    unbounded = run_config(**{"telemetry.look_share": 1, "telemetry.lens_every": 0, "hardware.max_tokens_per_device": 1000})
+    own, internal = (step_flops(architecture, unbounded, internal=phase) for phase in (False, True))
+    assert own.look == own.old_logprobs
+    assert (internal.look.layers, internal.look.head) == (own.look.layers, 2 * own.look.head)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.sampled_from([(64, 2, 61), (256, 12, 5000), (640, 18, 262_144), (4096, 36, 151_936)]),
+    st.sampled_from([1, 2, 8, 64]),
+    st.integers(1, 64),
+    st.integers(2, 8),
+    st.sampled_from([1, 8]),
+    st.booleans(),
+)
+def test_looks_take_at_most_a_tenth_of_any_step_of_any_model(size, prompts, response, samples, devices, internal):
+    width, depth, vocab = size
+    architecture = tiny_model().config.__class__(
+        hidden_size=width, num_hidden_layers=depth, vocab_size=vocab, intermediate_size=3 * width, num_attention_heads=4
+    )
+    overrides = {"rollout.prompts": prompts, "rollout.samples": samples, "optimizer.mini_batch": 1, "bupo.layer": 1}
+    config = run_config(**overrides, **{"hardware.max_tokens_per_device": 4096})
+    lengths, policy = [(20, response)] * prompts * samples, optimised_policy(config, internal)
+    looks = looks_of(architecture, config, lengths, devices, policy)
+    step = step_flops(architecture, config, devices, internal=internal, lengths=(20, response))
+    rollout = (step.prefill + step.decode).model / devices  # updates, where there are some, come on top
+    work, heads = work_of([(20, response)]), 1 + internal
+    one = pass_flops(architecture, work._replace(head_rows=heads * response)).model
+    token = 2 * vocab * width * (depth + 2)
+    spent = 0.0
+    for number in range(1, 3 * looks.every + 21):
+        if looks.due(number):
+            with_lens = looks.lens_due(number)
+            spent += one * (looks.samples_with_lens if with_lens else looks.samples) + with_lens * token * looks.lens_tokens
+        assert spent <= 0.1 * (spent + number * rollout) * (1 + 1e-9)
+    assert spent > 0
+    assert looks.lens_tokens > 0
 
 
 # GFLOP a token of the reference's phase 1, counted from its code, and of the same without what it throws away. Activations are

@@ -455,6 +455,7 @@ OBJECTIVES = {
     "unclipped, delta": PolicyObjective(clip=None, delta=2.0),
     "reinforce": PolicyObjective(ratio="none", clip=None),
     "cispo": PolicyObjective(clip="cispo", clip_high=0.3),
+    "sapo": PolicyObjective(clip="sapo", sapo_temperature_pos=0.8, sapo_temperature_neg=2.0),
     "k1": PolicyObjective(kl="k1", kl_coefficient=0.1),
     "k2": PolicyObjective(kl="k2", kl_coefficient=0.1),
     "k3": PolicyObjective(kl="k3", kl_coefficient=0.1),
@@ -669,6 +670,7 @@ def test_arguments_that_no_kernel_takes_are_refused(cuda):
     for objective, complaint in (
         (PolicyObjective(ratio="sequence"), "whole sequences"),
         (PolicyObjective(importance="sequence"), "whole sequences"),
+        (PolicyObjective(top_entropy_quantile=0.2), "top_entropy_quantile"),
         (OBJECTIVES["k3"], "reference_logprobs"),
         (OBJECTIVES["importance"], "sampler_logprobs"),
     ):

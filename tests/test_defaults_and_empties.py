@@ -77,7 +77,7 @@ def everything(case, backend: str, given: dict[str, torch.Tensor], upstream: lis
         final = hidden.flip(0)
         lens = logit_lens([hidden, final], weight, targets, final=final, outputs=LENS_OUTPUTS, top_k=3, **options)
         found.update(lens._asdict())
-        found["divergence"] = linear_divergence(hidden, final, weight, **options)
+        found["divergence"] = linear_divergence(hidden, weight, final, kind="jsd", **options).divergence
     return found
 
 
@@ -254,7 +254,8 @@ def test_no_row_in_every_output_of_the_lens(shape):
     for name, value in found._asdict().items():
         front, back = (2, 2) if name == "pairwise_kl" else (2,), (3,) if name.startswith("top_") else ()
         assert value.shape == (*front, *shape, *back), name
-    assert linear_divergence(hidden, hidden, weight).shape == shape
+    for reduction in ("none", "mean"):
+        assert linear_divergence(hidden, weight, hidden, reduction=reduction).per_row.shape == shape
 
 
 @pytest.mark.parametrize("shape", first_of([[2, 0], [0], [3, 4]]), ids=str)

@@ -8,9 +8,8 @@ from bupo.cli import main
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 1])
-def test_bupo_raises_held_out_greedy_accuracy_by_twelve_points(tmp_path, seed):
-    assert main(["demo", "--seed", str(seed), "--output", str(tmp_path / "demo")]) == 0
+def test_bupo_raises_held_out_greedy_accuracy_by_twelve_points(tmp_path):
+    assert main(["demo", "--output", str(tmp_path / "demo")]) == 0
     accuracies = [json.loads(line) for line in (tmp_path / "demo" / "run" / "accuracy.jsonl").read_text().splitlines()]
     assert accuracies[-1]["greedy"] >= accuracies[0]["greedy"] + 0.12
     analysis = tmp_path / "demo" / "analysis"

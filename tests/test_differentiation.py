@@ -4,7 +4,7 @@ nothing is ever a silent zero."""
 import numpy as np
 import pytest
 import torch
-from problems import contract, first_of, gradients, random_case
+from problems import assert_same_gradients, contract, first_of, gradients, random_case
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -18,6 +18,7 @@ from bupo_kernels import (
     logit_lens,
     reference,
 )
+from bupo_kernels.dispatch import DIVERGENCES
 
 OVER_SEQUENCES = PolicyObjective(ratio="sequence")
 
@@ -42,16 +43,22 @@ def sequence_loss(hidden, weight, targets, backend):
 
 
 def divergence(hidden, weight, targets, backend):
-    return linear_divergence(hidden, 2 * hidden, weight).sum()
+    backend = backend if backend in DIVERGENCES else "torch"
+    return linear_divergence(hidden, weight, 2 * hidden.detach(), backend=backend).divergence.sum()
+
+
+def divergence_sum(hidden, weight, targets, backend):
+    backend = backend if backend in DIVERGENCES else "torch"
+    return linear_divergence(hidden, weight, 2 * hidden.detach(), kind="jsd", reduction="mean", backend=backend).divergence
 
 
 def lens(hidden, weight, targets, backend):
     return logit_lens([hidden], weight, backend=backend).entropy.sum()
 
 
-DIFFERENTIABLE = [logprobs, cross_entropy, policy_loss, sequence_loss]
+DIFFERENTIABLE = [logprobs, cross_entropy, policy_loss, sequence_loss, divergence, divergence_sum]
 ops = pytest.mark.parametrize("op", DIFFERENTIABLE)
-all_ops = pytest.mark.parametrize("op", [*DIFFERENTIABLE, divergence, lens])
+all_ops = pytest.mark.parametrize("op", [*DIFFERENTIABLE, lens])
 RAISES = "accepted are first derivatives in reverse mode"
 
 
@@ -70,6 +77,9 @@ def dense(op, hidden, weight, targets):
         return -z[0].mean()
     if op is policy_loss:
         return -((z[0] - z[0].detach()).exp() * advantages).mean()
+    if op in (divergence, divergence_sum):
+        beta, reduce = (0.0, torch.sum) if op is divergence else (0.5, torch.mean)
+        return reduce(reference.linear_divergence(hidden, weight, 2 * hidden.detach(), weight.detach(), beta)[0])
     raise AssertionError(op)
 
 
@@ -201,7 +211,7 @@ def test_T46_a_tangent_of_any_operand_raises(name, case):
             linear_policy_loss(case.hidden.detach(), case.weight.detach(), case.targets, **arguments)
 
 
-@pytest.mark.parametrize("op", first_of([*DIFFERENTIABLE, divergence, lens]))
+@pytest.mark.parametrize("op", first_of([*DIFFERENTIABLE, lens]))
 def test_T46_forward_mode_around_a_compiled_call_raises_and_the_call_alone_goes_on(op, case):
     torch._dynamo.reset()
     compiled = torch.compile(lambda h, w, y: op(h, w, y, "torch"), backend="aot_eager")
@@ -268,12 +278,11 @@ def test_T47_vmap_gives_the_calls_of_each_sample_and_their_gradients(op, case, b
         torch.testing.assert_close(a, b, rtol=0, atol=8 * contract(10.0) * b.abs().max().item())
 
 
-@pytest.mark.parametrize("op", [lens, divergence])
-def test_T47_a_statistic_of_the_lens_refuses_vmap(op, case):
+def test_T47_the_lens_refuses_vmap(case):
     with pytest.raises(
         NotImplementedError, match=r"hidden_states\[0\]: batched by torch.func.vmap, accepted is the batch as a leading"
     ):
-        torch.func.vmap(lambda h: op(h, case.weight, case.targets, "torch"))(case.hidden.expand(2, 6, 5))
+        torch.func.vmap(lambda h: lens(h, case.weight, case.targets, "torch"))(case.hidden.expand(2, 6, 5))
 
 
 def test_T47_functional_call_of_the_head_gives_the_gradients_of_what_it_is_given(case, backend):
@@ -305,17 +314,14 @@ def test_T45_an_operand_that_no_gradient_flows_to_is_refused_when_it_wants_one(n
         assert torch.equal(linear_policy_loss(*operands, **arguments)[0], want)
 
 
-def test_T45_a_divergence_raises_as_a_term_of_a_loss_and_can_be_looked_at(case):
-    kl = linear_divergence(case.hidden, 2 * case.hidden, case.weight)
-    assert kl.mean().item() > 0
-    for operands in ((case.hidden, case.weight), (case.hidden.detach(), case.weight), (case.hidden, case.weight.detach())):
-        kl = linear_divergence(operands[0], 2 * operands[0], operands[1])
-        loss = linear_cross_entropy(case.hidden, case.weight, case.targets) + 0.1 * kl.mean()
-        with pytest.raises(NotImplementedError, match="linear_divergence: a gradient asked for, it is a statistic and has none"):
-            loss.backward()
-    with torch.no_grad():
-        assert not linear_divergence(case.hidden, 2 * case.hidden, case.weight).requires_grad
-    assert not linear_divergence(case.hidden.detach(), -case.hidden.detach(), case.weight.detach()).requires_grad
+def test_T45_a_divergence_is_a_term_of_a_loss_beside_others(case):
+    other = random_case(6, 23, 5, seed=1).hidden.detach()
+    kl = linear_divergence(case.hidden, case.weight, other, reduction="mean").divergence
+    loss = linear_cross_entropy(case.hidden, case.weight, case.targets) + 0.1 * kl
+    z = case.hidden.double() @ case.weight.double().T
+    q = (other.double() @ case.weight.detach().double().T).softmax(1)
+    want = torch.nn.functional.cross_entropy(z, case.targets) + 0.1 * (q * (q.log() - z.log_softmax(1))).sum(1).mean()
+    assert_same_gradients(gradients(loss, case.hidden, case.weight), gradients(want, case.hidden, case.weight), case)
 
 
 def test_T45_a_lens_asked_for_a_gradient_raises(case):

@@ -116,9 +116,9 @@ def two_updates(folder: str, case: dict, world) -> dict:
     optimizer.register_step_pre_hook(keep_gradients)
     with training_attention(model, "per-sequence"):
         hardware = config.hardware.model_copy(update={"max_tokens_per_device": 1000})
-        telemetry = config.telemetry.model_copy(update={"lens_tokens": 1000})
-        all_of_them = config.model_copy(update={"hardware": hardware, "telemetry": telemetry})
-        seen = look(model, samples, policy, 1, all_of_them, world) | look_at_layers(model, samples, 1, all_of_them, world)
+        all_of_them = config.model_copy(update={"hardware": hardware})
+        seen, looked_at = look(model, samples, policy, 16, 1, all_of_them, world)
+        seen |= look_at_layers(model, looked_at, 1000, 1, all_of_them, world)
         mini_batches = make_mini_batches(samples, rewards, advantages, config, world)
         mini_batches = [[with_old_logprobs(model, batch, policy, config) for batch in batches] for batches in mini_batches]
         updates = [update(model, optimizer, batches, policy, config, world) for batches in mini_batches if batches]

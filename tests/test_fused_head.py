@@ -149,7 +149,7 @@ def test_every_statistic_is_of_the_capped_and_scaled_logits():
     hidden, weight = 9 * hidden, head.weight
     for found, want in (
         (head(hidden, targets, advantages)[0], linear_policy_loss(hidden, weight, targets, advantages, **options)[0]),
-        (head(hidden, reference=2 * hidden), linear_divergence(hidden, 2 * hidden, weight, **options)),
+        (head(hidden, teacher_hidden=2 * hidden).divergence, linear_divergence(hidden, weight, 2 * hidden, **options).divergence),
         (head([hidden], outputs=("entropy",)).entropy, logit_lens([hidden], weight, **options).entropy),
     ):
         assert torch.equal(found, want)
@@ -586,7 +586,8 @@ def test_losses_and_divergences_of_an_active_lora_are_those_of_its_merged_weight
         given.head(hidden, targets, advantages)[0], linear_policy_loss(hidden, merged, targets, advantages)[0], atol=EXACT, rtol=0
     )
     other = torch.randn_like(hidden)
-    torch.testing.assert_close(given.head(hidden, reference=other), linear_divergence(hidden, other, merged), atol=EXACT, rtol=0)
+    found, want = given.head(hidden, teacher_hidden=other), linear_divergence(hidden, merged, other)
+    torch.testing.assert_close(found.divergence, want.divergence, atol=EXACT, rtol=0)
     with pytest.raises(ValueError, match="outputs: given with an active LoRA on the head, accepted once it is merged"):
         given.head([hidden], outputs=("entropy",))
 

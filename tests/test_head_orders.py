@@ -267,11 +267,12 @@ def test_a_head_whose_forward_is_replaced_is_refused_and_left_alone(fuse, argume
     assert type(model.lm_head) is nn.Linear
 
 
-@pytest.mark.parametrize("asked", ["targets", "advantages", "reference", "outputs"])
+@pytest.mark.parametrize("asked", ["targets", "advantages", "teacher_hidden", "outputs"])
 def test_no_statistic_is_taken_for_logits_by_an_adapter_put_on_later(asked):
     head = head_of(lora(apply_fused_head(fresh_model())))
     hidden, targets = torch.randn(61, 61, 32), torch.randint(0, 61, (61, 61))  # a statistic that could be added to logits
-    given = {"targets": {"targets": targets}, "reference": {"reference": 2 * hidden}, "outputs": {"outputs": ("entropy",)}}
+    given = {"targets": {"targets": targets}, "outputs": {"outputs": ("entropy",)}}
+    given["teacher_hidden"] = {"teacher_hidden": 2 * hidden}
     given["advantages"] = {"targets": targets, "advantages": torch.randn(61, 61)}
     with pytest.raises(ValueError, match=AGAIN):
         head([hidden] if asked == "outputs" else hidden, **given[asked])

@@ -25,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bupo.measurement import peak_bytes
 from bupo_kernels import FusedLMHead, PolicyObjective, engine, explain, linear_logprobs, linear_policy_loss, reference
 from bupo_kernels.backends.gradients import in_place_order
-from bupo_kernels.policy_losses import policy_metrics, policy_terms, token_weights
+from bupo_kernels.policy_losses import policy_metrics, policy_terms, token_weights, top_entropy_bound
 
 OBJECTIVES = {
     "ppo": PolicyObjective(),
@@ -35,11 +35,16 @@ OBJECTIVES = {
         aggregation="sequence-mean-token-mean", kl="k3", kl_coefficient=0.1, entropy_coefficient=0.01
     ),
     "cispo": PolicyObjective(clip="cispo", clip_high=0.5),
+    "sapo": PolicyObjective(clip="sapo", sapo_temperature_neg=1.5),
     "delta": PolicyObjective(clip=None, delta=2.0),
     "reinforce": PolicyObjective(ratio="none", clip=None, entropy_coefficient=0.02),
     "truncated importance": PolicyObjective(importance="token", importance_cap=1.5),
     "gspo": PolicyObjective(ratio="sequence", aggregation="sequence-mean-token-mean"),
     "sequence mask": PolicyObjective(importance="sequence", kl="k2", kl_coefficient=0.2),
+    "gmpo": PolicyObjective(ratio="sequence", clip="gmpo", aggregation="sequence-mean-token-mean"),
+    "luspo": PolicyObjective(ratio="sequence", aggregation="sequence-mean-token-sum"),
+    "vespo": PolicyObjective(ratio="sequence", clip="vespo", importance="token"),
+    "top entropy": PolicyObjective(top_entropy_quantile=0.2, kl="k3", kl_coefficient=0.1),
 }
 
 
@@ -114,6 +119,65 @@ def test_loss_metrics_and_gradients_match_the_oracle(objective, options, budget)
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_fp32_on_every_backend_matches_the_oracle(objective, backend):
     check(random_case(24, 301, 12, device=device_of(backend)), objective, backend=backend)
+
+
+@pytest.mark.parametrize("clip", ["ppo", "gmpo"])
+def test_packed_sequences_have_the_gradient_of_one_row_each(clip):
+    objective, lengths = PolicyObjective(ratio="sequence", clip=clip), torch.tensor([3, 5, 1])
+    real = torch.arange(5) < lengths[:, None]
+    hidden, weight = torch.randn(3, 5, 12, dtype=torch.float64), torch.randn(50, 12, dtype=torch.float64, requires_grad=True)
+    targets, advantages = torch.randint(0, 50, (3, 5)), torch.randn(3, 1, dtype=torch.float64).expand(3, 5)
+    old = -torch.rand(3, 5, dtype=torch.float64) - 3
+    whole = linear_policy_loss(hidden, weight, targets, advantages, old_logprobs=old, objective=objective, mask=real)
+    for shape in ((1, -1), (-1,)):
+        row = [x[real].view(*shape, *x.shape[2:]) for x in (hidden, targets, advantages, old)]
+        packed = linear_policy_loss(
+            row[0], weight, row[1], row[2], old_logprobs=row[3], objective=objective, lengths=lengths, check=True
+        )
+        for ours, theirs in zip(packed[1], whole[1], strict=True):
+            assert ours.item() == pytest.approx(theirs.item(), rel=1e-10, nan_ok=True)
+        (gradient,), (expected,) = (torch.autograd.grad(x[0], weight, retain_graph=True) for x in (packed, whole))
+        assert torch.allclose(gradient, expected, rtol=1e-10)
+
+
+def test_the_highest_entropies_by_their_bound_or_as_zero_advantages_are_one_gradient():
+    case, objective = random_case(24, 301, 12, dtype=torch.float64), PolicyObjective(top_entropy_quantile=0.2)
+    hidden, targets, advantages, by_row, options = batch_of(case, 3, objective)
+    arguments = hidden, case.weight, targets
+    entropy = linear_logprobs(*arguments, **options).entropy.detach()
+    bound = top_entropy_bound(entropy, targets != -100, 0.2)
+    alone = linear_policy_loss(*arguments, advantages, objective=objective, **by_row, **options)[0]
+    in_parts = linear_policy_loss(*arguments, advantages, objective=objective, entropy_bound=bound, **by_row, **options)[0]
+    chosen = advantages.expand(targets.shape) * (entropy >= bound)
+    one_pass, metrics = linear_policy_loss(*arguments, chosen, objective=PolicyObjective(), **by_row, **options)
+    assert metrics.active_rows == 5
+    leaves = case.hidden, case.weight
+    for other in (in_parts, one_pass):
+        assert other.item() == pytest.approx(alone.item(), rel=1e-12)
+        for ours, theirs in zip(
+            torch.autograd.grad(other, leaves), torch.autograd.grad(alone, leaves, retain_graph=True), strict=True
+        ):
+            assert torch.allclose(ours, theirs, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "error"),
+    [
+        ("entropy_bound", {"entropy_bound": 1.0}, ValueError),
+        ("lengths", {"lengths": [4, 4]}, TypeError),
+        ("lengths", {"lengths": torch.tensor([4, 5])}, ValueError),
+        ("lengths", {"lengths": torch.tensor([9, -1])}, ValueError),
+        (
+            "lengths",
+            {"lengths": torch.tensor([4, 4]), "objective": PolicyObjective(aggregation="sequence-mean-token-mean")},
+            ValueError,
+        ),
+    ],
+    ids=str,
+)
+def test_what_a_packed_batch_does_not_take_is_named(name, changes, error):
+    with pytest.raises(error, match=f"^{name}: "):
+        linear_policy_loss(torch.zeros(8, 4), torch.zeros(9, 4), torch.zeros(8, dtype=torch.int64), torch.ones(8), **changes)
 
 
 @given(

@@ -16,7 +16,9 @@ from bupo_kernels.policy_losses import (
     active_tokens,
     policy_metrics,
     policy_terms,
+    simpo_loss,
     token_weights,
+    top_entropy_bound,
 )
 
 NAN = math.nan
@@ -26,8 +28,14 @@ SURROGATES = [
     *({"ratio": r, "clip": "cispo"} for r in ("token", "sequence")),
     *({"ratio": r, "clip": None, **bound} for r in ("token", "sequence") for bound in ({}, {"delta": 1.5})),
     {"ratio": "none", "clip": None},
+    *({"ratio": r, "clip": "sapo", "sapo_temperature_pos": 0.7, "sapo_temperature_neg": 3.0} for r in ("token", "sequence")),
+    {"ratio": "sequence", "clip": "gmpo"},
+    {"ratio": "sequence", "clip": "vespo", "vespo_k_neg": 0.5},
+    {"top_entropy_quantile": 0.3},
+    {"ratio": "sequence", "clip": "vespo", "top_entropy_quantile": 0.0},
 ]
-OPTIONS = list(itertools.product([None, "k1", "k2", "k3"], [0.0, 0.1], AGGREGATIONS))
+# Neither of the three touches what another does.
+OPTIONS = list(zip([None, None, "k1", "k1", "k2", "k2", "k3", "k3"], itertools.cycle([0.0, 0.1]), itertools.cycle(AGGREGATIONS)))
 
 
 @pytest.fixture(autouse=True)
@@ -42,19 +50,37 @@ def _float64():
 
 def plain_loss(objective, logprobs, entropy, advantages, old, reference, sampler, mask):
     """Lists over the sequences of ``[tokens that count]`` losses, with autograd."""
-    losses = []
+    losses, counts = [], mask & sampler.isfinite()
+    bound = torch.quantile(entropy[counts], 1 - objective.top_entropy_quantile) if counts.any() else 0
     for b in range(len(mask)):
-        kept = mask[b] & sampler[b].isfinite()
+        kept = counts[b]
         lp, a = logprobs[b][kept], advantages.expand(mask.shape)[b][kept]
         before = lp.detach() if old is None else old[b][kept]
-        log_ratio = lp - before
-        if objective.ratio == "sequence":
+        log_ratio, gap = lp - before, before - sampler[b][kept]
+        capped = gap.clamp(-20, 20).exp().clamp(max=objective.importance_cap)
+        if objective.clip == "vespo":
+            log_ratio = (log_ratio + (capped.log() if objective.importance else 0)).sum().expand(len(lp))
+        elif objective.clip == "gmpo":
+            signed, low, high = log_ratio.clamp(-20, 20), -objective.clip_low, objective.clip_high
+            signed = torch.where(a > 0, signed.minimum(signed.clamp(low, high)), signed)
+            signed = torch.where(a < 0, signed.maximum(signed.clamp(low, high)), signed)
+            log_ratio = (signed.sum() / max(len(lp), 1)).expand(len(lp))
+        elif objective.ratio == "sequence":
             log_ratio = (log_ratio.sum() / max(len(lp), 1)).expand(len(lp))
         r = log_ratio.clamp(-20, 20).exp()
         if objective.ratio == "none":
             loss = -a * lp
         elif objective.clip == "cispo":
             loss = -r.detach().clamp(max=1 + objective.clip_high) * a * lp
+        elif objective.clip == "sapo":
+            tau = torch.where(a > 0, objective.sapo_temperature_pos, objective.sapo_temperature_neg)
+            loss = -torch.sigmoid(tau * (r - 1)) * 4 / tau * a
+        elif objective.clip == "vespo":
+            k = torch.where(a >= 0, objective.vespo_k_pos, objective.vespo_k_neg)
+            decay = torch.where(a >= 0, objective.vespo_lambda_pos, objective.vespo_lambda_neg)
+            loss = -(decay.exp() * r**k * (-decay * r).exp()).detach() * a * lp
+        elif objective.clip == "gmpo":
+            loss = -r * a
         else:
             free = r if objective.delta is None else r.clamp(max=objective.delta)
             loss = -free * a
@@ -62,12 +88,12 @@ def plain_loss(objective, logprobs, entropy, advantages, old, reference, sampler
                 loss = torch.maximum(loss, -r.clamp(1 - objective.clip_low, 1 + objective.clip_high) * a)
             if objective.dual_clip is not None:
                 loss = torch.where(a < 0, torch.minimum(loss, -objective.dual_clip * a), loss)
-        gap = before - sampler[b][kept]
-        if objective.importance == "token":
-            loss = loss * gap.clamp(-20, 20).exp().clamp(max=objective.importance_cap)
+        if objective.importance == "token" and objective.clip != "vespo":
+            loss = loss * capped
         elif objective.importance == "sequence":
             product = gap.sum().exp()
             loss = loss * (product if 1 / objective.importance_cap <= product <= objective.importance_cap else 0)
+        loss = loss * (entropy[b][kept] >= bound)
         if objective.kl is not None:
             d = (reference[b][kept] - lp).clamp(-20, 20)
             loss = loss + objective.kl_coefficient * {"k1": -d, "k2": d**2 / 2, "k3": d.exp() - d - 1}[objective.kl]
@@ -83,6 +109,8 @@ def aggregate(losses, aggregation, max_length):
         return torch.cat(filled).mean()
     if aggregation == "sequence-mean-token-mean":
         return torch.stack([row.mean() for row in filled]).mean()
+    if aggregation == "sequence-mean-token-sum":
+        return torch.stack([row.sum() for row in filled]).mean()
     return torch.stack([row.sum() / max_length for row in filled]).mean()
 
 
@@ -135,6 +163,9 @@ def terms_of(objective, logprobs, entropy, advantages, old, reference, sampler, 
 @pytest.mark.parametrize("importance", [None, "token", "sequence"])
 @pytest.mark.parametrize("surrogate", SURROGATES, ids=lambda s: "-".join(map(str, [*s.values()])))
 def test_loss_and_derivatives_are_autograds_through_the_plain_formula(surrogate, importance):
+    if surrogate.get("clip") == "vespo" and importance == "sequence":
+        return  # refused
+
     @examples(12)
     @given(batches())
     def check(inputs):
@@ -232,10 +263,11 @@ def test_a_sequence_exactly_on_the_importance_cap_counts(total):
 def test_on_policy_is_ratio_one_with_the_policy_gradient():
     logprobs, advantages = -torch.rand(2, 3), torch.randn(2, 1)
     for surrogate in SURROGATES:
-        terms = policy_terms(PolicyObjective(**surrogate), logprobs, None, advantages)
+        equal = torch.ones(2, 3)  # entropies, of which none is below the others
+        terms = policy_terms(PolicyObjective(**surrogate), logprobs, equal, advantages)
         assert (terms.ratio == 1).all()
         assert torch.allclose(terms.d_logprob, -advantages.expand(2, 3))
-        same = policy_terms(PolicyObjective(**surrogate), logprobs, None, advantages, old_logprobs=logprobs)
+        same = policy_terms(PolicyObjective(**surrogate), logprobs, equal, advantages, old_logprobs=logprobs)
         assert all(torch.equal(a, b) for a, b in zip(terms, same, strict=True))
 
 
@@ -256,6 +288,89 @@ def test_a_token_without_a_finite_sampler_logprob_leaves_numerator_and_denominat
         assert torch.allclose((weights * terms.d_logprob)[:, 1:], without * expected.d_logprob)
 
 
+@pytest.mark.parametrize("importance", [None, "sequence"])
+@pytest.mark.parametrize("clip", ["ppo", "gmpo", "vespo"])
+def test_packed_sequences_are_those_of_one_row_each(clip, importance):
+    if (clip, importance) == ("vespo", "sequence"):
+        return  # refused
+    objective = PolicyObjective(ratio="sequence", clip=clip, importance=importance, importance_cap=3.0)
+    lengths = torch.tensor([3, 0, 5, 1])
+    shape = 4, 5
+    real = torch.arange(5) < lengths[:, None]
+    values = {name: -torch.rand(shape) for name in ("logprobs", "old_logprobs", "sampler_logprobs")}
+    advantages, mask = torch.randn(4, 1).expand(shape), real & (torch.rand(shape) < 0.8)
+    whole = policy_terms(objective, entropy=None, advantages=advantages, mask=mask, **values)
+    row = {name: x[real][None] for name, x in values.items()}
+    packed = policy_terms(objective, entropy=None, advantages=advantages[real][None], mask=mask[real][None], lengths=lengths, **row)
+    for name, ours, theirs in zip(packed._fields, packed, whole, strict=True):
+        counts = mask[real]
+        assert torch.allclose(ours[0][counts].double(), theirs[real][counts].double(), rtol=1e-12), name
+
+
+@given(st.integers(0, 40), st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]), st.integers(0, 9))
+def test_the_bound_of_the_highest_entropies_takes_as_many_tokens_as_torchs_quantile(count, quantile, seed):
+    torch.manual_seed(seed)
+    entropy, mask = torch.rand(5, 8), torch.zeros(40, dtype=torch.bool)
+    mask[torch.randperm(40)[:count]] = True
+    mask = mask.view(5, 8)
+    chosen = mask & (entropy >= top_entropy_bound(entropy, mask, quantile))
+    if count == 0:
+        assert not chosen.any()
+    else:
+        assert torch.equal(chosen, mask & (entropy >= torch.quantile(entropy[mask], 1 - quantile) - 1e-12))
+        assert chosen.sum() >= max(1, math.floor(quantile * count))
+
+
+def test_parts_of_a_batch_with_its_bound_choose_the_tokens_that_the_whole_does():
+    objective = PolicyObjective(top_entropy_quantile=0.2)
+    logprobs, entropy, advantages = -torch.rand(6, 5), torch.rand(6, 5), torch.randn(6, 1)
+    whole = policy_terms(objective, logprobs, entropy, advantages)
+    assert (whole.weight == 1).sum() == 1 + 29 // 5
+    bound = top_entropy_bound(entropy, whole.active, 0.2)
+    for part in torch.arange(6).split(2):
+        terms = policy_terms(objective, logprobs[part], entropy[part], advantages[part], entropy_bound=bound)
+        assert torch.equal(terms.d_logprob, whole.d_logprob[part])
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_simpo_is_the_papers_formula_and_its_derivative(smoothing):
+    beta, gamma = 2.5, 0.8
+    chosen, rejected = -torch.rand(3, 4), -torch.rand(3, 6)
+    masks = torch.arange(4) < torch.tensor([[4], [1], [2]]), torch.arange(6) < torch.tensor([[3], [6], [0]])
+    leaves = [torch.where(mask, x, NAN).requires_grad_() for x, mask in zip((chosen, rejected), masks, strict=True)]
+    loss, margin = simpo_loss(*leaves, *masks, beta=beta, gamma=gamma, label_smoothing=smoothing)
+    assert not margin.requires_grad
+    gradients = torch.autograd.grad(loss.sum(), leaves)
+    for i in range(3):
+        w, r = chosen[i][masks[0][i]], rejected[i][masks[1][i]]
+        m = beta * (w.sum() / len(w) - r.sum() / max(len(r), 1)) - gamma
+        sigma = 1 / (1 + (-m).exp())
+        assert margin[i].item() == pytest.approx(m.item(), rel=1e-12)
+        assert loss[i].item() == pytest.approx((-(1 - smoothing) * sigma.log() - smoothing * (1 - sigma).log()).item(), rel=1e-12)
+        slope = -beta * ((1 - sigma) - smoothing)
+        assert torch.allclose(gradients[0][i], torch.where(masks[0][i], slope / len(w), 0.0), rtol=1e-12)
+        assert torch.allclose(gradients[1][i], torch.where(masks[1][i], -slope / max(len(r), 1), 0.0), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("beta", {"beta": 0}),
+        ("gamma", {"gamma": -1}),
+        ("label_smoothing", {"label_smoothing": 0.5}),
+        ("rejected_logprobs", {"rejected_logprobs": torch.zeros(3, 4)}),
+        ("chosen_mask", {"chosen_mask": torch.ones(2, 5, dtype=torch.bool)}),
+    ],
+    ids=str,
+)
+def test_simpo_names_what_it_does_not_take(name, changes):
+    mask = torch.ones(2, 4, dtype=torch.bool)
+    given = {f"{name}_logprobs": torch.zeros(2, 4) for name in ("chosen", "rejected")}
+    given |= {"chosen_mask": mask, "rejected_mask": mask}
+    with pytest.raises(ValueError, match=f"^{name}: .* given, accepted are"):
+        simpo_loss(**(given | changes))
+
+
 def test_fp32_in_fp32_out_and_no_graph():
     logprobs = (-torch.rand(2, 3, dtype=torch.float32)).requires_grad_()
     terms = policy_terms(PolicyObjective(), logprobs, None, torch.ones(2, 1), old_logprobs=logprobs - 1)
@@ -268,7 +383,8 @@ def test_fp32_in_fp32_out_and_no_graph():
 def test_nothing_waits_for_the_device(surrogate):
     """Meta tensors have no values, so whatever looked at one would raise."""
     x = torch.zeros(2, 3, device="meta")
-    for importance, aggregation in itertools.product([None, "token", "sequence"], AGGREGATIONS[:2]):
+    weights = [None, "token"] if surrogate.get("clip") == "vespo" else [None, "token", "sequence"]
+    for importance, aggregation in itertools.product(weights, AGGREGATIONS[:2]):
         objective = PolicyObjective(**surrogate, kl="k3", kl_coefficient=0.1, entropy_coefficient=0.1, importance=importance)
         terms = terms_of(objective, x, x, x, x, x, x, x > 0)
         assert token_weights(terms.active, aggregation, denominator=x.sum()).shape == terms.loss.shape
@@ -324,6 +440,15 @@ BAD = [
     ("delta", {"delta": 3.0, "clip": "cispo"}),
     ("delta", {"delta": 3.0, "clip": None, "ratio": "none"}),
     ("delta", {"delta": 3.0, "dual_clip": 3.0}),
+    ("delta", {"delta": 3.0, "clip": "sapo"}),
+    ("ratio", {"clip": "gmpo"}),
+    ("ratio", {"clip": "vespo"}),
+    ("importance", {"clip": "vespo", "ratio": "sequence", "importance": "sequence"}),
+    ("sapo_temperature_neg", {"clip": "sapo", "sapo_temperature_neg": 0}),
+    ("vespo_k_pos", {"vespo_k_pos": -1}),
+    ("vespo_lambda_neg", {"vespo_lambda_neg": 0}),
+    ("top_entropy_quantile", {"top_entropy_quantile": 1.5}),
+    ("top_entropy_quantile", {"top_entropy_quantile": 0.2, "clip": "gmpo", "ratio": "sequence"}),
     ("kl_coefficient", {"kl_coefficient": 0.1}),
     ("max_length", {"max_length": 5}),
     ("max_length", {"aggregation": "sequence-mean-token-sum-norm"}),
@@ -349,6 +474,8 @@ def test_weights_sum_to_one_and_are_zero_off_the_mask(mask):
         weights = token_weights(mask, aggregation)
         assert weights.sum().item() == pytest.approx(1.0 if mask.any() else 0.0)
         assert (weights[~mask] == 0).all()
+    summed = token_weights(mask, AGGREGATIONS[3])
+    assert summed.sum().item() == pytest.approx(mask.sum().item() / max(mask.any(1).sum().item(), 1))
     weights = token_weights(mask, AGGREGATIONS[2], max_length=9)
     assert weights.sum().item() == pytest.approx(mask.sum().item() / 9 / max(mask.any(1).sum().item(), 1))
     assert (weights[~mask] == 0).all()
@@ -380,7 +507,7 @@ def test_bad_aggregations_are_named():
 # ---- TRL's objectives, as its 1.16 documents them (it is not installed here: these are its formulas, not its code)
 
 
-@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "cispo", "gspo"])
+@pytest.mark.parametrize("name", ["grpo", "dapo", "dr_grpo", "cispo", "gspo", "luspo"])
 @given(st.integers(0, 1000))
 def test_trls_objectives(name, seed):
     torch.manual_seed(seed)
@@ -391,7 +518,7 @@ def test_trls_objectives(name, seed):
 
     # Ratio, surrogate, importance weight on the surrogate alone, k3 added after it, aggregation.
     log_ratio = logprobs - old
-    if name == "gspo":  # importance_sampling_level="sequence" with loss_type="grpo"
+    if name in ("gspo", "luspo"):  # importance_sampling_level="sequence" with loss_type="grpo"
         log_ratio = ((log_ratio * mask).sum(1) / mask.sum(1))[:, None].expand(shape)
     r = log_ratio.exp()
     if name == "cispo":
@@ -402,13 +529,15 @@ def test_trls_objectives(name, seed):
     token = token + beta * ((reference - logprobs).exp() - (reference - logprobs) - 1)
     if name in ("grpo", "gspo"):
         expected = ((token * mask).sum(1) / mask.sum(1)).mean()
+    elif name == "luspo":
+        expected = (token * mask).sum(1).mean()
     elif name == "dr_grpo":
         expected = (token * mask).sum() / (len(token) * length)
     else:
         expected = (token * mask).sum() / mask.sum()
 
     objective = PolicyObjective(
-        ratio="sequence" if name == "gspo" else "token",
+        ratio="sequence" if name in ("gspo", "luspo") else "token",
         clip="cispo" if name == "cispo" else "ppo",
         clip_low=low,
         clip_high=high,
@@ -416,7 +545,7 @@ def test_trls_objectives(name, seed):
         kl_coefficient=beta,
         importance="token",
         importance_cap=3.0,
-        aggregation={"grpo": AGGREGATIONS[1], "gspo": AGGREGATIONS[1], "dr_grpo": AGGREGATIONS[2]}.get(name, "token-mean"),
+        aggregation=AGGREGATIONS[{"grpo": 1, "gspo": 1, "dr_grpo": 2, "luspo": 3}.get(name, 0)],
         max_length=length if name == "dr_grpo" else None,
     )
     terms = terms_of(objective, logprobs, None, advantages, old, reference, sampler, mask)

@@ -56,6 +56,12 @@ def test_a_guard_ends_phase_one_after_the_step_that_trips_it(guards, seen, ends)
     assert schedule.policy(4) == FINAL
 
 
+def test_steps_that_were_not_looked_at_are_no_steps_of_the_kl_guards_window():
+    schedule = Schedule(config_of(guards={"kl": 2.0, "window": 2}))
+    assert [schedule.observe(step, 0, kl, None, 7) for step, kl in enumerate((1.0, None, 2.5), 1)] == [None, None, None]
+    assert schedule.observe(4, 0, 2.6, None, 7) == "KL 2.550 nats over 2 steps, the last on 7 response tokens, guard 2.0"
+
+
 def test_a_phase_that_has_ended_has_ended_after_a_resume_too():
     schedule = Schedule(config_of(guards={"kl": 1.0}))
     schedule.observe(1, 0.5, 0.9, None)

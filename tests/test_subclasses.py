@@ -126,8 +126,8 @@ def test_T48_every_op_gives_what_it_gives_for_the_dequantised_weight(dtype, obje
         loss = loss + linear_cross_entropy(hidden, weight, targets, backend="torch")
         seen = logit_lens([hidden, 2 * hidden], weight, targets, backend="torch", outputs=("logprobs", "entropy"))
         more = logit_lens([hidden, 2 * hidden], weight, targets, final=hidden, top_k=3, outputs=("rank", "jsd", "pairwise_kl"))
-        kl = linear_divergence(hidden, -hidden, weight)
-        values = (loss, metrics.entropy, *gradients(loss, case.hidden), *seen, *more, kl)
+        kl = linear_divergence(hidden, weight, -hidden, kind="jsd", reduction="mean", backend="torch")
+        values = (loss, metrics.entropy, *gradients(loss + kl.divergence, case.hidden), *seen, *more, *kl)
         return [x for x in values if x is not None]
 
     for a, b in zip(all_of(quantised), all_of(case.weight), strict=True):

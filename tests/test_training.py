@@ -28,7 +28,17 @@ from bupo.distributed import World
 from bupo.errors import ConfigError
 from bupo.model import load_model, load_tokenizer, read_model
 from bupo.schedule import FINAL, OptimisedPolicy
-from bupo.trainer import look, look_at_layers, make_mini_batches, train, update, with_old_logprobs
+from bupo.trainer import (
+    look,
+    look_at_layers,
+    make_mini_batches,
+    of_highest_entropies,
+    policy_objective,
+    train,
+    update,
+    with_old_logprobs,
+)
+from bupo_kernels.policy_losses import policy_terms, token_weights
 
 pytestmark = pytest.mark.usefixtures("pictures_only_where_they_matter")
 
@@ -379,6 +389,56 @@ def test_an_update_has_loss_and_gradient_of_the_whole_batch_at_once(config_file,
             assert (ours - parameter.grad).norm() <= of_gradient * norm
 
 
+OTHER_OBJECTIVES = {
+    "sapo": {"clip": "sapo", "aggregation": "sequence-mean-token-mean"},
+    "cispo": {"clip": "cispo", "clip_high": 0.1},
+    "gspo": {"ratio": "sequence", "clip_low": 0.02, "clip_high": 0.03, "aggregation": "sequence-mean-token-mean"},
+    "gmpo": {"ratio": "sequence", "clip": "gmpo", "clip_low": 0.1, "clip_high": 0.1, "aggregation": "sequence-mean-token-mean"},
+    "luspo": {"ratio": "sequence", "aggregation": "sequence-mean-token-sum"},
+    "vespo": {"ratio": "sequence", "clip": "vespo"},
+    "beyond the 80/20 rule": {"top_entropy_quantile": 0.2},
+}
+
+
+@pytest.mark.parametrize("fields", OTHER_OBJECTIVES.values(), ids=OTHER_OBJECTIVES)
+def test_an_update_with_another_objective_is_that_of_unpacked_sequences(config_file, fields):
+    overrides = [f"objective.{key}={value}" for key, value in fields.items()] + ["optimizer.max_grad_norm=1e9"]
+    config, world = load_config(config_file, [*overrides, "optimizer.mini_batch=4"]), World(0, 1, torch.device("cpu"))
+    model = load_model(config.model, config.hardware, world)
+    samples, rewards = random_samples(16, vocab=14, longest=6), torch.zeros(4, 4)
+    advantages = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    noise = torch.Generator().manual_seed(1)
+    with training_attention(model, "per-sequence"):
+        (batches,) = make_mini_batches(samples, rewards, advantages, config, world)
+        assert len(batches) > 1
+        batches = [with_old_logprobs(model, batch, FINAL, config) for batch in batches]
+        shift = [torch.randn(batch.old_logprobs.shape, generator=noise) * 0.2 * batch.mask for batch in batches]
+        batches = [replace(b, old_logprobs=b.old_logprobs + s) for b, s in zip(batches, shift, strict=True)]
+        old = {key: value for batch in batches for key, value in old_by_sequence(batch).items()}
+        batches = of_highest_entropies(batches, config, world)
+        result = update(model, Recorder(model.parameters(), lr=0.0), batches, FINAL, config, world)
+
+    length = max(len(sample.response_ids) for sample in samples)
+    logprobs, entropy, before = (torch.zeros(16, length) for _ in range(3))
+    for i, sample in enumerate(samples):
+        ids, n = torch.tensor([[*sample.prompt_ids, *sample.response_ids]]), len(sample.response_ids)
+        logits = plain_hidden(model, ids[:, :-1], FINAL)[0, len(sample.prompt_ids) - 1 :] @ model.lm_head.weight.T
+        every = logits.log_softmax(-1)
+        logprobs[i, :n], entropy[i, :n] = every.gather(-1, ids[0, -n:, None])[:, 0], -(every.exp() * every).sum(-1)
+        before[i, :n] = old[tuple(ids[0].tolist())]
+    mask = torch.arange(length) < torch.tensor([[len(sample.response_ids)] for sample in samples])
+    objective = replace(policy_objective(config), top_entropy_quantile=config.objective.top_entropy_quantile)
+    terms = policy_terms(objective, logprobs, entropy, advantages.view(16, 1), old_logprobs=before, mask=mask)
+    weights = token_weights(mask, config.objective.aggregation)
+    # Of two log-probs each token's ratio, of all of a sequence's the product, to a power of 3 at most.
+    error = 3 * length * 2 * 2 * policy_error(model.config, 12, LARGEST)
+    assert result.loss == pytest.approx((weights * terms.loss).sum().item(), abs=error * (weights * terms.loss).abs().sum().item())
+    model.zero_grad()
+    (weights * terms.d_logprob * logprobs).sum().backward()
+    norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None))
+    assert result.grad_norm == pytest.approx(norm.item(), rel=error + 2 * model_error(model.config, 12, backward=True))
+
+
 def old_by_sequence(batch: MicroBatch) -> dict[tuple[int, ...], torch.Tensor]:
     """Old log-probs of the response tokens of each sequence, by its tokens."""
     parts = (x[0].split(batch.lengths) for x in (batch.input_ids, batch.old_logprobs, batch.targets))
@@ -414,7 +474,10 @@ def test_what_is_seen_of_both_policies_is_the_mean_over_response_tokens(config_f
     config, world = load_config(config_file, ["hardware.max_tokens_per_device=1000"]), World(0, 1, torch.device("cpu"))
     model, samples = load_model(config.model, config.hardware, world), random_samples(6, vocab=14)
     with training_attention(model, "per-sequence"):
-        seen = look(model, samples, policy, 1, config, world)
+        seen, _ = look(model, samples, policy, 6, 1, config, world)
+        few = [look(model, samples, policy, 2, step, config, world)[0] for step in (1, 1, 2)]
+    assert seen["look_tokens"] == sum(len(sample.response_ids) for sample in samples) > few[0]["look_tokens"]
+    assert few[0] == few[1] != few[2]  # which samples are looked at depends on the step
     entropies, finals, divergences, gaps = [], [], [], []
     with torch.no_grad():
         for sample in samples:
@@ -437,12 +500,13 @@ def test_what_is_seen_of_both_policies_is_the_mean_over_response_tokens(config_f
 
 
 def test_the_layers_seen_are_those_of_a_plain_logit_lens(config_file):
-    config, of_two = (load_config(config_file, [f"telemetry.lens_tokens={n}"]) for n in (1000, 2))
-    world = World(0, 1, torch.device("cpu"))
+    config, world = load_config(config_file, ["hardware.max_tokens_per_device=1000"]), World(0, 1, torch.device("cpu"))
     model, samples = load_model(config.model, config.hardware, world), random_samples(6, vocab=14)
     with training_attention(model, "per-sequence"):
-        seen = look_at_layers(model, samples, 1, config, world)
-        few = [look_at_layers(model, samples, step, of_two, world) for step in (1, 1, 2)]
+        _, looked_at = look(model, samples, FINAL, 6, 1, config, world)
+        seen = look_at_layers(model, looked_at, 1000, 1, config, world)
+        few = [look_at_layers(model, looked_at, 2, step, config, world) for step in (1, 1, 2)]
+    assert (seen["lens_tokens"], few[0]["lens_tokens"]) == (sum(len(sample.response_ids) for sample in samples), 2)
     entropies, divergences, logprobs = [], [], []
     raw_last = []
     model.base_model.norm.register_forward_pre_hook(lambda _, inputs: raw_last.append(inputs[0]))

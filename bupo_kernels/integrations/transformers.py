@@ -131,8 +131,8 @@ class _FusedLoRA(LoRALinear):
             )
         # W h + s B A h = [W B] [h; s A h]: exact, dropout and 16-bit weights included, which rounding W + s B A is not.
         weights = [self.base_layer.weight, *(self.lora_B[name].weight.to(self.base_layer.weight.dtype) for name in active)]
-        if options.get("reference") is not None:
-            options["reference"] = self._extended(options["reference"], active)
+        if options.get("teacher_hidden") is not None and options.get("teacher_weight") is None:
+            options["teacher_hidden"] = self._extended(options["teacher_hidden"], active, of_teacher=True)
         return torch.func.functional_call(
             self.base_layer, {"weight": torch.cat(weights, 1)}, (self._extended(hidden, active), *arguments), options
         )
@@ -144,11 +144,13 @@ class _FusedLoRA(LoRALinear):
         # Its class is made at run time, so the function that makes it is pickled instead.
         return _new_fused_lora, (kind.__bases__[1],), super().__reduce_ex__(2)[2]
 
-    def _extended(self, hidden: Tensor, active: Sequence[str]) -> Tensor:  # [..., D] -> [..., D + r]
-        """Return ``hidden`` with the scaled products of each active adapter's A beside it."""
+    def _extended(self, hidden: Tensor, active: Sequence[str], of_teacher: bool = False) -> Tensor:  # [..., D] -> [..., D + r]
+        """Return ``hidden`` with the scaled products of each active adapter's A beside it. If it is ``of_teacher``, to which the
+        adapters are constants, no gradient flows to them."""
         parts = [hidden]
         for name in active:
-            inner = self.lora_A[name](self.lora_dropout[name](hidden.to(self.lora_A[name].weight.dtype)))
+            a = self.lora_A[name].weight
+            inner = nn.functional.linear(self.lora_dropout[name](hidden.to(a.dtype)), a.detach() if of_teacher else a)
             parts.append((inner * self.scaling[name]).to(hidden.dtype))
         return torch.cat(parts, -1)
 

@@ -40,15 +40,19 @@ Objective objective_of(const py::object& given) {
   const std::string ratio = word("ratio"), clip = word("clip"), kl = word("kl"), importance = word("importance");
   if (ratio == "sequence" || importance == "sequence")
     throw py::value_error("objective: one of whole sequences given, accepted are those whose terms depend on a token alone");
+  if (number("top_entropy_quantile") < 1)
+    throw py::value_error("objective: one of a whole batch's entropies given, accepted is top_entropy_quantile = 1");
   Objective objective;
   objective.ratio = ratio == "none" ? Ratio::none : Ratio::token;
-  objective.clip = clip == "ppo" ? Clip::ppo : clip == "cispo" ? Clip::cispo : Clip::none;
+  objective.clip = clip == "ppo" ? Clip::ppo : clip == "cispo" ? Clip::cispo : clip == "sapo" ? Clip::sapo : Clip::none;
   objective.kl = kl == "k1" ? Divergence::k1 : kl == "k2" ? Divergence::k2 : kl == "k3" ? Divergence::k3 : Divergence::none;
   objective.importance = importance == "token";
   objective.floor = static_cast<float>(1 - number("clip_low"));
   objective.top = static_cast<float>(1 + number("clip_high"));
   const std::optional<double> dual_clip = bound("dual_clip"), delta = bound("delta");
   objective.ceiling = static_cast<float>((dual_clip ? dual_clip : delta).value_or(std::numeric_limits<double>::infinity()));
+  objective.sapo_pos = static_cast<float>(number("sapo_temperature_pos"));
+  objective.sapo_neg = static_cast<float>(number("sapo_temperature_neg"));
   objective.kl_coefficient = static_cast<float>(number("kl_coefficient"));
   objective.entropy_coefficient = static_cast<float>(number("entropy_coefficient"));
   objective.importance_cap = static_cast<float>(number("importance_cap"));

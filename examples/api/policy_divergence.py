@@ -10,6 +10,6 @@ ids = torch.randint(0, 1000, (2, 16))
 mask = torch.arange(16).expand(2, -1) >= 4  # where it is looked at
 
 for layer in (2, 4, 6):
-    divergence = policy_divergence(model, ids, mask, layer=layer)  # KL(π^l ‖ π), [B, S], nats
+    divergence = policy_divergence(model, ids, mask, layer=layer).divergence.detach()  # KL(π^l ‖ π), [B, S], nats
     print(f"layer {layer}: {divergence[mask].mean():.4f} nats")
 assert divergence.abs().max() < 1e-5  # layer 6 is the last one: the model's own policy

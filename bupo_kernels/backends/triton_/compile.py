@@ -339,11 +339,13 @@ class Work:
 
 
 def work_for(name: str, *, brief: bool = False, tuning: bool = False) -> Work:
-    """Return all that runs by default on a target. ``brief`` takes bfloat16 alone where a target has the code of another."""
+    """Return all that runs by default on a target. ``brief`` leaves out float16, whose code is that of bfloat16 but for the
+    names of instructions, and takes bfloat16 alone where a target has the code of another."""
     gpu = TARGETS[name]
     version = config.version_of(triton.__version__)
     target = config.Target(gpu.backend, gpu.arch if gpu.backend == "cuda" else 0, processors=132, triton=version)
-    return Work(name, gpu, target, DTYPE_NAMES[:1] if brief and name in TWINS else DTYPE_NAMES, tuning=tuning)
+    of_brief = DTYPE_NAMES[:1] if name in TWINS else (DTYPE_NAMES[0], DTYPE_NAMES[2])
+    return Work(name, gpu, target, of_brief if brief else DTYPE_NAMES, tuning=tuning)
 
 
 def compile_all(works: Sequence[Work], jobs: int, *, inspect: bool = True) -> Iterator[Compiled | None]:
@@ -501,7 +503,7 @@ def main() -> int:
     names = ", ".join(TARGETS)
     parser.add_argument("--target", nargs="*", default=list(TARGETS), metavar="TARGET", help=f"local, or of {names}; default: all")
     parser.add_argument("--jobs", type=int, default=_cores(), help="processes; default: one a core")
-    parser.add_argument("--brief", action="store_true", help="bfloat16 alone for " + ", ".join(TWINS))
+    parser.add_argument("--brief", action="store_true", help="no float16, and bfloat16 alone for " + ", ".join(TWINS))
     parser.add_argument("--candidates", action="store_true", help="the tiles that may be tuned for, instead of the defaults")
     parser.add_argument("--fill", action="store_true", help="Triton's cache, and print no table; as local always does")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of the table")

@@ -1,0 +1,309 @@
+"""Divergences of a student's policy from a teacher's, each of hidden states and an unembedding of its own.
+
+A divergence compares two logits of one column, and Jensen and Shannon's the normalised probabilities too. So the rows of a chunk
+have the logits of both sides at hand, whole, within the memory budget, and one kernel (``backends/divergences.py``) takes them from
+products to values and, in place, to the gradients of the products. Of a chunk there is one product for each side, and one for each
+trained operand. A sum over rows takes its gradients so in the forward. Values of rows, whose upstream gradients nobody knows there,
+form the products of the rows that have one again in the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bupo_kernels.backends.base import Operands, Problem
+from bupo_kernels.backends.divergences import DivergenceRows, Side, Upstream
+from bupo_kernels.backends.gradients import GradientSums, MatrixTile, RowsTile, accumulate_, whole_rows
+from bupo_kernels.backends.quantised import rows_of
+from bupo_kernels.backends.tile_loop import CPU_TILE, DEVICE_TILE, SMALL_TILE, row_elements
+from bupo_kernels.dispatch import choose_divergence
+from bupo_kernels.engine import Flags, Settings, check_rows, on, problem_of
+
+Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # dH, dW, db of the student, and of the teacher
+NOTHING: Flags = (False, False, False)
+
+
+class Policy(NamedTuple):
+    """One of the two sides of a call."""
+
+    operands: Operands
+    settings: Settings
+
+
+@dataclass(frozen=True)
+class DivergencePlan:
+    """The plan of a call of :func:`bupo_kernels.linear_divergence`; ``print`` it. FLOPs count multiply and add; the backward's are
+    an upper bound, reached when every row has an upstream gradient."""
+
+    backend: str
+    implementation: DivergenceRows = field(repr=False)
+    strategy: str | None
+    student: Problem
+    teacher: Problem
+    one_pass: bool  # whether the gradients are taken in the forward
+    chunk_rows: int  # whose logits of both sides are at hand together
+    columns: int  # of W whose dequantised or upcast rows are, and of dW
+    working_memory: int  # bytes
+    why_not: dict[str, str] = field(default_factory=dict)  # backend -> reason, for those that cannot run this or were passed over
+
+    @property
+    def flops_forward(self) -> int:
+        return self._products + (self._gradients if self.one_pass else 0)
+
+    @property
+    def flops_backward(self) -> int:
+        trained = self.student.needs_grad or self.teacher.needs_grad
+        return self._products + self._gradients if trained and not self.one_pass else 0
+
+    @property
+    def _products(self) -> int:
+        return sum(_flops(side) for side in (self.student, self.teacher))
+
+    @property
+    def _gradients(self) -> int:
+        return sum(_flops(side) * (side.grad_hidden + side.grad_weight) for side in (self.student, self.teacher))
+
+    @property
+    def accumulators(self) -> int:
+        """The bytes of the fp32 twins of dW, where it is of 16 bit and chunks are several."""
+        several = self.student.active_rows > self.chunk_rows
+        return several * sum(
+            side.vocab * side.width * side.statistics_dtype.itemsize
+            for side in (self.student, self.teacher)
+            if side.grad_weight and side.dtype.itemsize < side.statistics_dtype.itemsize
+        )
+
+    def __str__(self) -> str:
+        student, teacher, mib = self.student, self.teacher, 2**20
+        lines = [
+            f"problem   {student.active_rows} of {student.rows} rows x {student.vocab} columns x {student.width} (student) and "
+            f"{teacher.width} (teacher), {_name(student.dtype)} and {_name(teacher.dtype)} on {student.device.type}",
+            f"gradient  {_trained(student, 'student')}, {_trained(teacher, 'teacher')}"
+            + (", in the forward" if self.one_pass else ""),
+            f"backend   {self.backend}: whole rows{f' with {self.strategy}' if self.strategy else ''}, {self.chunk_rows} at a time",
+            f"forward   {self.flops_forward / 1e9:.3f} GFLOP",
+            f"backward  {self.flops_backward / 1e9:.3f} GFLOP",
+            f"memory    {self.working_memory / mib:.2f} MiB"
+            + (f" + {self.accumulators / mib:.2f} MiB to sum dW in fp32" if self.accumulators else ""),
+            f"budget    {student.memory_budget / mib:.2f} MiB of working memory",
+        ]
+        return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.why_not.items()])
+
+
+def _flops(problem: Problem) -> int:
+    return 2 * problem.active_rows * problem.vocab * problem.width
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _trained(problem: Problem, side: str) -> str:
+    names = [n for n, on in zip(("hidden", "weight", "bias"), _flags(problem), strict=True) if on]
+    return f"{' and '.join(names) if names else 'none'} of the {side}"
+
+
+def _flags(problem: Problem) -> tuple[bool, bool, bool]:
+    return problem.grad_hidden, problem.grad_weight, problem.grad_bias
+
+
+def plan_for(student: Policy, teacher: Policy, active_rows: int, one_pass: bool = False) -> DivergencePlan:
+    """Return the plan of a call. Raise ``ValueError`` when the backend asked for is unknown or cannot run it, with its reason, or
+    the budget does not hold the logits of one row."""
+    problems = [problem_of(side.operands, active_rows, side.settings) for side in (student, teacher)]
+    name, kernel, strategy, why_not = choose_divergence(problems[0], student.settings.backend)
+    least, columns = _columns(problems)
+    dtype, device, vocab = problems[0].statistics_dtype, problems[0].device, problems[0].vocab
+
+    def needed(rows: int) -> int:
+        return least + rows * sum(_bytes_of_row(x) for x in problems) + kernel.working_memory(rows, vocab, dtype, device)
+
+    budget = problems[0].memory_budget
+    problems[0].require_budget(needed(1))
+    fewest, most = 1, max(active_rows, 1)
+    while fewest < most:  # the largest number of rows that fits
+        middle = (fewest + most + 1) // 2
+        fewest, most = (middle, most) if needed(middle) <= budget else (fewest, middle - 1)
+    return DivergencePlan(name, kernel, strategy, problems[0], problems[1], one_pass, fewest, columns, needed(fewest), why_not)
+
+
+def _bytes_of_row(problem: Problem) -> int:
+    """Return the bytes that a row has at hand: its logits, over which its dz lies (in fp16 beside them), its hidden vector as it is
+    and as it is multiplied, the sum of its dH, and statistics, coordinates and temperatures of it."""
+    size, apart = problem.statistics_dtype.itemsize, problem.needs_grad and problem.product_dtype == torch.float16
+    of_hidden = problem.width * (problem.dtype.itemsize + problem.product_dtype.itemsize + size * problem.grad_hidden)
+    return row_elements(problem.vocab) * (size + 6 * apart) + of_hidden + 128
+
+
+def _columns(problems: Sequence[Problem]) -> tuple[int, int]:
+    """Return the bytes of the slices of W and dW that are at hand, and how many columns they have: as many as take an eighth of the
+    budget, but not so few that products are slow."""
+    first = problems[0]
+
+    def needed(columns: int) -> int:
+        # The next slice is made while the last is held; of a quantised one there is what its class needs to come by it.
+        slices = [(2 * _sliced(x) + x.quantised + 2 * (x.grad_weight and x.dtype.itemsize < 4)) * x.width for x in problems]
+        return columns * first.statistics_dtype.itemsize * max(slices)
+
+    columns = min((CPU_TILE if first.device.type == "cpu" else DEVICE_TILE)[1], first.vocab)
+    while columns > SMALL_TILE and needed(columns) > first.memory_budget // 8:
+        columns = (columns + 1) // 2
+    return needed(columns), columns
+
+
+def _sliced(problem: Problem) -> bool:
+    """Tell whether W is multiplied a slice of rows at a time, upcast or dequantised."""
+    return problem.quantised or problem.product_dtype != problem.dtype
+
+
+class Found(NamedTuple):
+    """The results of N rows, 0 on those that were not asked for, and the gradients of both sides, [0] where not needed."""
+
+    divergence: Tensor  # [N]
+    entropy: Tensor  # [N]
+    gradients: Six
+
+
+def values(student: Policy, teacher: Policy, active: Tensor, beta: float) -> tuple[Tensor, Tensor]:  # [...] bool -> [N], [N]
+    """Return divergence and student's entropy of all rows, 0 on those that are not active."""
+    for side in (student, teacher):
+        check_rows(side.operands, active, side.settings.ignore_index)
+    found = _run(student, teacher, active.flatten().nonzero().squeeze(1), beta, None, NOTHING, NOTHING)
+    return found.divergence, found.entropy
+
+
+def gradients(
+    student: Policy,
+    teacher: Policy,
+    active: Tensor,  # [...] bool
+    beta: float,
+    upstream: Sequence[Tensor | None],  # [...] each: of divergence and entropy
+    found: Sequence[Tensor],  # [...] each: divergence and entropy, as values() gave them
+) -> Six:
+    """Return dH, dW and db of both sides; [0] for those not needed. Rows whose upstream gradients are exactly zero enter no
+    product: but where a loss weighs a row of NaN with 0 it is NaN, and so are its gradients."""
+    active, dtype = active.flatten(), found[0].dtype
+    gs = [g if g is None else g.flatten().to(dtype) for g in upstream]
+    has_gradient = torch.zeros_like(active)
+    for g, value in zip(gs, found, strict=True):
+        if g is not None:
+            has_gradient |= (g != 0) | ~value.flatten().isfinite()
+    rows = (has_gradient & active).nonzero().squeeze(1)
+    g_divergence, g_entropy = (g if g is None else g[rows] for g in gs)
+    if g_divergence is None:
+        g_divergence = torch.zeros(len(rows), dtype=dtype, device=rows.device)
+    of_rows = Upstream(g_divergence, g_entropy)
+    return _run(student, teacher, rows, beta, of_rows, student.settings.needed, teacher.settings.needed).gradients
+
+
+def weighted_sum(
+    student: Policy,
+    teacher: Policy,
+    active: Tensor,  # [...] bool
+    beta: float,
+    weights: Tensor,  # [...]
+) -> tuple[Tensor, Found]:
+    """Return ``Σ weight · divergence`` over the active rows, and what they have; gradients are those of the sum, taken in the same
+    pass. Rows of weight 0 are left out."""
+    active = active & (weights != 0)
+    for side in (student, teacher):
+        check_rows(side.operands, active, side.settings.ignore_index)
+    rows = active.flatten().nonzero().squeeze(1)
+    of_rows = weights.flatten()[rows]
+    planned = student.settings.planned, teacher.settings.planned
+    trained = any(student.settings.planned + teacher.settings.planned)
+    found = _run(student, teacher, rows, beta, Upstream(of_rows, None) if trained else None, *planned)
+    return (of_rows * found.divergence[rows]).sum(), found
+
+
+def _run(
+    student: Policy,
+    teacher: Policy,
+    rows: Tensor,  # [n]
+    beta: float,
+    upstream: Upstream | None,  # [n] each
+    *needed: Flags,  # of each side
+) -> Found:
+    """Return what ``rows`` have, chunk by chunk."""
+    planned = zip((student, teacher), needed, strict=True)
+    sides = [side._replace(settings=side.settings._replace(planned=flags)) for side, flags in planned]
+    plan = plan_for(sides[0], sides[1], len(rows))
+    problems, chunk_rows, dtype = (plan.student, plan.teacher), plan.chunk_rows, plan.student.statistics_dtype
+    sums = [
+        GradientSums(x.hidden, x.weight, x.bias, needed=flags, dtype=dtype, parts=len(rows) > chunk_rows)
+        for (x, _), flags in zip(sides, needed, strict=True)
+    ]
+    divergence, entropy = (torch.zeros(plan.student.rows, dtype=dtype, device=rows.device) for _ in range(2))
+    with on(rows.device):
+        for start in range(0, len(rows), chunk_rows):
+            chunk = slice(start, start + chunk_rows)
+            some = rows[chunk]
+            both = [_products(side.operands, some, x, plan.columns) for side, x in zip(sides, problems, strict=True)]
+            divergence[some], entropy[some] = plan.implementation.rows(
+                both[0][0],
+                both[1][0],
+                beta,
+                None if upstream is None else upstream.rows(chunk),
+                student.settings.with_entropy,
+                plan.strategy,
+            )
+            for side, problem, (own, hidden), total in zip(sides, problems, both, sums, strict=True):
+                if own.dz is not None:
+                    dz, unscale = _as_operand(own.dz, problem)
+                    tiles = _tiles(dz, side.operands.weight, hidden, problem, plan.columns)
+                    total.add(tiles, some, unscale=unscale, step=len(some))
+            del both, own  # with the logits, before those of the next chunk are made
+    return Found(divergence, entropy, (*sums[0].result(), *sums[1].result()))
+
+
+def _products(operands: Operands, rows: Tensor, problem: Problem, columns: int) -> tuple[Side, Tensor]:
+    """Return the products of ``rows``, with room for their gradient where one is wanted, and their hidden vectors [n, D]."""
+    index, dtype, vocab = operands.coordinates(rows), problem.statistics_dtype, problem.vocab
+    hidden = operands.hidden[index].to(problem.product_dtype)
+    memory = torch.empty(len(rows), row_elements(vocab), dtype=dtype, device=rows.device)
+    products, dz = memory[:, :vocab], None
+    for part, weight in _slices(operands.weight, problem, columns):
+        accumulate_(products[:, part], hidden, weight.T, first=True)
+    if problem.needs_grad:  # fp16 is scaled by the largest dz there is, and waits for it
+        of_dz = dtype if problem.product_dtype == torch.float16 else problem.product_dtype
+        dz = memory.view(of_dz)[:, :vocab]
+    bias = None if operands.bias is None else operands.bias.to(dtype)
+    return Side(products, dz, bias, operands.readout.rows(index, dtype)), hidden
+
+
+def _slices(weight: Tensor, problem: Problem, columns: int) -> Iterator[tuple[slice, Tensor]]:
+    """Yield W as it is multiplied, [c, D], with its columns: all of it, or slices of what is upcast or dequantised."""
+    step = columns if _sliced(problem) else problem.vocab
+    for start in range(0, problem.vocab, step):
+        part = slice(start, min(start + step, problem.vocab))
+        yield part, rows_of(weight, part).to(problem.product_dtype)
+
+
+def _as_operand(dz: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:  # [n, V] -> [n, V], []
+    """Return dz as it is multiplied, and what undoes its scale. fp16 reaches from 6e-8 to 6e4: a power of two puts the largest dz
+    there is at 2^12 or below. One that is not finite stays so at any scale, and leaves it to the others."""
+    if problem.product_dtype != torch.float16:
+        return dz, None
+    largest = torch.where(dz.isfinite(), dz, 0).abs().amax()
+    scale = torch.exp2(12 - largest.log2().ceil().clamp(-100, 100))
+    return dz.mul_(scale).to(torch.float16), 1 / scale
+
+
+def _tiles(
+    dz: Tensor,  # [n, V]
+    weight: Tensor,
+    hidden: Tensor,  # [n, D]
+    problem: Problem,
+    columns: int,
+) -> Iterator[MatrixTile | RowsTile]:
+    rows, wanted = slice(0, len(dz)), hidden if problem.grad_weight else None
+    if not _sliced(problem):
+        yield from whole_rows(dz, weight, wanted, columns if problem.dtype.itemsize < 4 else problem.vocab)
+        return
+    for part, some in _slices(weight, problem, columns):
+        yield MatrixTile(part, rows, dz[:, part], some, wanted)
