@@ -162,14 +162,14 @@ def _parser() -> argparse.ArgumentParser:
         "--norm",
         choices=("none", "final", "both"),
         help="what internal policies go through first: none is how the paper reads layers, final the model's final norm, both puts "
-        "the two side by side (default: both with --prompt, else none)",
+        "the two side by side (default: both with --prompt, final with translators, else none)",
     )
     how.add_argument(
         "--points",
         nargs="+",
         choices=("layer", "attention", "ffn"),
         help="read the residual stream after each layer, and the two modules with their inputs, for ΔH (default: layer with "
-        "--prompt, else all three; each module is two fifths of the work)",
+        "--prompt or translators, else all three; each module is two fifths of the work)",
     )
     how.add_argument(
         "--track",
@@ -180,6 +180,20 @@ def _parser() -> argparse.ArgumentParser:
         "and, where that is one too, that of the word without",
     )
     how.add_argument("--against", metavar="MODEL", help="a second model of the same depth and tokenizer: what it does differently")
+    tuned = how.add_mutually_exclusive_group()
+    tuned.add_argument(
+        "--translators",
+        type=Path,
+        metavar="FILE",
+        help="read layers also through affine translators (the tuned lens, arXiv 2303.08112), beside the other readings",
+    )
+    tuned.add_argument(
+        "--fit-translators",
+        type=Path,
+        metavar="FILE",
+        help="fit them to what is read, print what the samples held out gain, put them into FILE, and use them",
+    )
+    how.add_argument("--fit-steps", type=int, metavar="N", help="of that fit (default 250, on a CPU 40)")
     how.add_argument("--suggest", action="store_true", help="print the YAML lines of the layer to train, and how sure that is")
     size = analyze.add_argument_group("how much; on a CPU defaults are smaller, and what it will take is said first")
     size.add_argument("--prompts", type=int, metavar="N", help="of --data, chosen by the seed (default 64, on a CPU 16)")
@@ -373,16 +387,24 @@ def _analyze(options: argparse.Namespace) -> int:
 
     if defaults.note:
         print(defaults.note)
-    norm = options.norm or ("both" if options.prompt else "none")
+    if options.fit_steps is not None and (options.fit_translators is None or options.fit_steps < 1):
+        raise ConfigError(f"--fit-steps: {options.fit_steps} given, accepted are 1 and more, with --fit-translators")
+    translators, fit_steps = options.fit_translators or options.translators, 0
+    if options.fit_translators:
+        fit_steps = options.fit_steps or defaults.fit_steps
+    few = options.prompt or translators  # what reads the residual stream alone unless it is told otherwise
+    norm = options.norm or ("both" if options.prompt else "final" if translators else "none")
     analyze_command(
         config,
         options.out,
         source=Source(bool(options.data), options.responses or (), options.prompt or ()),
         prompts=defaults.prompts if options.prompts is None else options.prompts,
         readings={"none": ("raw",), "final": ("normed",), "both": ("raw", "normed")}[norm],
-        points=options.points or (("layer",) if options.prompt else ("layer", "attention", "ffn")),
+        points=options.points or (("layer",) if few else ("layer", "attention", "ffn")),
         track=options.track,
         against=options.against,
+        translators=translators,
+        fit_steps=fit_steps,
         suggest_layer=options.suggest,
         examples=options.examples,
         max_tokens=defaults.max_tokens if options.max_tokens is None else options.max_tokens,

@@ -15,17 +15,19 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from bupo import cli
 from bupo.analysis import collect, read_statistics
-from bupo.analysis.collect import Look, measure
+from bupo.analysis.collect import Look, make_batch, measure
 from bupo.analysis.command import load_responses
 from bupo.analysis.defaults import device_defaults
 from bupo.analysis.forecast import analysis_flops, forecast
+from bupo.analysis.translators import Translators, _each_layer
 from bupo.analysis.views import read_texts
 from bupo.config import Data
 from bupo.data import load_examples
 from bupo.demo import character_tokenizer, small_model
 from bupo.errors import ConfigError
 from bupo.output import progress
-from bupo.rollout import Generate
+from bupo.rollout import Generate, Sample
+from bupo_kernels import FusedLMHead
 
 
 @pytest.fixture(scope="module")
@@ -344,12 +346,12 @@ def test_a_report_is_shown_in_a_notebook_and_becomes_a_table(checkpoint):
 def test_a_cpu_reads_less_and_in_bfloat16_where_that_is_faster(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("bupo.analysis.defaults.isas", lambda: ("avx2", "portable"))
-    assert device_defaults({}) == (16, 64, 512, "float32", "")
+    assert device_defaults({}) == (16, 64, 512, "float32", 40, "")
     monkeypatch.setattr("bupo.analysis.defaults.isas", lambda: ("amx", "avx2"))
     assert device_defaults({}).precision == "bfloat16"
     assert "this CPU (amx)" in device_defaults({}).note
     assert device_defaults({"hardware": {"precision": "float32"}}).note == ""
-    assert device_defaults({"hardware": {"device": "cuda:1"}}) == (64, 256, 2048, "float32", "")
+    assert device_defaults({"hardware": {"device": "cuda:1"}}) == (64, 256, 2048, "float32", 250, "")
 
 
 def test_how_long_it_will_take_is_said_and_counts_all_products(checkpoint, monkeypatch):
@@ -373,3 +375,49 @@ def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(monkeypatch,
         for _ in range(4):
             advance(500)
     assert capsys.readouterr().err == "analysis, tokens: 1,000 of 2,000, 40 seconds left\n"
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_translators_are_fitted_kept_and_used(checkpoint, tmp_path, capsys):
+    out, file = tmp_path / "out", tmp_path / "translators.safetensors"
+    words = ("--prompts", "6", "--samples", "4", "--fit-translators", str(file), "--fit-steps", "60", "--set", *SMALL)
+    assert run(checkpoint, out, *words) == 0
+    printed = capsys.readouterr().out
+    rows = re.findall(r"│ +([0-3]) │ +([\d.]+) │ +([\d.]+) │", printed)
+    assert [row[0] for row in rows] == ["3", "2", "1", "0"]
+    assert sum(float(after) for *_, after in rows) < 0.8 * sum(float(before) for _, before, _ in rows)
+    tuned, normed = (read_statistics(out / name).curves["layer", "kl_from_final"].mean for name in ("tuned", "normed"))
+    assert tuned[:-1].sum() < 0.8 * normed[:-1].sum()
+    assert tuned[-1] == normed[-1]  # the last layer needs none
+    assert [read_statistics(out / name).summary.get("translators") for name in ("tuned", "normed")] == [True, None]
+    again = tmp_path / "again"
+    assert run(checkpoint, again, "--translators", str(file), "--set", *SMALL, what=("--responses", out / "responses.jsonl")) == 0
+    np.testing.assert_array_equal(read_statistics(again / "tuned").curves["layer", "kl_from_final"].mean, tuned)
+    for words, message in (
+        (("--fit-translators", str(file)), "is there already, accepted is a new file"),
+        (("--translators", str(tmp_path / "none")), "is not a file, accepted is what --fit-translators wrote"),
+        (("--translators", str(file), "--points", "ffn"), "accepted with --points layer"),
+        (("--fit-steps", "3"), "--fit-steps: 3 given, accepted are 1 and more, with --fit-translators"),
+        (("--translators", str(checkpoint / "model" / "model.safetensors")), "cannot be used"),
+    ):
+        assert run(checkpoint, tmp_path / "new", *words, "--set", *SMALL) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_translator_has_the_gradient_of_float64_logits(checkpoint):
+    model = AutoModelForCausalLM.from_pretrained(checkpoint / "model")
+    batch = make_batch([Sample([2, 3], [4, 5, 6], None, True)], model.device)
+    translators = Translators(4, 160, model.device)
+    FusedLMHead.adopt(model.lm_head)
+    (_, divergence), *_ = itertools.islice(_each_layer(model.requires_grad_(False), translators, batch), 2, 3)
+    divergence.backward()
+    wide = AutoModelForCausalLM.from_pretrained(checkpoint / "model").double()
+    states = wide.model(batch.input_ids, output_hidden_states=True).hidden_states
+    weight = torch.zeros(160, 160, dtype=torch.float64, requires_grad=True)
+    read = states[2][0, 1:].detach()
+    student = wide.lm_head(wide.model.norm(read + read @ weight.T)).log_softmax(-1)
+    teacher = wide.lm_head(states[-1][0, 1:]).log_softmax(-1).detach()
+    (teacher.exp() * (teacher - student)).sum(-1).mean().backward()
+    error = (translators.weight[2].grad.double() - weight.grad).abs().max() / weight.grad.abs().max()
+    assert error < 8 * policy_error(model.config, 20, 10.0)
+    assert [parameter.grad is None for parameter in translators.weight] == [True, True, False, True]

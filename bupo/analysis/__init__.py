@@ -6,6 +6,7 @@ from bupo.analysis.collect import analyze
 from bupo.analysis.heatmap import Heatmap, heat_maps
 from bupo.analysis.report import Report
 from bupo.analysis.statistics import Curve, Statistics, read_statistics, write_statistics
+from bupo.analysis.translators import Translators, fit_translators
 from bupo.analysis.views import read_texts
 
 __all__ = [
@@ -14,8 +15,10 @@ __all__ = [
     "Heatmap",
     "Report",
     "Statistics",
+    "Translators",
     "analyze",
     "find_boundary",
+    "fit_translators",
     "heat_maps",
     "read_statistics",
     "read_texts",

@@ -38,7 +38,8 @@ from bupo.output import claim, progress, replacing
 from bupo.rollout import Sample
 from bupo_kernels import FusedLMHead
 
-READINGS = ("raw", "normed")  # how a hidden state becomes a policy: as it is, or behind the model's final norm
+# How a hidden state becomes a policy: as it is, behind the model's final norm, or behind a translator and the norm.
+READINGS = ("raw", "normed", "tuned")
 MODULES = ("layer", "attention", "ffn")  # what --points chooses from: the residual stream, and two modules with what they read
 
 # The KL between all pairs of layers is taken of so many elements at a time, the cosines of so many rows.
@@ -57,6 +58,7 @@ class Look:
     temperature: float = 1.0  # that of all policies
     top_k: int = 10  # of the positions that are shown
     track: tuple[int, ...] = ()  # ids whose ranks and log-probs are taken at the positions that are shown
+    translate: Callable[[Tensor, int], Tensor] | None = None  # for "tuned": [n, D] of H^layer -> [n, D], before the final norm
 
     def rows(self, depth: int) -> int:
         """Return how many policies there are of a position: rows of a product with the unembedding."""
@@ -126,7 +128,8 @@ def summary_of(model: PreTrainedModel, look: Look, reading: str) -> dict[str, An
         "model_type": model.config.model_type,
         "layers": len(decoder_of(model).layers),
         "vocab": model.get_output_embeddings().out_features,
-        "final_norm": reading == "normed",
+        "final_norm": reading != "raw",
+        **({"translators": True} if reading == "tuned" else {}),
         "temperature": look.temperature,
         "precision": str(model.dtype).removeprefix("torch."),
         "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
@@ -159,6 +162,8 @@ def collect(
     for name, given, accepted in (("points", look.points, MODULES), ("readings", look.readings, READINGS)):
         if not given or (unknown := [one for one in given if one not in accepted]):
             raise ValueError(f"{name}: {unknown[0]!r} given, accepted are some of {', '.join(map(repr, accepted))}")
+    if "tuned" in look.readings and (look.translate is None or look.points != ("layer",)):
+        raise ValueError(f"readings: 'tuned' given with points {look.points}, accepted with translators and ('layer',)")
     FusedLMHead.adopt(model.get_output_embeddings())
     shown = shown if "layer" in look.points else 0
     lengths = [len(sample_ids(sample)) - 1 for sample in samples]
@@ -294,13 +299,17 @@ def measure(
     found: dict[str, dict[str, Tensor]] = {
         reading: {f"{point}.entropy": numbers(depth, n) for point in inside} for reading in look.readings
     }
-    norms: dict[str, Callable[[Tensor], Tensor]] = {"raw": lambda states: states, "normed": decoder.norm}
+
+    def read(reading: str, states: Tensor, layer: int) -> Tensor:
+        if reading == "tuned" and look.translate is not None:
+            states = look.translate(states, layer)
+        return states if reading == "raw" else decoder.norm(states)
 
     def receive(block: BlockStates) -> None:
         number = block.number
         states = {point: getattr(block, point)[batch.row, batch.column] for point in BlockStates._fields[1:]}
         if inside:
-            policies = [norms[reading](states[point]) for reading in look.readings for point in inside]
+            policies = [read(reading, states[point], number) for reading in look.readings for point in inside]
             entropies = iter(head(policies, outputs=("entropy",), **readout).entropy)
             for reading in look.readings:
                 for point in inside:
@@ -334,7 +343,7 @@ def measure(
         at_once = min(at_once, CPU_ROWS) if model.device.type == "cpu" else at_once
         shown_parts: list[dict[str, Tensor]] = []
         for rows in filter(len, (*show.split(at_once), *rest.split(at_once))):
-            policies = [*(norms[reading](states[rows]) for states in residual), final[rows]]
+            policies = [*(read(reading, states[rows], layer) for layer, states in enumerate(residual)), final[rows]]
             targets, more = batch.targets[rows], {}
             if is_shown := len(shown_parts) * at_once < len(show):
                 more = {"top_k": min(look.top_k, head.out_features)}

@@ -26,6 +26,7 @@ from bupo.analysis.heatmap import lens_table
 from bupo.analysis.report import Report
 from bupo.analysis.statistics import layer_table, require_pyarrow
 from bupo.analysis.texts import text_samples, tracked_tokens
+from bupo.analysis.translators import Translators, fit_table, fit_translators
 from bupo.analysis.views import report_of
 from bupo.architecture import load_architecture
 from bupo.config import TrainConfig, check_new_folder
@@ -56,6 +57,8 @@ def analyze_command(
     points: Sequence[str] = MODULES,
     track: Sequence[str] = (),
     against: str | None = None,
+    translators: Path | None = None,
+    fit_steps: int = 0,
     suggest_layer: bool = False,
     examples: int = 4,
     max_tokens: int = 2048,
@@ -64,7 +67,8 @@ def analyze_command(
 
     The responses are those in files, or else ``rollout.samples`` to each of ``prompts`` problems of ``data.heldout``, chosen by the
     seed; ``rollout.temperature`` is that of the samples and of all policies. ``against`` is a second model, which reads the same
-    tokens. An analysis begun in ``out`` and not ended goes on. Raises :class:`ConfigError`.
+    tokens; ``translators`` a file that gives the tuned reading, fitted first where ``fit_steps`` are given. An analysis begun in
+    ``out`` and not ended goes on. Raises :class:`ConfigError`.
     """
     source = source or Source(data=True)
     for key, number, least in (("--prompts", prompts, 1), ("--examples", examples, 0), ("--max-tokens", max_tokens, 1)):
@@ -72,6 +76,7 @@ def analyze_command(
             raise ConfigError(f"{key}: {number} given, accepted are {least} and more")
     if track and (not examples or "layer" not in points):
         raise ConfigError("--track: given, accepted with --examples of 1 and more and with layer among --points")
+    _check_translators(translators, fit_steps, points, against)
     partial = out / "partial"
     if not partial.is_dir():
         check_new_folder(out, "--out")
@@ -115,6 +120,10 @@ def analyze_command(
         if source.texts or source.responses:
             _say(model, look, [(len(sample.prompt_ids), len(sample.response_ids)) for sample in samples])
 
+        if translators is not None:
+            look = replace(look, readings=(*look.readings, "tuned"))
+            look = replace(look, translate=_translators(model, samples, translators, fit_steps, max_tokens, config.seed))
+
         def models() -> Iterator[PreTrainedModel]:
             nonlocal model
             yield model
@@ -148,9 +157,10 @@ def analyze_command(
     if source.texts:
         for views in report.heatmaps_by_text():
             console.print(lens_table(views))
-    for statistics in () if source.texts else report.statistics.values():
-        console.print(layer_table(statistics))
-        print(describe(statistics.summary["boundary"]))
+    for name, statistics in () if source.texts else report.statistics.items():
+        console.print(layer_table(statistics, name if len(report.statistics) > 1 else ""))
+        if "ffn" in points:
+            print(describe(statistics.summary["boundary"]))
     if greedy:
         print(f"{greedy} greedy responses left out: they are no samples of the policy")
     if suggest_layer:
@@ -158,6 +168,36 @@ def analyze_command(
     files_written = "statistics and report.html" if source.texts else "statistics.parquet, summary.json, figures and report.html"
     print(f"{files_written} are in {out}")
     return report
+
+
+def _check_translators(path: Path | None, fit_steps: int, points: Sequence[str], against: str | None) -> None:
+    """Raise :class:`ConfigError` where translators cannot be used, before anything is read."""
+    if path is None:
+        return
+    key = "--fit-translators" if fit_steps else "--translators"
+    if tuple(points) != ("layer",):
+        raise ConfigError(f"{key}: given with --points {' '.join(points)}, accepted with --points layer, which they translate")
+    if against is not None:
+        raise ConfigError(f"{key}: given with --against, accepted for one model")
+    if fit_steps and path.exists():
+        raise ConfigError(f"{key}: {path} is there already, accepted is a new file; --translators uses it")
+    if not fit_steps and not path.is_file():
+        raise ConfigError(f"{key}: {path} is not a file, accepted is what --fit-translators wrote")
+
+
+def _translators(
+    model: PreTrainedModel, samples: Sequence[Sample], path: Path, fit_steps: int, max_tokens: int, seed: int
+) -> Translators:
+    """Return the translators in ``path``, which are fitted to ``samples`` and put there first where there are ``fit_steps``."""
+    if not fit_steps:
+        return Translators.load(path, model, "--translators")
+    if len(samples) < 2:
+        raise ConfigError(f"--fit-translators: given with {len(samples)} text, accepted are at least 2: one is held out")
+    translators, fit = fit_translators(model, samples, steps=fit_steps, max_tokens=max_tokens, seed=seed)
+    translators.save(path, model)
+    Console(width=None if sys.stdout.isatty() else 200).print(fit_table(fit))
+    print(f"translators of {len(fit.before)} layers are in {path}", flush=True)
+    return translators
 
 
 def _say(model: PreTrainedModel, look: Look, lengths: Sequence[tuple[int, int]]) -> None:

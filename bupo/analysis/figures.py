@@ -141,6 +141,12 @@ def training_figure(metrics: list[dict]) -> Figure | None:
     return figure
 
 
+def model_name(summary: dict[str, Any]) -> str:
+    """Return the name of the model of an analysis: of a folder or file that is there the last part."""
+    path = Path(summary["model"])
+    return path.name if path.exists() else summary["model"]
+
+
 def segment_label(segment: dict) -> str:
     """Return the words for a segment of ``summary["boundary"]``, such as "exploration 1–6"."""
     first, last = segment["first"], segment["last"]
@@ -288,7 +294,7 @@ def _figure(statistics: Statistics, title: str, method: str, width: float = 8, h
     """Return a figure with its title, and its axes, an array of them where there are several."""
     figure = Figure(figsize=(width, height), layout="constrained")
     summary = statistics.summary
-    model = summary["model"] if len(summary["model"]) <= 48 else "…" + summary["model"][-47:]
+    model = model_name(summary) if len(model_name(summary)) <= 48 else "…" + model_name(summary)[-47:]
     counted = f"mean over {summary['tokens']:,} tokens of {summary['responses']:,} {summary.get('read', 'responses')}"
     figure.suptitle(f"{model}: {title}\n{counted}; {method}", fontsize=10, parse_math=False)
     axes = figure.subplots(panels, sharex=True)
@@ -298,6 +304,8 @@ def _figure(statistics: Statistics, title: str, method: str, width: float = 8, h
 
 
 def _policies(statistics: Statistics) -> str:
+    if statistics.summary.get("translators"):
+        return "internal policies through translators and the final norm"
     return f"internal policies {'through' if statistics.summary['final_norm'] else 'without'} the final norm"
 
 

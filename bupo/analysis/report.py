@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bupo.analysis.figures import difference_figure, save_figures, segment_label, statistics_figures
+from bupo.analysis.figures import difference_figure, model_name, save_figures, segment_label, statistics_figures
 from bupo.analysis.heatmap import Heatmap
 from bupo.analysis.statistics import Statistics, require_pandas, write_statistics
 from bupo.output import replace_file
@@ -120,9 +120,13 @@ class Report:
             if (figure := difference_figure(statistics)) is not None:
                 rows.append(_row([_image("difference", name, svg_of(figure), many=True)]))
         of_view = list(self._svgs.items())
-        for name in OF_POLICIES:
-            images = [_image(name, view, svgs[name], many=len(of_view) > 1) for view, svgs in of_view if name in svgs]
-            rows += [_row(images)] if images else []
+
+        def images(name: str) -> list[str]:
+            return [_image(name, view, svgs[name], many=len(of_view) > 1) for view, svgs in of_view if name in svgs]
+
+        # Of several views the same figure of each is a row; of one all are.
+        sets = [(name,) for name in OF_POLICIES] if len(of_view) > 1 else [OF_POLICIES]
+        rows += [_row(row) for names in sets if (row := [image for name in names for image in images(name)])]
         once: dict[str, str] = {}
         for name, statistics in self.statistics.items():
             once.setdefault(statistics.summary["model"], name)
@@ -131,10 +135,10 @@ class Report:
             rows += [_row([_image(key, view, self._svgs[view][key], many=len(once) > 1) for key in others])] if others else []
         return rows
 
-    def _default_title(self, summary: Mapping[str, Any]) -> str:
+    def _default_title(self, summary: dict[str, Any]) -> str:
         if summary.get("read") == "texts":
-            return f"What every layer of {_model_name(summary)} would say"
-        return f"Internal policies of {_model_name(summary)}"
+            return f"What every layer of {model_name(summary)} would say"
+        return f"Internal policies of {model_name(summary)}"
 
     def _size_notes(self) -> list[str]:
         """Return :func:`size_note` of each model that is read raw, with its name where there are two."""
@@ -191,12 +195,6 @@ def size_note(raw: Statistics, normed: Statistics | None = None) -> str:
     if own < other / 2:
         return words + "which takes the size out: the raw picture shows mostly rms(H), and little of what the layers say."
     return words + "which takes the size out."
-
-
-def _model_name(summary: Mapping[str, Any]) -> str:
-    """Return the name of the model, of a folder or file that is there its last part."""
-    path = Path(summary["model"])
-    return path.name if path.exists() else summary["model"]
 
 
 def summary_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:

@@ -17,6 +17,14 @@ from bupo.output import replace_file, replacing
 POINTS = ("attention_input", "attention", "attention_residual", "ffn_input", "ffn", "layer")
 RESAMPLES = 2000
 TABLE, SUMMARY = "statistics.parquet", "summary.json"
+TABLE_COLUMNS = {
+    "entropy": ("layer", "entropy"),
+    "ΔH attention": ("attention", "delta_entropy"),
+    "ΔH FFN": ("ffn", "delta_entropy"),
+    "ΔH layer": ("layer", "delta_entropy"),
+    "rms": ("layer", "rms"),
+    "KL to π": ("layer", "kl_to_final"),
+}
 COLUMNS = ("point", "statistic", "layer", "other_layer", "mean", "std", "low", "high")
 
 
@@ -188,17 +196,22 @@ def read_statistics(folder: Path) -> Statistics:
     return Statistics(curves, matrices, json.loads((folder / SUMMARY).read_text(encoding="utf-8")))
 
 
-def layer_table(statistics: Statistics) -> Table:
-    """Return a table with a row for each layer, the last on top, as the residual stream is drawn; and one for the final policy."""
+def layer_table(statistics: Statistics, name: str = "") -> Table:
+    """Return a table with a row for each layer, the last on top, as the residual stream is drawn; and one for the final policy.
+
+    ``name`` is that of the view, where there are several. What was not read has no column.
+    """
     summary, curves = statistics.summary, statistics.curves
-    norm = "behind the final norm" if summary["final_norm"] else "raw"
+    norm = name or ("behind the final norm" if summary["final_norm"] else "raw")
     caption = (
         f"mean over {summary['tokens']:,} tokens of {summary['responses']} responses; nats; {norm}; [95 % interval over responses]"
     )
     table = Table(caption=caption, caption_justify="left")
     boundary = summary["boundary"]
-    for name in ("layer", "entropy", "ΔH attention", "ΔH FFN", "ΔH layer", "rms", "KL to π"):
-        table.add_column(name, justify="right")
+    table.add_column("layer", justify="right")
+    shown = {title: key for title, key in TABLE_COLUMNS.items() if key in curves}
+    for title in shown:
+        table.add_column(title, justify="right")
 
     def cell(point: str, statistic: str, layer: int, digits: int = 3, interval: bool = False) -> str:
         curve = curves.get((point, statistic))
@@ -209,20 +222,12 @@ def layer_table(statistics: Statistics) -> Table:
         return f"{mean:{'+' if 'delta' in statistic else ''}.{digits}f}{bounds}"
 
     depth = summary["layers"]
-    table.add_row("π", cell("final", "entropy", depth), "", "", "", "", "")
+    table.add_row("π", *(cell("final", "entropy", depth) if statistic == "entropy" else "" for _, statistic in shown.values()))
     table.add_section()
     for layer in range(depth, -1, -1):
         here = "→ " if layer == boundary["layer"] else ""
-        table.add_row(
-            f"{here}{layer}",
-            cell("layer", "entropy", layer),
-            cell("attention", "delta_entropy", layer),
-            cell("ffn", "delta_entropy", layer, interval=True),
-            cell("layer", "delta_entropy", layer),
-            cell("layer", "rms", layer),
-            cell("layer", "kl_to_final", layer),
-            style="bold" if here else None,
-        )
+        cells = [cell(*key, layer, interval=key == ("ffn", "delta_entropy")) for key in shown.values()]
+        table.add_row(f"{here}{layer}", *cells, style="bold" if here else None)
     return table
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from bupo.analysis.collect import READINGS, Look, collect, summary_of
+from bupo.analysis.collect import Look, collect, summary_of
 from bupo.analysis.heatmap import Heatmap, named_maps
 from bupo.analysis.report import Report
 from bupo.analysis.statistics import Statistics, Sums, estimate, estimate_difference
 from bupo.analysis.texts import TEACHER_FORCED, text_samples, tracked_tokens
+from bupo.analysis.translators import Translators
 from bupo.data import encode_texts
 from bupo.rollout import Sample
 
@@ -24,10 +25,11 @@ def read_texts(
     texts: Sequence[str],
     *,
     track: Sequence[str] = (),
-    readings: Sequence[str] = READINGS,
+    readings: Sequence[str] = ("raw", "normed"),
     points: Sequence[str] = ("layer",),
     temperature: float = 1.0,
     template: str = "raw",
+    translators: Translators | None = None,
 ) -> Report:
     """Return a :class:`Report` on what every layer of ``model`` makes of ``texts``, each read as it stands.
 
@@ -44,6 +46,7 @@ def read_texts(
         temperature: that of all policies.
         template: as ``data.template`` of ``bupo train``: ``"raw"`` is the text itself, ``"chat"`` a user's message in the
             tokenizer's chat template.
+        translators: of :func:`fit_translators`; adds the reading ``"tuned"``, behind them and the final norm.
 
     Raises:
         ConfigError: a text has no tokens, or a word of ``track`` is no single token; the message names them.
@@ -51,6 +54,8 @@ def read_texts(
     """
     samples = text_samples(model, encode_texts(texts, template, tokenizer, "texts", model.get_input_embeddings().num_embeddings))
     look = Look(tuple(readings), tuple(points), temperature, track=tuple(tracked_tokens(track, tokenizer)))
+    if translators is not None:
+        look = replace(look, readings=(*look.readings, "tuned"), translate=translators)
     return report_of([model], tokenizer, samples, look, examples=len(samples), texts=texts)
 
 
