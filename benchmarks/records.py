@@ -19,6 +19,9 @@ scaling
 support
     ``model``, ``vocab``, ``width``, ``rows``, ``ids`` (of all rows' supports), ``dtype``, ``call``, ``name``, ``ms`` and
     ``ms_of_rounds``, ``peak_bytes`` (beyond operands and results)
+divergence
+    ``model``, ``vocab``, ``width``, ``rows``, ``dtype``, ``call`` (the kind), ``name``, ``ms`` and ``ms_of_rounds``,
+    ``times_floor`` (median of the rounds' ratios), ``peak_bytes`` (beyond operands and results)
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-SECTIONS = ("kernels", "step", "scaling", "support")
+SECTIONS = ("kernels", "step", "scaling", "support", "divergence")
 ORDER = ("floor", "naive", "ours", "peer")
 KERNEL = ("group", "model", "layers", "rows", "vocab", "width", "dtype", "active", "distribution")  # these tell tables apart
 STEP = ("model", "phase", "layer", "layers", "sequences", "length", "dtype", "checkpointing")

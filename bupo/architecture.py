@@ -42,6 +42,9 @@ def check_fits(architecture: PretrainedConfig, config: TrainConfig) -> None:
     asked = {"optimizer.upper_from": config.optimizer.upper_from}
     if config.policy == "bupo" and config.bupo is not None:
         asked["bupo.layer"] = config.bupo.layer
+    if config.distillation is not None and config.distillation.layer >= depth:
+        given = config.distillation.layer
+        raise ConfigError(f"oisd.layer: {given} given, accepted are 1 to {depth - 1} (below the last layer of {config.model})")
     for key, layer in asked.items():
         if layer is not None and layer > depth:
             raise ConfigError(f"{key}: {layer} given, accepted are 1 to {depth} (the layers of {config.model})")

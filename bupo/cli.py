@@ -93,7 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser(
         "train",
         help="train as a YAML file says",
-        description="Trains as CONFIG says: internal-policy steps first (policy: bupo), then GRPO on the model's own policy.",
+        description="Trains as CONFIG says: internal-policy steps first (policy: bupo), then GRPO on the model's own policy; "
+        "or on that throughout (policy: grpo), while a layer learns from it (policy: oisd).",
         epilog="keys of CONFIG, with defaults:\n\n" + describe_config(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

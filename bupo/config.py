@@ -96,6 +96,20 @@ class Bupo(Section):
     guards: Guards = Guards()
 
 
+class Oisd(Section):
+    """On-policy internal self-distillation (arXiv 2605.29089), which is there with `policy: oisd`: GRPO on the model's own policy,
+    and a layer that learns from it where the advantage is positive, and away from it where it is negative."""
+
+    layer: PositiveInt = Field(description="the layer that learns from the model's own policy, from 1, below the last")
+    weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="of the Jensen-Shannon divergence of the two policies in the loss"
+    )
+    attention_weight: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="the same of the two layers' attention (the paper: 0.1), with hardware.attention: eager"
+    )
+    final_norm: bool = Field(True, description="apply the final norm before the unembedding of the layer's policy")
+
+
 class Rollout(Section):
     engine: Literal["continuous", "generate", "vllm"] = Field(
         "continuous", description="transformers' continuous batching, its generate, vLLM"
@@ -220,7 +234,8 @@ class TrainConfig(Section):
     output_dir: Path = Field(description="run folder: new, empty, or one to continue")
     data: Data
     bupo: Bupo | None = None
-    policy: Literal["bupo", "grpo"] = "bupo"
+    oisd: Oisd | None = None
+    policy: Literal["bupo", "grpo", "oisd"] = "bupo"
     steps: PositiveInt = 300
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     reward: Reward = Reward()
@@ -248,6 +263,11 @@ class TrainConfig(Section):
             require(self.bupo.internal_steps <= self.steps, "bupo.internal_steps", f"are 0 to {self.steps} (steps)")
             measurable = self.guards.perplexity is None or self.heldout != []
             require(measurable, "bupo.guards.perplexity", "is null without data.heldout")
+        if self.policy == "oisd":
+            if self.oisd is None:
+                raise ValueError("oisd: missing, accepted is a section with layer, or policy: bupo or grpo")
+            seen = self.oisd.attention_weight == 0 or self.hardware.attention == "eager"
+            require(seen, "oisd.attention_weight", f"is 0.0 with hardware.attention: {self.hardware.attention}")
         objective = self.objective
         of_sequences = objective.ratio == "sequence" or objective.clip not in ("gmpo", "vespo")
         require(of_sequences, "objective.ratio", f"is sequence with objective.clip: {objective.clip}")
@@ -291,6 +311,11 @@ class TrainConfig(Section):
     def guards(self) -> Guards:
         """The guards on phase 1; all are off without a section `bupo`."""
         return self.bupo.guards if self.bupo else Guards()
+
+    @property
+    def distillation(self) -> Oisd | None:
+        """The section `oisd` with `policy: oisd`, None with another."""
+        return self.oisd if self.policy == "oisd" else None
 
     @property
     def heldout(self) -> list[str]:

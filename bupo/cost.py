@@ -190,7 +190,7 @@ def pass_flops(
 
 def _update_flops(architecture: PretrainedConfig, config: TrainConfig, work: Work, layer: int | None, module: str) -> Flops:
     """Return the FLOPs of a training pass as the run makes it."""
-    return pass_flops(
+    own = pass_flops(
         architecture,
         work,
         layer=layer,
@@ -199,6 +199,10 @@ def _update_flops(architecture: PretrainedConfig, config: TrainConfig, work: Wor
         checkpointing=config.hardware.checkpoint_activations,
         trained_layers=_trained_layers(config, architecture.num_hidden_layers),
     )
+    if config.distillation is None or config.distillation.weight == 0:
+        return own
+    # The head of the layer that learns, three products again, and once more that of its teacher, which the loss has had.
+    return own + Flops(head=own.head, recomputed=own.head / 3)
 
 
 def training_flops(
@@ -388,6 +392,7 @@ def memory(architecture: PretrainedConfig, config: TrainConfig, world_size: int,
     budget = default_memory_budget(torch.device("cpu" if hardware.device == "cpu" else "cuda"))
     logits = tokens * s.vocab * (4 + b)  # and their gradients, of every row at once: more is never needed
     in_fp32 = one_head * 4 if b < 4 else 0  # dW is summed in fp32
+    states = tokens * s.width * (4 + 3 * b) * (1 if config.distillation is None else 2)  # that enter the head, and their gradients
 
     sequences = min(rollout.sequences, math.ceil(rollout.prompts * rollout.samples / world_size))
     cached_tokens, decoded_tokens, mask_and_heads = sequences * sum(config.lengths), sequences, 0
@@ -401,7 +406,7 @@ def memory(architecture: PretrainedConfig, config: TrainConfig, world_size: int,
         gradients=gradients,
         gathered=b * (root + 2 * p.layer) * sharded,
         activations=activation_bytes(architecture, tokens, itemsize=b, checkpointing=hardware.checkpoint_activations, layers=depth),
-        head=min(budget, logits) + one_head * b + in_fp32 + tokens * s.width * (4 + 3 * b),
+        head=min(budget, logits) + one_head * b + in_fp32 + states,
         reduction=root * (4 + max(b, math.ceil(4 / world_size))) if sharded else one_head * 4,  # in fp32, from b bytes, to shards
         model=b * p.total * (sharded and not vllm),
         cache=0 if vllm else cached_tokens * 2 * s.keys * s.layers * b,

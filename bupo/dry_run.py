@@ -65,7 +65,8 @@ def describe(
         f"{sequences * (prompt + response):,.0f} tokens",
     ]
     internal = optimised_policy(config, internal=True)
-    phases = {f"phase 1: {internal.phase}": True, "phase 2: the model": False} if config.policy == "bupo" else {"the model": False}
+    own = "the model" if config.distillation is None else f"the model and layer {config.distillation.layer}"
+    phases = {f"phase 1: {internal.phase}": True, "phase 2: the model": False} if config.policy == "bupo" else {own: False}
     memories = [memory(architecture, config, world_size, internal=first) for first in phases.values()]
     steps = [step_flops(architecture, config, world_size, internal=first, lengths=lengths) for first in phases.values()]
     references = [
@@ -76,7 +77,12 @@ def describe(
     for title, first in phases.items():
         looks = looks_of(architecture, config, whole, world_size, optimised_policy(config, first))
         lines.append(f"looks    {title}: {looks}")
-    lines += ["", *_memory_table(list(phases), memories, config), "", *_flops_table(list(phases), steps, references)]
+    lines += [
+        "",
+        *_memory_table(list(phases), memories, config),
+        "",
+        *_flops_table(list(phases), steps, references if config.distillation is None else []),
+    ]
     return "\n".join(lines)
 
 
@@ -109,10 +115,12 @@ def _flops_table(phases: list[str], steps: Sequence[Step], references: Sequence[
     training = [step.training.hardware for step in steps]
     flops = {title: [getattr(step, part).hardware for step in steps] for title, part in STEP_PARTS.items()}
     flops |= {"all": [step.total.hardware for step in steps], "old log-probs and update": training}
-    flops["  the reference's, two heads"] = list(references)
+    if references:
+        flops["  the reference's, two heads"] = list(references)
     rows = [["TFLOP per step, all devices", *phases, "ratio"]]
     rows += [[title, *(f"{x / 1e12:,.1f}" for x in values), f"{values[0] / values[-1]:.2f}"] for title, values in flops.items()]
-    rows.append(["  against ours", *(f"{theirs / ours:.2f}x" for theirs, ours in zip(references, training, strict=True)), ""])
+    if references:
+        rows.append(["  against ours", *(f"{theirs / ours:.2f}x" for theirs, ours in zip(references, training, strict=True)), ""])
     if len(phases) == 1:  # There is nothing to compare it with.
         rows = [row[:-1] for row in rows]
     return columns(rows, numbers=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Looks:
-    """What a run looks at: every so many steps on so many samples, and on so many tokens of these at all layers."""
+    """The looks of a run: every so many steps on so many samples, and on so many tokens of these at all layers."""
 
     every: int  # steps from one look at both policies to the next
     samples: int  # on each device, at a look at both policies

@@ -38,6 +38,8 @@ PARTS = (
     ("entropy {:.2f}", "entropy"),
     ("({:.2f})", "entropy_final"),
     ("kl {:.3g}", "kl"),
+    ("jsd {:.3g}", "jsd"),
+    ("of attention {:.3g}", "jsd_attention"),
     ("ppl {:.3f}", "perplexity"),
     ("clip {:.1%}", "clip_share"),
     ("grad {:.2f}", "grad_norm"),

@@ -37,7 +37,7 @@ from bupo.peaks import peak_flops
 from bupo.rewards import RewardPool
 from bupo.rollout import WHOLE, Rollout, Sample, Stopped, configured_decode, configured_rollout
 from bupo.schedule import FINAL, OptimisedPolicy, Schedule, learning_rate
-from bupo_kernels import PolicyObjective, policy_logprobs, policy_loss
+from bupo_kernels import PolicyMetrics, PolicyObjective, policy_logprobs, policy_loss, self_distillation_loss
 from bupo_kernels.internal_policy import PolicyStates, policy_states, read_head
 from bupo_kernels.policy_losses import top_entropy_bound
 
@@ -366,7 +366,9 @@ class Update(NamedTuple):
     loss: float
     clipped: float  # tokens on which a clip decided
     kl_old: float  # summed over tokens
-    tokens: float  # response tokens of the samples with a gradient
+    tokens: float  # response tokens with a gradient
+    jsd: float | None  # of the layer that OISD trains from the model's own policy, summed over tokens; None without
+    jsd_attention: float | None  # the same of their attention
     ratio_max: float
     grad_norm: float  # before clipping
     micro_batches: int  # as many on each rank
@@ -385,31 +387,57 @@ def update(
     The weights of the aggregation are in the coefficients: a positive factor of an advantage is one of its term, clipped or not.
     """
     objective = policy_objective(config)
-    sums, ratio_max = torch.zeros(4, device=world.device), torch.ones((), device=world.device)
+    sums, ratio_max = torch.zeros(6, device=world.device), torch.ones((), device=world.device)
     for batch in micro_batches:
-        loss, metrics = as_forward(
-            policy_loss,
-            model,
-            batch.input_ids,
-            batch.targets,
-            batch.coefficients,
-            old_logprobs=batch.old_logprobs,
-            objective=objective,
-            denominator=1,
-            lengths=batch.sequence_lengths if objective.needs_sequence else None,
-            **call_options(batch, policy, config),
-        )
+        loss, metrics, *divergences = loss_of(model, batch, policy, objective, config)
         (loss * world.size).backward()  # FSDP averages over the ranks
         active, clipped = metrics.active_rows, metrics.clipped_low + metrics.clipped_high
-        sums += torch.stack([loss.detach(), clipped * active, metrics.kl_old * active, active])
+        sums += torch.stack([loss.detach(), clipped * active, metrics.kl_old * active, active, *divergences])
         ratio_max = torch.maximum(ratio_max, metrics.ratio_max)
     grad_norm = full(torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.max_grad_norm)).item()
     if not math.isfinite(grad_norm):
         raise FloatingPointError(f"gradient norm {grad_norm}: the weights are as before this update, the last checkpoint is good")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    total_loss, clipped_rows, kl_old, rows = world.sum(sums).tolist()
-    return Update(total_loss, clipped_rows, kl_old, rows, world.max(ratio_max).item(), grad_norm, len(micro_batches))
+    total_loss, clipped_rows, kl_old, rows, jsd, attention = world.sum(sums).tolist()
+    return Update(
+        loss=total_loss,
+        clipped=clipped_rows,
+        kl_old=kl_old,
+        tokens=rows,
+        jsd=jsd if config.distillation and config.distillation.weight else None,
+        jsd_attention=attention if config.distillation and config.distillation.attention_weight else None,
+        ratio_max=world.max(ratio_max).item(),
+        grad_norm=grad_norm,
+        micro_batches=len(micro_batches),
+    )
+
+
+def loss_of(
+    model: PreTrainedModel, batch: MicroBatch, policy: OptimisedPolicy, objective: PolicyObjective, config: TrainConfig
+) -> tuple[Tensor, PolicyMetrics, Tensor, Tensor]:
+    """Return loss and metrics of a micro-batch, and the divergences of OISD summed over its tokens, 0 without it."""
+    ids, targets, coefficients = batch.input_ids, batch.targets, batch.coefficients
+    options: dict[str, Any] = {"old_logprobs": batch.old_logprobs, "objective": objective, "denominator": 1}
+    options["lengths"] = batch.sequence_lengths if objective.needs_sequence else None
+    none, taught = torch.zeros((), device=batch.targets.device), config.distillation
+    if taught is None:
+        options |= call_options(batch, policy, config)
+        return *as_forward(policy_loss, model, ids, targets, coefficients, **options), none, none
+    found = as_forward(
+        self_distillation_loss,
+        model,
+        ids,
+        targets,
+        coefficients,
+        layer=taught.layer,
+        divergence_weight=taught.weight,
+        attention_weight=taught.attention_weight,
+        final_norm=taught.final_norm,
+        support=batch.kept,
+        **(options | batch_options(batch, config)),
+    )
+    return found.loss, found.metrics, found.divergence.sum(), none if found.attention is None else found.attention.sum()
 
 
 def policy_objective(config: TrainConfig) -> PolicyObjective:
@@ -546,9 +574,10 @@ def describe_samples(samples: list[Sample], rewards: Tensor, advantages: Tensor)
 
 
 def describe_updates(updates: list[Update]) -> dict[str, float]:
-    """Return means over a step's updates, or over their tokens."""
+    """Return means over a step's updates, or over their tokens; a divergence only where there is one."""
     count, tokens_ = len(updates) or 1, sum(u.tokens for u in updates) or 1
-    return {
+    divergences = {name: [getattr(u, name) for u in updates if getattr(u, name) is not None] for name in ("jsd", "jsd_attention")}
+    return {name: sum(values) / tokens_ for name, values in divergences.items() if values} | {
         "loss": sum(u.loss for u in updates) / count,
         "clip_share": sum(u.clipped for u in updates) / tokens_,
         "kl_old": sum(u.kl_old for u in updates) / tokens_,

@@ -15,6 +15,7 @@ from bupo_kernels.internal_policy import internal_policy, policy_divergence, pol
 from bupo_kernels.lens import LensStatistics, logit_lens
 from bupo_kernels.modules import FusedLMHead
 from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective, simpo_loss
+from bupo_kernels.self_distillation import SelfDistillation, self_distillation_loss
 
 __all__ = [
     "FusedLMHead",
@@ -24,6 +25,7 @@ __all__ = [
     "Plan",
     "PolicyMetrics",
     "PolicyObjective",
+    "SelfDistillation",
     "explain",
     "internal_policy",
     "linear_cross_entropy",
@@ -35,5 +37,6 @@ __all__ = [
     "policy_lens",
     "policy_logprobs",
     "policy_loss",
+    "self_distillation_loss",
     "simpo_loss",
 ]

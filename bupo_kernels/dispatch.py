@@ -15,11 +15,15 @@ from bupo_kernels.backends.base import Backend, Candidate, Problem, TilePlan, To
 from bupo_kernels.backends.cpu_bf16 import CpuBf16
 from bupo_kernels.backends.divergences import DivergenceRows, TorchDivergence
 from bupo_kernels.backends.gathers import Gathers, TorchGathers
+from bupo_kernels.backends.lens_loop import LensRows
 from bupo_kernels.backends.machine import Gpu, Seconds
+from bupo_kernels.backends.native_divergences import NativeDivergence
 from bupo_kernels.backends.native_gathers import NativeGathers
+from bupo_kernels.backends.native_lens import NativeLens
 from bupo_kernels.backends.native_rows import NativeCpu, NativeCuda
 from bupo_kernels.backends.torch_ import Torch
-from bupo_kernels.backends.triton_ import Triton, TritonGathers
+from bupo_kernels.backends.torch_lens import TorchLens
+from bupo_kernels.backends.triton_ import Triton, TritonDivergence, TritonGathers
 
 TRITON, CPU_BF16, NATIVE_CPU, NATIVE_CUDA, TORCH = Triton(), CpuBf16(), NativeCpu(), NativeCuda(), Torch()
 
@@ -48,8 +52,13 @@ NAMES = _names(STRATEGIES)
 # The same for a call on supports.
 GATHERS: dict[str, Gathers] = {"triton": TritonGathers(), "native": NativeGathers(), "torch": TorchGathers()}
 
-# The same for the rows of a divergence.
-DIVERGENCES: dict[str, DivergenceRows] = {"torch": TorchDivergence()}
+# The same for the rows of a divergence, and for what the ops above do not give of a lens.
+DIVERGENCES: dict[str, DivergenceRows] = {
+    "triton": TritonDivergence(),
+    "native": NativeDivergence(),
+    "torch": TorchDivergence(),
+}
+LENSES: dict[str, LensRows] = {"native": NativeLens(), "torch": TorchLens()}
 
 Chosen = TypeVar("Chosen", bound=Candidate)
 
@@ -208,9 +217,23 @@ def choose_gathers(problem: Problem, backend: str = "auto") -> tuple[str, Gather
     return _choose(problem, backend, _names({name: gathers.strategies for name, gathers in GATHERS.items()}), GATHERS)
 
 
-def choose_divergence(problem: Problem, backend: str = "auto") -> tuple[str, DivergenceRows, str | None, dict[str, str]]:
-    """Return what :func:`choose` does, for the rows of a divergence."""
-    return _choose(problem, backend, _names({name: rows.strategies for name, rows in DIVERGENCES.items()}), DIVERGENCES)
+def choose_divergence(
+    problem: Problem, backend: str = "auto", from_top: bool = False
+) -> tuple[str, DivergenceRows, str | None, dict[str, str]]:
+    """Return what :func:`choose` does, for the rows of a divergence, from a teacher of logits or one that is known by its top."""
+    names = _names({name: rows.strategies for name, rows in DIVERGENCES.items()})
+    reasons = {name: rows.why_not_top() for name, rows in DIVERGENCES.items() if from_top}
+    unable = {name: reason for name, reason in reasons.items() if reason is not None}
+    asked = backend.partition(":")[0]
+    if asked in unable:
+        raise ValueError(f"backend: {backend!r} given, it cannot run this: {unable[asked]}")
+    name, kernel, strategy, why_not = _choose(problem, backend, names, {k: v for k, v in DIVERGENCES.items() if k not in unable})
+    return name, kernel, strategy, why_not | unable
+
+
+def choose_lens(problem: Problem, backend: str = "auto") -> tuple[str, LensRows, str | None, dict[str, str]]:
+    """Return what :func:`choose` does, for outputs of a lens that no op gives."""
+    return _choose(problem, backend, _names({name: rows.strategies for name, rows in LENSES.items()}), LENSES)
 
 
 def _choose(

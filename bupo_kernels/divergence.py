@@ -5,6 +5,9 @@ have the logits of both sides at hand, whole, within the memory budget, and one 
 products to values and, in place, to the gradients of the products. Of a chunk there is one product for each side, and one for each
 trained operand. A sum over rows takes its gradients so in the forward. Values of rows, whose upstream gradients nobody knows there,
 form the products of the rows that have one again in the backward.
+
+A teacher that is known by the log-probs of its top ids alone (:class:`Top`) has no logits: there is one product, and all ids beyond
+the top are one bucket.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bupo_kernels.backends.base import Operands, Problem
-from bupo_kernels.backends.divergences import DivergenceRows, Side, Upstream
+from bupo_kernels.backends.divergences import DivergenceRows, Side, Top, Upstream
 from bupo_kernels.backends.gradients import GradientSums, MatrixTile, RowsTile, accumulate_, whole_rows
 from bupo_kernels.backends.quantised import rows_of
 from bupo_kernels.backends.tile_loop import CPU_TILE, DEVICE_TILE, SMALL_TILE, row_elements
@@ -35,6 +38,9 @@ class Policy(NamedTuple):
     settings: Settings
 
 
+Teacher = Policy | Top
+
+
 @dataclass(frozen=True)
 class DivergencePlan:
     """The plan of a call of :func:`bupo_kernels.linear_divergence`; ``print`` it. FLOPs count multiply and add; the backward's are
@@ -44,7 +50,7 @@ class DivergencePlan:
     implementation: DivergenceRows = field(repr=False)
     strategy: str | None
     student: Problem
-    teacher: Problem
+    teacher: Problem | int  # or the number of top ids that it is known by
     one_pass: bool  # whether the gradients are taken in the forward
     chunk_rows: int  # whose logits of both sides are at hand together
     columns: int  # of W whose dequantised or upcast rows are, and of dW
@@ -52,21 +58,31 @@ class DivergencePlan:
     why_not: dict[str, str] = field(default_factory=dict)  # backend -> reason, for those that cannot run this or were passed over
 
     @property
+    def problem(self) -> Problem:
+        """The student's problem, whose rows and columns are the teacher's too."""
+        return self.student
+
+    @property
     def flops_forward(self) -> int:
         return self._products + (self._gradients if self.one_pass else 0)
 
     @property
     def flops_backward(self) -> int:
-        trained = self.student.needs_grad or self.teacher.needs_grad
+        trained = any(side.needs_grad for side in self.sides)
         return self._products + self._gradients if trained and not self.one_pass else 0
 
     @property
+    def sides(self) -> list[Problem]:
+        """The problems of those that have logits."""
+        return [side for side in (self.student, self.teacher) if isinstance(side, Problem)]
+
+    @property
     def _products(self) -> int:
-        return sum(_flops(side) for side in (self.student, self.teacher))
+        return sum(_flops(side) for side in self.sides)
 
     @property
     def _gradients(self) -> int:
-        return sum(_flops(side) * (side.grad_hidden + side.grad_weight) for side in (self.student, self.teacher))
+        return sum(_flops(side) * (side.grad_hidden + side.grad_weight) for side in self.sides)
 
     @property
     def accumulators(self) -> int:
@@ -74,17 +90,20 @@ class DivergencePlan:
         several = self.student.active_rows > self.chunk_rows
         return several * sum(
             side.vocab * side.width * side.statistics_dtype.itemsize
-            for side in (self.student, self.teacher)
+            for side in self.sides
             if side.grad_weight and side.dtype.itemsize < side.statistics_dtype.itemsize
         )
 
     def __str__(self) -> str:
         student, teacher, mib = self.student, self.teacher, 2**20
+        of_teacher, trained = f"the top {teacher} of the teacher", ""
+        if isinstance(teacher, Problem):
+            of_teacher = f"{teacher.width} in {_name(teacher.dtype)} (teacher)"
+            trained = f", {_trained(teacher, 'teacher')}"
         lines = [
-            f"problem   {student.active_rows} of {student.rows} rows x {student.vocab} columns x {student.width} (student) and "
-            f"{teacher.width} (teacher), {_name(student.dtype)} and {_name(teacher.dtype)} on {student.device.type}",
-            f"gradient  {_trained(student, 'student')}, {_trained(teacher, 'teacher')}"
-            + (", in the forward" if self.one_pass else ""),
+            f"problem   {student.active_rows} of {student.rows} rows x {student.vocab} columns x {student.width} in "
+            f"{_name(student.dtype)} (student) and {of_teacher}, on {student.device.type}",
+            f"gradient  {_trained(student, 'student')}{trained}" + (", in the forward" if self.one_pass else ""),
             f"backend   {self.backend}: whole rows{f' with {self.strategy}' if self.strategy else ''}, {self.chunk_rows} at a time",
             f"forward   {self.flops_forward / 1e9:.3f} GFLOP",
             f"backward  {self.flops_backward / 1e9:.3f} GFLOP",
@@ -112,24 +131,28 @@ def _flags(problem: Problem) -> tuple[bool, bool, bool]:
     return problem.grad_hidden, problem.grad_weight, problem.grad_bias
 
 
-def plan_for(student: Policy, teacher: Policy, active_rows: int, one_pass: bool = False) -> DivergencePlan:
+def plan_for(student: Policy, teacher: Teacher, active_rows: int, one_pass: bool = False) -> DivergencePlan:
     """Return the plan of a call. Raise ``ValueError`` when the backend asked for is unknown or cannot run it, with its reason, or
     the budget does not hold the logits of one row."""
-    problems = [problem_of(side.operands, active_rows, side.settings) for side in (student, teacher)]
-    name, kernel, strategy, why_not = choose_divergence(problems[0], student.settings.backend)
+    sides = [side for side in (student, teacher) if isinstance(side, Policy)]
+    problems = [problem_of(side.operands, active_rows, side.settings) for side in sides]
+    name, kernel, strategy, why_not = choose_divergence(problems[0], student.settings.backend, isinstance(teacher, Top))
     least, columns = _columns(problems)
     dtype, device, vocab = problems[0].statistics_dtype, problems[0].device, problems[0].vocab
+    # Of a top there are ids and log-probs, and a dozen matrices of as many columns.
+    of_top = 16 * teacher.ids.shape[-1] * dtype.itemsize if isinstance(teacher, Top) else 0
 
     def needed(rows: int) -> int:
-        return least + rows * sum(_bytes_of_row(x) for x in problems) + kernel.working_memory(rows, vocab, dtype, device)
+        return least + rows * sum(map(_bytes_of_row, problems)) + kernel.working_memory(rows, vocab, dtype, device) + rows * of_top
 
     budget = problems[0].memory_budget
     problems[0].require_budget(needed(1))
+    of_teacher = teacher.ids.shape[-1] if isinstance(teacher, Top) else problems[1]
     fewest, most = 1, max(active_rows, 1)
     while fewest < most:  # the largest number of rows that fits
         middle = (fewest + most + 1) // 2
         fewest, most = (middle, most) if needed(middle) <= budget else (fewest, middle - 1)
-    return DivergencePlan(name, kernel, strategy, problems[0], problems[1], one_pass, fewest, columns, needed(fewest), why_not)
+    return DivergencePlan(name, kernel, strategy, problems[0], of_teacher, one_pass, fewest, columns, needed(fewest), why_not)
 
 
 def _bytes_of_row(problem: Problem) -> int:
@@ -169,17 +192,16 @@ class Found(NamedTuple):
     gradients: Six
 
 
-def values(student: Policy, teacher: Policy, active: Tensor, beta: float) -> tuple[Tensor, Tensor]:  # [...] bool -> [N], [N]
+def values(student: Policy, teacher: Teacher, active: Tensor, beta: float) -> tuple[Tensor, Tensor]:  # [...] bool -> [N], [N]
     """Return divergence and student's entropy of all rows, 0 on those that are not active."""
-    for side in (student, teacher):
-        check_rows(side.operands, active, side.settings.ignore_index)
+    check(student, teacher, active)
     found = _run(student, teacher, active.flatten().nonzero().squeeze(1), beta, None, NOTHING, NOTHING)
     return found.divergence, found.entropy
 
 
 def gradients(
     student: Policy,
-    teacher: Policy,
+    teacher: Teacher,
     active: Tensor,  # [...] bool
     beta: float,
     upstream: Sequence[Tensor | None],  # [...] each: of divergence and entropy
@@ -198,12 +220,13 @@ def gradients(
     if g_divergence is None:
         g_divergence = torch.zeros(len(rows), dtype=dtype, device=rows.device)
     of_rows = Upstream(g_divergence, g_entropy)
-    return _run(student, teacher, rows, beta, of_rows, student.settings.needed, teacher.settings.needed).gradients
+    of_teacher = teacher.settings.needed if isinstance(teacher, Policy) else NOTHING
+    return _run(student, teacher, rows, beta, of_rows, student.settings.needed, of_teacher).gradients
 
 
 def weighted_sum(
     student: Policy,
-    teacher: Policy,
+    teacher: Teacher,
     active: Tensor,  # [...] bool
     beta: float,
     weights: Tensor,  # [...]
@@ -211,54 +234,90 @@ def weighted_sum(
     """Return ``Σ weight · divergence`` over the active rows, and what they have; gradients are those of the sum, taken in the same
     pass. Rows of weight 0 are left out."""
     active = active & (weights != 0)
-    for side in (student, teacher):
-        check_rows(side.operands, active, side.settings.ignore_index)
+    check(student, teacher, active)
     rows = active.flatten().nonzero().squeeze(1)
     of_rows = weights.flatten()[rows]
-    planned = student.settings.planned, teacher.settings.planned
-    trained = any(student.settings.planned + teacher.settings.planned)
+    planned = student.settings.planned, teacher.settings.planned if isinstance(teacher, Policy) else NOTHING
+    trained = any(planned[0] + planned[1])
     found = _run(student, teacher, rows, beta, Upstream(of_rows, None) if trained else None, *planned)
     return (of_rows * found.divergence[rows]).sum(), found
 
 
+def check(student: Policy, teacher: Teacher, active: Tensor) -> None:  # [...] bool
+    """Raise ``ValueError`` for a temperature, or an id of a teacher's top, out of range, where values are at hand. Off the CPU it
+    is a device-side assert."""
+    for side in (student, teacher):
+        if isinstance(side, Policy):
+            check_rows(side.operands, active, side.settings.ignore_index)
+    if not isinstance(teacher, Top) or teacher.ids.numel() == 0:
+        return
+    vocab, counts = student.operands.weight.shape[0], active.unsqueeze(-1)
+    outside = counts & ((teacher.ids < 0) | (teacher.ids >= vocab))
+    in_order = teacher.ids.sort(-1).values
+    twice = counts & (in_order[..., 1:] == in_order[..., :-1])
+    accepted = f"accepted are ids in [0, {vocab}), each once in a row"
+    if teacher.ids.device.type != "cpu":
+        torch._assert_async(~outside.any() & ~twice.any(), f"teacher_top: {accepted}")
+    elif outside.any():
+        raise ValueError(f"teacher_top: id {teacher.ids[outside][0].item()} given, {accepted}")
+    elif twice.any():
+        raise ValueError(f"teacher_top: id {in_order[..., 1:][twice][0].item()} given twice for a row, {accepted}")
+
+
 def _run(
     student: Policy,
-    teacher: Policy,
+    teacher: Teacher,
     rows: Tensor,  # [n]
     beta: float,
     upstream: Upstream | None,  # [n] each
     *needed: Flags,  # of each side
 ) -> Found:
     """Return what ``rows`` have, chunk by chunk."""
-    planned = zip((student, teacher), needed, strict=True)
-    sides = [side._replace(settings=side.settings._replace(planned=flags)) for side, flags in planned]
-    plan = plan_for(sides[0], sides[1], len(rows))
-    problems, chunk_rows, dtype = (plan.student, plan.teacher), plan.chunk_rows, plan.student.statistics_dtype
+    sides = [
+        side._replace(settings=side.settings._replace(planned=flags))
+        for side, flags in zip((student, teacher), needed, strict=True)
+        if isinstance(side, Policy)
+    ]
+    plan = plan_for(sides[0], sides[1] if isinstance(teacher, Policy) else teacher, len(rows))
+    chunk_rows, dtype = plan.chunk_rows, plan.student.statistics_dtype
     sums = [
-        GradientSums(x.hidden, x.weight, x.bias, needed=flags, dtype=dtype, parts=len(rows) > chunk_rows)
-        for (x, _), flags in zip(sides, needed, strict=True)
+        GradientSums(x.hidden, x.weight, x.bias, needed=settings.planned, dtype=dtype, parts=len(rows) > chunk_rows)
+        for x, settings in sides
     ]
     divergence, entropy = (torch.zeros(plan.student.rows, dtype=dtype, device=rows.device) for _ in range(2))
     with on(rows.device):
         for start in range(0, len(rows), chunk_rows):
             chunk = slice(start, start + chunk_rows)
-            some = rows[chunk]
-            both = [_products(side.operands, some, x, plan.columns) for side, x in zip(sides, problems, strict=True)]
-            divergence[some], entropy[some] = plan.implementation.rows(
-                both[0][0],
-                both[1][0],
-                beta,
-                None if upstream is None else upstream.rows(chunk),
-                student.settings.with_entropy,
-                plan.strategy,
-            )
-            for side, problem, (own, hidden), total in zip(sides, problems, both, sums, strict=True):
-                if own.dz is not None:
-                    dz, unscale = _as_operand(own.dz, problem)
-                    tiles = _tiles(dz, side.operands.weight, hidden, problem, plan.columns)
-                    total.add(tiles, some, unscale=unscale, step=len(some))
-            del both, own  # with the logits, before those of the next chunk are made
-    return Found(divergence, entropy, (*sums[0].result(), *sums[1].result()))
+            some, of_chunk = rows[chunk], None if upstream is None else upstream.rows(chunk)
+            top = teacher.of_rows(some, dtype) if isinstance(teacher, Top) else None
+            divergence[some], entropy[some] = _chunk(sides, top, some, beta, of_chunk, plan, sums)
+    nothing = [divergence.new_empty(0) for _ in range(3)]
+    of_teacher = sums[1].result() if len(sums) > 1 else (nothing[0], nothing[1], nothing[2])
+    return Found(divergence, entropy, (*sums[0].result(), *of_teacher))
+
+
+def _chunk(
+    sides: Sequence[Policy],
+    top: Top | None,  # [n, k]
+    rows: Tensor,  # [n]
+    beta: float,
+    upstream: Upstream | None,  # [n] each
+    plan: DivergencePlan,
+    sums: Sequence[GradientSums],
+) -> tuple[Tensor, Tensor]:  # [n] each
+    """Return divergence and entropy of some rows, and add their gradients to the ``sums`` of the ``sides`` that have logits."""
+    both = [_products(side.operands, rows, problem, plan.columns) for side, problem in zip(sides, plan.sides, strict=True)]
+    (student, _), kernel = both[0], plan.implementation
+    if top is not None:
+        found = kernel.top_rows(student, top, beta, upstream, plan.strategy)
+    else:
+        found = kernel.rows(student, both[1][0], beta, upstream, sides[0].settings.with_entropy, plan.strategy)
+    for side, problem, (own, hidden), total in zip(sides, plan.sides, both, sums, strict=True):
+        if own.dz is not None:
+            dz, unscale = _as_operand(own.dz, problem)
+            tiles = _tiles(dz, side.operands.weight, hidden, problem, plan.columns)
+            total.add(tiles, rows, unscale=unscale, step=len(rows))
+    return found
 
 
 def _products(operands: Operands, rows: Tensor, problem: Problem, columns: int) -> tuple[Side, Tensor]:

@@ -41,6 +41,7 @@ from torch import Tensor
 from bupo_kernels import engine, ops
 from bupo_kernels.backends import machine
 from bupo_kernels.dispatch import Plan, default_memory_budget
+from bupo_kernels.divergence import DivergencePlan
 from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective, active_tokens, policy_metrics, policy_terms, token_weights
 from bupo_kernels.request import REDUCTIONS, DivergenceRequest, Request, check_constant, check_rows_of
 from bupo_kernels.support import SupportPlan
@@ -318,11 +319,12 @@ class LinearDivergence(NamedTuple):
 def linear_divergence(
     student_hidden: Tensor,  # [..., D]
     student_weight: Tensor,  # [V, D]
-    teacher_hidden: Tensor,  # [..., D']
+    teacher_hidden: Tensor | None = None,  # [..., D']
     teacher_weight: Tensor | None = None,  # [V, D']
     *,
     kind: str = "forward_kl",
     beta: float = 0.5,
+    teacher_top: tuple[Tensor, Tensor] | None = None,  # ids [..., k] int64, logprobs [..., k]
     row_weights: Tensor | None = None,  # [...] or [..., 1]
     reduction: str = "none",
     denominator: float | Tensor | None = None,
@@ -346,6 +348,11 @@ def linear_divergence(
             ``½ KL(q ‖ M) + ½ KL(p ‖ M)`` with ``M = ½ (p + q)``, in [0, ln 2]; or ``"gjsd"``, generalised:
             ``β KL(q ‖ M) + (1−β) KL(p ‖ M)`` with ``M = β q + (1−β) p`` (GKD, arXiv 2306.13649, equation 1).
         beta: β of ``"gjsd"``. As in TRL, 0 is the forward KL and 1 the reverse (the limits of ``gjsd / β`` and ``gjsd / (1−β)``).
+        teacher_top: in place of ``teacher_hidden``, what is left of a teacher that runs elsewhere: k ids for each row, each once,
+            and their log-probs in its whole policy. All other ids are one bucket, of the probability 1 − Σ e^logprobs, and so they
+            are for the student: the divergence is that of two policies of k + 1 outcomes, never above that of the whole ones.
+            The student's part of the bucket is summed over its ids, and is exact however little of it is left. −inf is accepted.
+            It runs on ``torch``, with one product fewer.
         row_weights: factors of the rows' divergences, of either sign, in the shape of the rows or one per sequence, ``[..., 1]``; a
             constant. Rows of weight 0 cost nothing.
         reduction: ``"none"``: the values of rows, times their weights. ``"sum"``, or ``"mean"`` over the rows that ``mask`` leaves
@@ -385,12 +392,11 @@ def linear_divergence(
         kind=kind,
         beta=beta,
         row_weights=row_weights,
-        of_teacher={
-            "bias": teacher_bias,
-            "temperature": teacher_temperature,
-            "logit_scale": teacher_logit_scale,
-            "softcap": teacher_softcap,
-        },
+        teacher_top=teacher_top,
+        teacher_bias=teacher_bias,
+        teacher_temperature=teacher_temperature,
+        teacher_logit_scale=teacher_logit_scale,
+        teacher_softcap=teacher_softcap,
         **options,
     )
     if check:
@@ -416,9 +422,10 @@ def explain(
     objective: PolicyObjective | None = None,
     device: str | None = None,
     **options: Any,
-) -> Plan | SupportPlan:
+) -> Plan | SupportPlan | DivergencePlan:
     """Return the plan that :func:`linear_logprobs` would follow for the same arguments, or, given an ``objective``,
-    :func:`linear_policy_loss` with no row of zero advantage; no product is formed. ``print`` it.
+    :func:`linear_policy_loss` with no row of zero advantage, or, given ``teacher_hidden`` or ``teacher_top``,
+    :func:`linear_divergence`; no product is formed. ``print`` it.
 
     Without ``targets`` every row counts. Which gradients are planned follows ``requires_grad`` of the operands and
     ``torch.is_grad_enabled()``. Under autocast the copies that it casts come on top of the stated bytes. Raises what
@@ -438,6 +445,11 @@ def explain(
         forward   0.066 GFLOP, at least 0.37 MiB moved, 4.12 MiB of working memory
         ...
     """
+    if options.get("teacher_hidden") is not None or options.get("teacher_top") is not None:
+        if given := [name for name, x in (("targets", targets), ("objective", objective), ("device", device)) if x is not None]:
+            raise TypeError(f"{given[0]}: given with a teacher, accepted is None")
+        one_pass = options.pop("reduction", "none") != "none"
+        return DivergenceRequest.of(hidden, weight, **options).plan(one_pass)
     if targets is None and isinstance(hidden, Tensor):
         targets = torch.zeros(hidden.shape[:-1], dtype=torch.int64, device=hidden.device)
     gpu = None if device is None else machine.named(device)

@@ -234,14 +234,13 @@ def policy_lens(
 
 
 class PolicyStates(NamedTuple):
-    """The hidden states of one forward of a whole model, each ``[B, S, D]`` and without a graph."""
+    """The hidden states of one forward of a whole model, each ``[B, S, D]``, with a gradient where those are enabled."""
 
     residual: list[Tensor]  # H^0 (the embedding), H^1 … H^L, before the final norm
     internal: Tensor  # what the head reads under the policy that was asked for
     final: Tensor  # what it reads under the model's own
 
 
-@torch.no_grad()
 def policy_states(
     model: nn.Module,
     input_ids: Tensor,  # [B, S] int64

@@ -15,7 +15,7 @@ from bupo_kernels.lens import LensStatistics, logit_lens
 from bupo_kernels.policy_losses import PolicyMetrics
 
 # Arguments that ask the head for more than logits.
-QUESTIONS = ("targets", "advantages", "teacher_hidden", "outputs")
+QUESTIONS = ("targets", "advantages", "teacher_hidden", "teacher_top", "outputs")
 # The function that answers, by which of them are given. It is called with hidden and weight, and by name with these, bias and
 # options.
 ANSWERS: dict[tuple[str, ...], Callable[..., Any]] = {
@@ -23,11 +23,16 @@ ANSWERS: dict[tuple[str, ...], Callable[..., Any]] = {
     ("targets",): linear_logprobs,
     ("targets", "advantages"): linear_policy_loss,
     ("teacher_hidden",): linear_divergence,
+    ("teacher_top",): linear_divergence,
     ("outputs",): logit_lens,
     ("targets", "outputs"): logit_lens,
 }
 # An argument, and those that it excludes.
-EXCLUDES = {"outputs": ("teacher_hidden", "advantages"), "teacher_hidden": ("targets", "advantages")}
+EXCLUDES = {
+    "outputs": ("teacher_hidden", "teacher_top", "advantages"),
+    "teacher_hidden": ("targets", "advantages", "teacher_top"),
+    "teacher_top": ("targets", "advantages"),
+}
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -64,6 +69,8 @@ class FusedLMHead(nn.Linear):
     @overload
     def forward(self, hidden: Tensor, *, teacher_hidden: Tensor, **options: Any) -> LinearDivergence: ...
     @overload
+    def forward(self, hidden: Tensor, *, teacher_top: tuple[Tensor, Tensor], **options: Any) -> LinearDivergence: ...
+    @overload
     def forward(
         self, hidden: Tensor | Sequence[Tensor], targets: Tensor | None = None, *, outputs: Sequence[str], **options: Any
     ) -> LensStatistics: ...
@@ -78,6 +85,7 @@ class FusedLMHead(nn.Linear):
         advantages: Tensor | None = None,
         *,
         teacher_hidden: Tensor | None = None,
+        teacher_top: tuple[Tensor, Tensor] | None = None,
         outputs: Sequence[str] | None = None,
         **options: Any,
     ) -> Tensor | LinearDivergence | LinearLogprobs | LensStatistics | tuple[Tensor, PolicyMetrics]:
@@ -86,12 +94,12 @@ class FusedLMHead(nn.Linear):
         * nothing else: logits, ``[..., V]``
         * ``targets[...]``: :func:`bupo_kernels.linear_logprobs`
         * ``targets`` and ``advantages``: :func:`bupo_kernels.linear_policy_loss`
-        * ``teacher_hidden[..., D]``: :func:`bupo_kernels.linear_divergence` from the teacher that it is of
+        * ``teacher_hidden[..., D]``, or ``teacher_top``: :func:`bupo_kernels.linear_divergence` from the teacher that it is of
         * ``outputs``: :func:`bupo_kernels.logit_lens`, with or without ``targets``; ``hidden`` are those of several layers
 
         The ``bias`` is always the module's own. Raises ``TypeError`` for arguments that do not go together.
         """
-        values = (targets, advantages, teacher_hidden, outputs)
+        values = (targets, advantages, teacher_hidden, teacher_top, outputs)
         given = {name: value for name, value in zip(QUESTIONS, values, strict=True) if value is not None}
         answer = ANSWERS.get(tuple(given))
         if answer is None or (options and not given):

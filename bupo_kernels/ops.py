@@ -21,6 +21,7 @@ from bupo_kernels import derivatives, engine
 from bupo_kernels import divergence as divergences
 from bupo_kernels import support as supports
 from bupo_kernels.backends.base import Cache, Operands, Problem, Readout
+from bupo_kernels.backends.divergences import Top
 from bupo_kernels.dispatch import choose
 from bupo_kernels.divergence import Policy
 from bupo_kernels.engine import Flags, PolicyTokens, Settings
@@ -386,8 +387,11 @@ support_logits_backward.register_autograd(_backward_of_divergence_backward)
 
 # What the ops of a divergence take of both sides: what they differentiate, what else there is for each row, and numbers.
 _SIDES = "student", "teacher"
-_OPERANDS = ", ".join(f"Tensor {side}_hidden, Tensor {side}_weight, Tensor? {side}_bias" for side in _SIDES)
-_ROWS = "Tensor active, Tensor? student_row_temperature, Tensor? teacher_row_temperature"
+_OPERANDS = (
+    "Tensor student_hidden, Tensor student_weight, Tensor? student_bias, "
+    "Tensor? teacher_hidden, Tensor? teacher_weight, Tensor? teacher_bias"  # None for a teacher that is known by its top
+)
+_ROWS = "Tensor active, Tensor? student_row_temperature, Tensor? teacher_row_temperature, Tensor? top_ids, Tensor? top_logprobs"
 _NUMBERS = ", ".join(
     f"float {side}_temperature, float {side}_logit_scale, float? {side}_softcap" for side in ("student", "teacher")
 )
@@ -398,13 +402,13 @@ class BothSides(NamedTuple):
     """The arguments of an op of a divergence, those of :data:`_OPERANDS` to :data:`_CHOICES`, as its room takes them."""
 
     student: Policy
-    teacher: Policy
+    teacher: Policy | Top
     active: Tensor
     beta: float
 
     @staticmethod
     def of(arguments: tuple[Any, ...]) -> BothSides:
-        operands, (active, *temperatures), numbers, (*settings, beta) = _parted(arguments)
+        operands, (active, *temperatures, top_ids, top_logprobs), numbers, (*settings, beta) = _parted(arguments)
         targets = torch.zeros(active.shape, dtype=torch.int64, device=active.device)
 
         def policy(i: int) -> Policy:
@@ -412,12 +416,12 @@ class BothSides(NamedTuple):
             of_side = operands_of(hidden, weight, bias, targets, temperatures[i], *numbers[3 * i : 3 * i + 3])
             return Policy(of_side, Settings.decode(settings[i]))
 
-        return BothSides(policy(0), policy(1), active, beta)
+        return BothSides(policy(0), policy(1) if top_ids is None else Top(top_ids, top_logprobs), active, beta)
 
 
 def _parted(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
     """Return the arguments in the groups :data:`_OPERANDS`, :data:`_ROWS`, :data:`_NUMBERS` and :data:`_CHOICES`."""
-    return arguments[:6], arguments[6:9], arguments[9:15], arguments[15:]
+    return arguments[:6], arguments[6:11], arguments[11:17], arguments[17:]
 
 
 def _traced_divergence(arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
@@ -433,7 +437,8 @@ def _traced_gradients_of_both(arguments: tuple[Any, ...], which: str) -> tuple[T
     found: list[Tensor] = []
     for i, encoded in enumerate(settings):
         hidden, weight, bias = operands[3 * i : 3 * i + 3]
-        found += _traced_gradients(hidden, weight, bias, getattr(Settings.decode(encoded), which))
+        needed: Flags = getattr(Settings.decode(encoded), which)
+        found += _traced_gradients(operands[0] if hidden is None else hidden, weight, bias, needed)
     return tuple(found)
 
 

@@ -218,21 +218,19 @@ def policy_terms(
     if objective.importance is not None:
         assert sampler_logprobs is not None
         weight = importance_weights(objective, old - where_active(sampler_logprobs), lengths)
-    chosen = torch.ones_like(logprobs)
+    tokens = log_ratio
+    if objective.clip == "vespo":
+        log_ratio, weight = sequence_sum(log_ratio + weight.log()), torch.ones_like(weight)
+    elif objective.ratio == "sequence":
+        log_ratio = sequence_mean(log_ratio)
+    log_ratio, inside = _clamp(log_ratio)
+    ratio = log_ratio.exp()
     if objective.needs_batch:
         assert entropy is not None
         if entropy_bound is None:
             entropy_bound = top_entropy_bound(entropy, active, objective.top_entropy_quantile)
-        chosen = where_active(entropy.detach() >= entropy_bound)
+        weight = weight * where_active(entropy >= entropy_bound)
 
-    if objective.clip == "vespo":
-        log_ratio, weight = sequence_sum(log_ratio + weight.log()), torch.ones_like(weight)
-    tokens = log_ratio
-    if objective.ratio == "sequence" and objective.clip != "vespo":
-        log_ratio = sequence_mean(log_ratio)
-    log_ratio, inside = _clamp(log_ratio)
-    ratio = log_ratio.exp()
-    weight = weight * chosen
     if objective.clip == "gmpo":
         bounded, inside, low, high = _clipped_logs(objective, tokens, advantages)
         loss = d_logprob = -sequence_mean(bounded).exp() * advantages

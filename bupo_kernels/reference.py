@@ -110,6 +110,23 @@ def divergence_of_logits(student: Tensor, teacher: Tensor, beta: float) -> tuple
     return beta * _kl(log_q, mixture) + (1 - beta) * _kl(log_p, mixture), entropy
 
 
+def divergence_from_top(
+    student: Tensor,  # [..., V] logits
+    ids: Tensor,  # [..., k]
+    logprobs: Tensor,  # [..., k]
+    beta: float,
+) -> Tensor:  # [...]
+    """Return the divergence of two policies of k + 1 outcomes: ``ids``, and all others together."""
+    log_p = student.log_softmax(-1)
+    others = log_p.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    if ids.shape[-1] == student.shape[-1]:  # there is no other
+        return divergence_of_logits(log_p.gather(-1, ids), logprobs.to(log_p.dtype), beta)[0]
+    left = (1 - logprobs.exp().sum(-1, keepdim=True)).clamp(min=0).log()
+    return divergence_of_logits(
+        torch.cat([log_p.gather(-1, ids), others], -1), torch.cat([logprobs.to(log_p.dtype), left.to(log_p.dtype)], -1), beta
+    )[0]
+
+
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:  # [..., V] each -> [...]
     """Return the sum of ``p (ln p − ln q)`` where p is not 0."""
     there = log_p != -torch.inf

@@ -20,7 +20,7 @@ from bupo_kernels import derivatives, engine, ops
 from bupo_kernels import divergence as divergences
 from bupo_kernels import support as supports
 from bupo_kernels.backends.base import Operands
-from bupo_kernels.backends.divergences import FORWARD_KL, REVERSE_KL
+from bupo_kernels.backends.divergences import FORWARD_KL, REVERSE_KL, Top
 from bupo_kernels.backends.machine import Gpu
 from bupo_kernels.backends.quantised import PLAIN, SLICED, called, is_plain, rows_of
 from bupo_kernels.dispatch import Plan, default_memory_budget, make_plan
@@ -177,7 +177,7 @@ class DivergenceRequest:
     what compares them. :meth:`of` makes one, and checks it."""
 
     student: Request
-    teacher: Request
+    teacher: Request | Top
     beta: float
     active: Tensor  # [...] bool: which rows count and have a weight other than 0
     weights: Tensor | None  # [...], None for 1
@@ -186,17 +186,16 @@ class DivergenceRequest:
     def of(
         student_hidden: Tensor,
         student_weight: Tensor,
-        teacher_hidden: Tensor,
-        teacher_weight: Tensor | None,
+        teacher_hidden: Tensor | None = None,
+        teacher_weight: Tensor | None = None,
         *,
-        kind: str,
-        beta: float,
-        row_weights: Tensor | None,
-        of_teacher: dict[str, Any],
+        kind: str = "forward_kl",
+        beta: float = 0.5,
+        teacher_top: tuple[Tensor, Tensor] | None = None,
+        row_weights: Tensor | None = None,
         **options: Any,
     ) -> DivergenceRequest:
-        """Return the request of a call; ``of_teacher`` are the teacher's options, None for the default. Raise as
-        :meth:`Request.of` does."""
+        """Return the request of a call, whose ``options`` are those of both sides. Raise as :meth:`Request.of` does."""
         if kind not in KINDS:
             raise ValueError(f"kind: {kind!r} given, accepted are {', '.join(map(repr, KINDS))}")
         _check_number("beta", beta, "numbers from 0 (forward KL) to 1 (reverse KL)", positive=False)
@@ -204,29 +203,19 @@ class DivergenceRequest:
             raise ValueError(f"beta: {beta} given, accepted are numbers from 0 (forward KL) to 1 (reverse KL)")
         if kind != "gjsd" and beta != 0.5:
             raise ValueError(f"beta: {beta} given with kind={kind!r}, accepted with kind='gjsd'")
+        of_teacher = {name: options.pop(f"teacher_{name}", None) for name in OF_TEACHER}
+        of_teacher = {name: value for name, value in of_teacher.items() if value is not None}
         student = _request_of("student", student_hidden, student_weight, options)
-        of_student: dict[str, Any] = {name: getattr(student, name) for name in OF_TEACHER}
-        given = {name: x for name, x in of_teacher.items() if x is not None}
-        shared: dict[str, Any] = of_student if teacher_weight is None else {"temperature": student.temperature}
-        rest = {name: x for name, x in options.items() if name not in OF_TEACHER}
-        if teacher_weight is None:
-            # Nothing flows to the student's head by way of its teacher.
-            teacher_weight = student.weight.detach()
-            shared["bias"] = None if student.bias is None else student.bias.detach()
-        _check_rows_of_teacher(student_hidden, teacher_hidden)
-        teacher = _request_of("teacher", teacher_hidden, teacher_weight, rest | shared | given)
-        if len(teacher.weight) != len(student.weight):
-            raise ValueError(
-                f"teacher_weight: {len(teacher.weight)} rows given, accepted are the {len(student.weight)} of student_weight; "
-                "weight[:n] leaves padding out"
-            )
-        if (teacher.hidden.dtype == torch.float64) != (student.hidden.dtype == torch.float64):
-            raise TypeError(
-                f"teacher_hidden: {teacher.hidden.dtype} given with a student of {student.hidden.dtype}, accepted is "
-                "float64 for both or for none"
-            )
-        active = student.active()
-        weights = None
+        teacher: Request | Top
+        if teacher_top is None:
+            teacher = _teacher_of(student, teacher_hidden, teacher_weight, options, of_teacher)
+        else:
+            beside = {"teacher_hidden": teacher_hidden, "teacher_weight": teacher_weight, "support": student.support}
+            beside |= {f"teacher_{name}": value for name, value in of_teacher.items()}
+            if given := [name for name, value in beside.items() if value is not None]:
+                raise TypeError(f"{given[0]}: given with teacher_top, accepted is one of the two")
+            teacher = _top_of(teacher_top, student)
+        active, weights = student.active(), None
         if row_weights is not None:
             weights = check_rows_of("row_weights", row_weights, student.targets, broadcast=True)
             active = active & (weights != 0)
@@ -241,26 +230,41 @@ class DivergenceRequest:
 
     def check_values(self) -> None:
         """Raise as :meth:`Request.check_values` does, for both sides."""
-        for side, request in (("student", self.student), ("teacher", self.teacher)):
-            _of_side(side, partial(request.check_values, self.active))
+        _of_side("student", partial(self.student.check_values, self.active))
+        if isinstance(self.teacher, Request):
+            _of_side("teacher", partial(self.teacher.check_values, self.active))
+            return
+        # A log-prob may be −inf.
+        above = self.teacher.logprobs.isnan() | (self.teacher.logprobs > 0)
+        if (above := above & self.active.unsqueeze(-1)).any():
+            given = self.teacher.logprobs[above][0].item()
+            raise ValueError(f"teacher_top: a log-prob of {given} given, accepted are numbers of 0 and below")
 
     def _arguments(self) -> tuple[Any, ...]:
         """Return the arguments that the ops of dense divergences have in common."""
-        both = self.student, self.teacher
+        student, teacher = self.student, self.teacher
+        operands: tuple[Tensor | None, ...] = None, None, None
+        top: tuple[Tensor | None, Tensor | None] = None, None
+        numbers: tuple[float, float, float | None] = 1.0, 1.0, None
+        row_temperature, encoded = None, student.settings().encode()
+        if isinstance(teacher, Top):
+            top = teacher
+        else:
+            operands, row_temperature = (teacher.hidden, teacher.weight, teacher.bias), teacher.row_temperature
+            numbers, encoded = teacher.numbers, teacher.settings().encode()
         return (
-            *(x for side in both for x in (side.hidden, side.weight, side.bias)),
-            *(self.active, *(side.row_temperature for side in both)),
-            *(x for side in both for x in side.numbers),
-            *(side.settings().encode() for side in both),
-            self.beta,
+            *(student.hidden, student.weight, student.bias, *operands),
+            *(self.active, student.row_temperature, row_temperature, *top),
+            *(*student.numbers, *numbers),
+            *(student.settings().encode(), encoded, self.beta),
         )
 
     def values(self) -> tuple[Tensor, Tensor]:  # [...] each
         """Return the divergence and the student's entropy of each row, both differentiable; 0 on rows that are not active."""
-        if self.student.support is None:
+        support = self.student.support
+        if support is None or isinstance(self.teacher, Top):
             divergence, entropy = ops.linear_divergence(*self._arguments())
             return divergence, entropy
-        support = self.student.support
         z, u = (
             ops.support_logits(
                 *(side.hidden, side.weight, side.bias, self.active, side.row_temperature),
@@ -284,11 +288,65 @@ class DivergenceRequest:
 
     def plan(self, one_pass: bool) -> DivergencePlan:
         """Return the plan for the rows that are active, which are counted and checked for it."""
-        sides = []
-        for side in (self.student, self.teacher):
-            engine.check_rows(side.operands(), self.active, side.ignore_index)
-            sides.append(divergences.Policy(side.operands(), side.settings()))
-        return divergences.plan_for(sides[0], sides[1], int(self.active.sum()), one_pass)
+        if self.student.support is not None:
+            raise ValueError("support: given, accepted is None: what is planned is a divergence of whole policies")
+        student, teacher = (
+            divergences.Policy(side.operands(), side.settings()) if isinstance(side, Request) else side
+            for side in (self.student, self.teacher)
+        )
+        assert isinstance(student, divergences.Policy)
+        divergences.check(student, teacher, self.active)
+        return divergences.plan_for(student, teacher, int(self.active.sum()), one_pass)
+
+
+def _teacher_of(student: Request, hidden: Any, weight: Tensor | None, options: dict[str, Any], own: dict[str, Any]) -> Request:
+    """Return the request of a teacher with the options ``own`` and, of those not given, the student's where they belong to it."""
+    if not isinstance(hidden, Tensor):
+        what = "None" if hidden is None else type(hidden).__name__
+        raise TypeError(f"teacher_hidden: {what} given, accepted is a Tensor, or teacher_top instead")
+    if hidden.shape[:-1] != student.hidden.shape[:-1] or hidden.device != student.hidden.device:
+        raise ValueError(
+            f"teacher_hidden: shape {tuple(hidden.shape)} on {hidden.device} given, accepted is [..., D] with "
+            f"{tuple(student.hidden.shape[:-1])}, as in student_hidden, on {student.hidden.device}"
+        )
+    shared: dict[str, Any] = {"temperature": student.temperature}
+    if weight is None:
+        # Nothing flows to the student's head by way of its teacher.
+        weight, bias = student.weight.detach(), student.bias
+        shared |= {"logit_scale": student.logit_scale, "softcap": student.softcap}
+        shared["bias"] = bias if bias is None else bias.detach()
+    rest = {name: x for name, x in options.items() if name not in OF_TEACHER}
+    teacher = _request_of("teacher", hidden, weight, rest | shared | own)
+    if len(teacher.weight) != len(student.weight):
+        raise ValueError(
+            f"teacher_weight: {len(teacher.weight)} rows given, accepted are the {len(student.weight)} of student_weight; "
+            "weight[:n] leaves padding out"
+        )
+    if (teacher.hidden.dtype == torch.float64) != (student.hidden.dtype == torch.float64):
+        raise TypeError(
+            f"teacher_hidden: {teacher.hidden.dtype} given with a student of {student.hidden.dtype}, accepted is float64 for both "
+            "or for none"
+        )
+    return teacher
+
+
+def _top_of(given: Any, student: Request) -> Top:
+    """Return a caller's top of a teacher. Raise unless it is a pair of ids and their log-probs."""
+    if not isinstance(given, (tuple, list)) or len(given) != 2 or not all(isinstance(x, Tensor) for x in given):
+        raise TypeError(f"teacher_top: {type(given).__name__} given, accepted is a pair (ids, logprobs) of Tensors")
+    ids, logprobs = given
+    check_constant("teacher_top", logprobs)
+    check_plain("teacher_top", ids)
+    leading, device = tuple(student.hidden.shape[:-1]), student.hidden.device
+    accepted = f"({', '.join(map(str, leading))}, k) on {device} for both"
+    for name, x in (("ids", ids), ("logprobs", logprobs)):
+        if x.dim() != len(leading) + 1 or x.shape[:-1] != student.hidden.shape[:-1] or x.shape != ids.shape or x.device != device:
+            raise ValueError(f"teacher_top: {name} of shape {tuple(x.shape)} on {x.device} given, accepted is {accepted}")
+    if ids.dtype != torch.int64 or not logprobs.is_floating_point():
+        raise TypeError(
+            f"teacher_top: ids of {ids.dtype} and logprobs of {logprobs.dtype} given, accepted are torch.int64 and floating point"
+        )
+    return Top(ids, logprobs.detach())
 
 
 def _request_of(side: str, hidden: Tensor, weight: Tensor, options: dict[str, Any]) -> Request:
@@ -312,14 +370,6 @@ def _of_side(side: str, call: Callable[[], Any]) -> Any:
         if name in ("hidden", "weight") or (side == "teacher" and name in OF_TEACHER):
             raise type(error)(f"{side}_{name}{colon}{rest}") from None
         raise
-
-
-def _check_rows_of_teacher(student: Tensor, teacher: Any) -> None:
-    if isinstance(teacher, Tensor) and (teacher.shape[:-1] != student.shape[:-1] or teacher.device != student.device):
-        raise ValueError(
-            f"teacher_hidden: shape {tuple(teacher.shape)} on {teacher.device} given, accepted is [..., D] with "
-            f"{tuple(student.shape[:-1])}, as in student_hidden, on {student.device}"
-        )
 
 
 def gathered(name: str, parameter: Any, hidden: Tensor) -> Any:

@@ -79,6 +79,25 @@ cpu::Coefficients coefficients(Address m, Address constant, Address slope, Addre
           at<const std::int32_t>(targets)};
 }
 
+// Returns what a lens keeps of `tokens` side by side, each policy's `stride` apart.
+cpu::LensStatistics lens_statistics(Address m, std::int64_t stride, std::int64_t policy_stride, std::int64_t tokens, Address argmax,
+                                    Address cross, bool pairs, Address top_z, Address top_ids, std::int64_t top_k) {
+  require(policy_stride >= tokens && top_k >= 0, "policies of at least the tokens apart");
+  const cpu::Statistics first = statistics(m, stride, 1);
+  if (top_k > 0) at<float>(top_z), at<std::int64_t>(top_ids);
+  return {first.m,
+          first.s,
+          first.t,
+          first.z_y,
+          policy_stride,
+          at_or_null<std::int64_t>(argmax),
+          at_or_null<float>(cross),
+          pairs,
+          at_or_null<float>(top_z),
+          at_or_null<std::int64_t>(top_ids),
+          top_k};
+}
+
 // The kernels of one instruction set, as methods for Python.
 struct Cpu {
   explicit Cpu(const std::string& name) {
@@ -186,6 +205,64 @@ void bind_cpu(py::module_& module) {
             self.kernels->row_gradient(
                 at<const float>(logits), apart(stride, rows, columns), rows, columns, readout(bias, outer, inner, softcap), formed,
                 coefficients(m, constant, slope, on_target, targets), at<float>(dz), counts(rows, columns, threads));
+          },
+          release())
+      .def(
+          "pack_left",
+          [](const Cpu& self, Address from, i64 stride, i64 rows, i64 width, Address to, int threads) {
+            self.kernels->pack_left(matrix(from, stride, rows, width), at<cpu::Word>(to), counts(rows, width, threads));
+          },
+          release())
+      .def(
+          "linear_products",
+          [](const Cpu& self, Address hidden, i64 rows, Address weight, i64 columns, i64 width, Address out, i64 stride,
+             int threads) {
+            require(width >= 1, "matrices of 1 column and more");
+            self.kernels->linear_products(at<const cpu::Word>(hidden), rows, at<const cpu::Word>(weight), columns, width,
+                                          at<float>(out), apart(stride, rows, columns), counts(rows, columns, threads));
+          },
+          release())
+      .def(
+          "lens_statistics",
+          [](const Cpu& self, Address products, Address scratch, i64 policies, i64 tokens, i64 columns, i64 first, Address bias,
+             Address outer, float inner, bool softcap, Address targets, Address m, i64 stride, i64 policy_stride, Address argmax,
+             Address cross, bool pairs, Address top_z, Address top_ids, i64 top_k, int threads) {
+            require(policies >= 1 && (!pairs || cross), "1 policy and more, and memory for the pairs of them");
+            self.kernels->lens_statistics(
+                at<float>(products), pairs ? at<float>(scratch) : at_or_null<float>(scratch), policies, tokens, columns, first,
+                readout(bias, outer, inner, softcap), at<const std::int32_t>(targets),
+                lens_statistics(m, stride, policy_stride, tokens, argmax, cross, pairs, top_z, top_ids, top_k),
+                counts(tokens, columns, threads));
+          },
+          release())
+      .def(
+          "lens_comparison",
+          [](const Cpu& self, Address logits, i64 policies, i64 tokens, i64 columns, Address bias, Address outer, float inner,
+             bool softcap, bool formed, Address m, i64 stride, i64 policy_stride, Address log_s, Address rank, Address jsd,
+             int threads) {
+            require(policies >= 1 && (!jsd || log_s), "1 policy and more, and ln s where the jsd is asked for");
+            self.kernels->lens_comparison(at<float>(logits), policies, tokens, columns, readout(bias, outer, inner, softcap),
+                                          formed, lens_statistics(m, stride, policy_stride, tokens, 0, 0, false, 0, 0, 0),
+                                          {at_or_null<const float>(log_s), at_or_null<i64>(rank), at_or_null<float>(jsd)},
+                                          counts(tokens, columns, threads));
+          },
+          release())
+      .def(
+          "row_divergence",
+          [](const Cpu& self, Address student, i64 student_stride, bool student_gradient, Address student_bias,
+             Address student_outer, float student_inner, bool student_softcap, Address teacher, i64 teacher_stride,
+             bool teacher_gradient, Address teacher_bias, Address teacher_outer, float teacher_inner, bool teacher_softcap,
+             i64 rows, i64 columns, float beta, Address g_divergence, Address g_entropy, Address divergence, Address entropy,
+             int threads) {
+            counts(rows, columns, threads);
+            require(beta >= 0.0f && beta <= 1.0f, "betas from 0 to 1");
+            if (rows == 0) return;
+            self.kernels->row_divergence({at<float>(student), apart(student_stride, rows, columns), student_gradient,
+                                          readout(student_bias, student_outer, student_inner, student_softcap)},
+                                         {at<float>(teacher), apart(teacher_stride, rows, columns), teacher_gradient,
+                                          readout(teacher_bias, teacher_outer, teacher_inner, teacher_softcap)},
+                                         rows, columns, beta, at_or_null<const float>(g_divergence),
+                                         at_or_null<const float>(g_entropy), at<float>(divergence), at<float>(entropy), threads);
           },
           release())
       .def(

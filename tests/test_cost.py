@@ -32,7 +32,7 @@ from bupo.dry_run import describe
 from bupo.errors import ConfigError
 from bupo.measurement import peak_bytes
 from bupo.peaks import peak_flops
-from bupo_kernels import policy_logprobs, policy_loss
+from bupo_kernels import policy_logprobs, policy_loss, self_distillation_loss
 
 ROOT = Path(__file__).parent.parent
 PAPER = {"qwen3-4b": 4.02, "qwen3-8b": 8.19, "octothinker-3b": 3.21, "octothinker-8b": 8.03}  # billions of parameters, as published
@@ -129,6 +129,26 @@ def test_recomputed_activations_are_counted_as_hardware_flops_only(policy):
     assert found == stated.hardware - forward.attention / 2  # which flash attention would compute again
     assert stated.model == pass_flops(model.config, work, **policy, backward=True).model
     assert forward.recomputed == 0
+
+
+def test_a_layer_that_learns_from_the_model_costs_four_products_of_the_head_more():
+    model = tiny_model()
+    model.set_attn_implementation("eager")
+    ids, targets, work = torch.randint(2, 61, (1, 24)), torch.randint(2, 61, (1, 24)), Work(24, 24**2, 24)
+    plain, taught = run_config(policy="grpo"), run_config(**{"policy": "oisd", "oisd.layer": 2})
+    found = counted(lambda: self_distillation_loss(model, ids, targets, torch.ones(1, 1), layer=2).loss.backward())
+    own, stated = (training_flops(model.config, config, work) for config in (plain, taught))
+    forward = pass_flops(model.config, work)
+    assert stated.hardware - own.hardware == 4 * forward.head
+    assert stated.model - own.model == 3 * forward.head
+    assert found == stated.hardware - forward.hardware - forward.attention / 2  # without old log-probs; as above
+    held = [memory(model.config, config, 1) for config in (plain, taught)]
+    assert held[1].head > held[0].head
+    assert held[1].activations == held[0].activations
+    assert (
+        step_flops(model.config, taught, internal=False).update.head
+        == 2 * step_flops(model.config, plain, internal=False).update.head
+    )
 
 
 @pytest.mark.parametrize("policy", [{}, {"layer": 3}], ids=["own", "layer 3"])
@@ -419,6 +439,7 @@ def test_a_run_that_asks_for_what_the_model_is_not_is_refused():
     refused = {
         r"bupo.layer: 5 given, accepted are 1 to 4 \(the layers of none\)": {"bupo.layer": 5},
         r"optimizer.upper_from: 5 given, accepted are 1 to 4": {"optimizer.upper_from": 5},
+        r"oisd.layer: 4 given, accepted are 1 to 3 \(below the last layer of none\)": {"policy": "oisd", "oisd.layer": 4},
         r"rollout.max_new_tokens: 119 given with data.max_prompt_tokens: 10, accepted are together at most 128": {
             "rollout.max_new_tokens": 119,
             "hardware.max_tokens_per_device": 129,
@@ -463,6 +484,10 @@ def test_the_description_follows_the_run():
     assert "phase" not in grpo
     assert "ratio" not in grpo
     assert "half of the longest" in grpo
+    oisd = describe(architecture, run_config(**{"policy": "oisd", "oisd.layer": 3}), 1)
+    assert "the model and layer 3" in oisd
+    assert "the reference's" in grpo
+    assert "the reference's" not in oisd  # BuPO's released code does not do it
     told = describe(architecture, run_config(), 1, lengths=(7, 9))
     assert "7 prompt and 9 response tokens: 128 tokens" in told
     vllm = describe(architecture, run_config(**{"rollout.engine": "vllm", "hardware.offload": True}), 2)

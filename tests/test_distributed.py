@@ -21,7 +21,7 @@ from bupo.distributed import full, process_group, sharded_units, unsharded
 from bupo.errors import ConfigError
 from bupo.model import load_model, make_optimizer
 from bupo.schedule import FINAL, OptimisedPolicy
-from bupo.trainer import look, look_at_layers, make_mini_batches, update, with_old_logprobs
+from bupo.trainer import look, look_at_layers, make_mini_batches, of_highest_entropies, update, with_old_logprobs
 from bupo_kernels import policy_logprobs
 
 CONFIG = tiny_model().config
@@ -65,6 +65,8 @@ OTHERS = [
     {**CASES[10], "active": 1},
     {**CASES[0], "upper": 0.0},
     {**CASES[10], "upper": 0.1},
+    {**CASES[2], "oisd": {"layer": 2}},
+    {**CASES[0], "objective": {"top_entropy_quantile": 0.2}},
     {**CASES[0], "hardware": {"offload": True}},
     {**CASES[0], "hardware": {"precision": "bfloat16"}},
     {**CASES[11], "hardware": {"precision": "bfloat16", "offload": True}},
@@ -77,9 +79,10 @@ def config_of(case: dict):
             "model": "unused",
             "output_dir": "unused",
             "data": {"train": "unused", "max_prompt_tokens": 20},
-            "policy": "grpo",
+            "policy": "oisd" if "oisd" in case else "grpo",
+            "oisd": case.get("oisd"),
             "rollout": {"prompts": 4, "samples": 4, "max_new_tokens": 20},
-            "objective": {"advantage": "rloo", "aggregation": "sequence-mean-token-mean"},
+            "objective": {"advantage": "rloo", "aggregation": "sequence-mean-token-mean", **case.get("objective", {})},
             "optimizer": {
                 "mini_batch": 2,
                 "learning_rate": 0.001,
@@ -121,7 +124,8 @@ def two_updates(folder: str, case: dict, world) -> dict:
         seen |= look_at_layers(model, looked_at, 1000, 1, all_of_them, world)
         mini_batches = make_mini_batches(samples, rewards, advantages, config, world)
         mini_batches = [[with_old_logprobs(model, batch, policy, config) for batch in batches] for batches in mini_batches]
-        updates = [update(model, optimizer, batches, policy, config, world) for batches in mini_batches if batches]
+        mini_batches = [of_highest_entropies(batches, config, world) for batches in mini_batches if batches]
+        updates = [update(model, optimizer, batches, policy, config, world) for batches in mini_batches]
     weights = {name: full(p.detach()).clone() for name, p in model.named_parameters()}
     return {"updates": [u._asdict() for u in updates], "seen": seen, "gradients": gradients, "weights": weights}
 
@@ -162,6 +166,7 @@ def compare(alone: dict, together: dict, dtype: torch.dtype = torch.float32) -> 
         assert one["tokens"] == two["tokens"]
         for name in ("loss", "kl_old", "ratio_max"):
             assert two[name] == pytest.approx(one[name], rel=statistics, abs=statistics), name
+        assert two["jsd"] == (None if one["jsd"] is None else pytest.approx(one["jsd"], abs=statistics * one["tokens"]))
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=rel)
     largest = max(g.abs().max() for g in alone["gradients"].values() if g is not None)
     for name, gradient in alone["gradients"].items():

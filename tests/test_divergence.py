@@ -22,15 +22,21 @@ from problems import (
     products,
     random_case,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from bupo.measurement import peak_bytes
-from bupo_kernels import FusedLMHead, linear_divergence, numerics, policy_divergence, reference
+from bupo_kernels import FusedLMHead, explain, linear_divergence, numerics, policy_divergence, reference
+from bupo_kernels.backends.base import Readout
+from bupo_kernels.backends.divergences import Side, Upstream
+from bupo_kernels.dispatch import DIVERGENCES
 from bupo_kernels.numerics import entropy_factor
 
 MIB = 2**20
 KINDS = {"forward_kl": 0.0, "reverse_kl": 1.0, "jsd": 0.5, "gjsd": 0.2}
 kinds = pytest.mark.parametrize("kind", KINDS)
-BACKENDS = ["torch"]
+BACKENDS = ["torch", "native", "triton"]
+backends = pytest.mark.parametrize("backend", BACKENDS)
+DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.float64
 
 
 def beta_of(kind: str) -> dict:
@@ -112,19 +118,23 @@ def as_options(teacher: Case) -> dict:
 @kinds
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize(
-    ("dtype", "teacher_dtype", "shared"),
+    ("backend", "dtype", "teacher_dtype", "shared"),
     covering(
         [
-            *((x, x, shared) for x in (torch.float32, torch.bfloat16, torch.float16, torch.float64) for shared in (True, False)),
-            (torch.float32, torch.bfloat16, False),
+            *((b, x, x, shared) for b in BACKENDS for x in DTYPES for shared in (True, False)),
+            *((b, torch.float32, torch.bfloat16, False) for b in BACKENDS),
         ],
         1,
         unpacked=True,
     ),
 )
-def test_values_and_gradients_of_both_sides_are_those_of_float64(name, kind, dtype, teacher_dtype, shared):
+def test_values_and_gradients_of_both_sides_are_those_of_float64(name, kind, backend, dtype, teacher_dtype, shared):
+    if backend != "torch" and dtype == torch.float64:
+        pytest.skip("the backend says so itself")
+    if backend == "triton" and name != "everything":
+        pytest.skip("the interpreter takes its time")
     student, teacher = both(name, dtype=dtype, teacher_dtype=teacher_dtype, teacher_width=None if shared else 7)
-    options = student.options | as_options(teacher) | beta_of(kind)
+    options = student.options | as_options(teacher) | beta_of(kind) | {"backend": backend}
     found = linear_divergence(*operands_of(student, teacher, shared), **options)
     exact = expected(student, teacher, kind, shared)
     assert found.divergence.dtype == torch.promote_types(dtype, torch.float32)
@@ -136,10 +146,13 @@ def test_values_and_gradients_of_both_sides_are_those_of_float64(name, kind, dty
     )
 
 
+@backends
 @kinds
-def test_a_sum_has_its_gradients_in_one_pass_and_equals_the_sum_of_rows(kind):
+def test_a_sum_has_its_gradients_in_one_pass_and_equals_the_sum_of_rows(kind, backend):
+    if backend == "triton" and kind != "jsd":
+        pytest.skip("the interpreter takes its time")
     student, teacher = both("everything")
-    options = student.options | as_options(teacher) | beta_of(kind)
+    options = student.options | as_options(teacher) | beta_of(kind) | {"backend": backend}
     weights = torch.tensor([1.0, -2.0, 0.0, 0.5, 1.0, 0.0, 3.0, -1.0, 1.0])
     operands = (student.hidden, student.weight, teacher.hidden, teacher.weight)
     by_row = linear_divergence(*operands, row_weights=weights, **options)
@@ -169,10 +182,11 @@ def test_a_sum_has_its_gradients_in_one_pass_and_equals_the_sum_of_rows(kind):
     scale=st.sampled_from([1e-3, 1.0, 30.0, 300.0]),
     kind=st.sampled_from(list(KINDS)),
     seed=st.integers(0, 99),
+    backend=st.sampled_from(["torch", "native"]),
 )
-def test_it_holds_its_error_bound_from_flat_to_steep_policies(rows, vocab, scale, kind, seed):
+def test_it_holds_its_error_bound_from_flat_to_steep_policies(rows, vocab, scale, kind, seed, backend):
     student, teacher = (random_case(rows, vocab, 8, scale=scale, seed=s) for s in (seed, seed + 100))
-    found = linear_divergence(student.hidden, student.weight, teacher.hidden, **beta_of(kind))
+    found = linear_divergence(student.hidden, student.weight, teacher.hidden, backend=backend, **beta_of(kind))
     exact, _ = expected(student, replace(teacher, weight=student.weight), kind, shared=True)
     assert (found.divergence >= 0).all()
     if rows:
@@ -258,12 +272,13 @@ def test_the_logits_never_exceed_the_budget():
         linear_divergence(student.hidden, student.weight, teacher.hidden, memory_budget=1000)
 
 
-def test_columns_that_are_ruled_out():
+@backends
+def test_columns_that_are_ruled_out(backend):
     case, other = random_case(4, 20, 8), random_case(4, 20, 8, seed=1)
     bias = torch.zeros(20)
     bias[3] = -math.inf
     operands = case.hidden, case.weight, other.hidden, other.weight
-    both_ruled = {"bias": bias, "teacher_bias": bias}
+    both_ruled = {"bias": bias, "teacher_bias": bias, "backend": backend}
     for kind in KINDS:
         found = linear_divergence(*operands, **both_ruled, **beta_of(kind))
         exact = reference.linear_divergence(*operands, KINDS[kind], of_student={"bias": bias}, of_teacher={"bias": bias})
@@ -271,24 +286,25 @@ def test_columns_that_are_ruled_out():
         for gradient in gradients(found.divergence.sum() + found.entropy.sum(), *operands):
             assert gradient.isfinite().all()
     # By the student alone: its forward KL is inf, with the finite gradient p − q.
-    found = linear_divergence(*operands, bias=bias)
+    found = linear_divergence(*operands, backend=backend, bias=bias)
     assert (found.divergence == math.inf).all()
     assert gradients(found.divergence.sum(), case.hidden)[0].isfinite().all()
-    assert linear_divergence(*operands, bias=bias, kind="reverse_kl").divergence.isfinite().all()
-    assert linear_divergence(*operands, bias=bias, kind="jsd").divergence.isfinite().all()
+    assert linear_divergence(*operands, backend=backend, bias=bias, kind="reverse_kl").divergence.isfinite().all()
+    assert linear_divergence(*operands, backend=backend, bias=bias, kind="jsd").divergence.isfinite().all()
     # By the teacher alone: the reverse KL is inf, and so is nothing that could be trained on.
-    found = linear_divergence(*operands, teacher_bias=bias, kind="reverse_kl")
+    found = linear_divergence(*operands, backend=backend, teacher_bias=bias, kind="reverse_kl")
     assert (found.divergence == math.inf).all()
     assert not gradients(found.divergence.sum(), case.hidden)[0].isfinite().any()
 
 
-def test_a_nan_stays_in_its_row_and_in_every_gradient_it_touches():
+@backends
+def test_a_nan_stays_in_its_row_and_in_every_gradient_it_touches(backend):
     case, other = random_case(4, 20, 8), random_case(4, 20, 8, seed=1)
     with torch.no_grad():
         case.hidden[1, 2] = math.nan
         other.hidden[2, 0] = math.inf
     for kind in KINDS:
-        found = linear_divergence(case.hidden, case.weight, other.hidden, other.weight, **beta_of(kind))
+        found = linear_divergence(case.hidden, case.weight, other.hidden, other.weight, backend=backend, **beta_of(kind))
         assert found.divergence.isnan().tolist() == [False, True, True, False]
         assert found.entropy.isnan().tolist() == [False, True, False, False]
         # A loss that weighs such a row with 0 is NaN all the same.
@@ -299,9 +315,134 @@ def test_a_nan_stays_in_its_row_and_in_every_gradient_it_touches():
             *(case.hidden, case.weight, other.hidden, other.weight),
             mask=torch.tensor([True, False, False, True]),
             reduction="sum",
+            backend=backend,
             **beta_of(kind),
         )
         assert all(g.isfinite().all() for g in gradients(masked.divergence, case.hidden, case.weight))
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 0.3])
+def test_16_bit_gradients_over_the_products_are_those_beside_them(beta):
+    """As on tensor cores: row by row in the first half of the memory of the products, several slices of columns."""
+    rows, vocab = 3, 5000
+    memory = torch.randn(2, 2, rows, vocab + 24) * 3
+    upstream = Upstream(torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.1, 0.0, 1.0]))
+    found = []
+    for backend, store in (("torch", memory[0]), ("triton", memory[0].clone())):
+        store = store.clone()
+        sides = [Side(x[:, :vocab], x.view(torch.bfloat16)[:, :vocab], None, Readout(0.7, 1.0, None)) for x in store]
+        values = DIVERGENCES[backend].rows(sides[0], sides[1], beta, upstream, True, None)
+        found.append((*values, *(side.dz.float() for side in sides)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=1e-6)
+
+
+# ---- a teacher that is known by its top
+
+
+def top_of(teacher: Case, k: int):
+    """The k most probable ids of a teacher and their log-probs, in any order."""
+    log_q = (teacher.hidden.detach().double() @ teacher.weight.detach().double().T).log_softmax(1)
+    values, ids = log_q.topk(k, 1)
+    order = torch.randperm(k)
+    return ids[:, order], values[:, order].to(torch.promote_types(teacher.hidden.dtype, torch.float32))
+
+
+@kinds
+@pytest.mark.parametrize("name", ["plain", "everything"])
+@pytest.mark.parametrize("k", [0, 1, 5, 41])
+def test_a_top_and_what_it_leaves_are_a_policy_of_their_own(kind, name, k):
+    student, teacher = both(name, dtype=torch.float64)
+    top = top_of(teacher, k)
+    upstream = torch.randn(2, 9, dtype=torch.float64)
+    mask = student.options.get("mask", torch.ones(9, dtype=torch.bool))
+    found = linear_divergence(student.hidden, student.weight, teacher_top=top, **student.options, **beta_of(kind))
+    z = reference.logits(student.hidden, student.weight, **split(student.options)[1])
+    exact = torch.where(mask, reference.divergence_from_top(z, *top, KINDS[kind]), 0)
+    entropy = torch.where(mask, -(z.softmax(1) * z.log_softmax(1)).sum(1), 0)
+    torch.testing.assert_close(found.divergence, exact)
+    torch.testing.assert_close(found.entropy, entropy)
+    operands = [x for x in (student.hidden, student.weight, student.options.get("bias")) if x is not None]
+    losses = [(upstream[0] * d + upstream[1] * h).sum() for d, h in ((found.divergence, found.entropy), (exact, entropy))]
+    for a, b in zip(*(gradients(x, *operands) for x in losses), strict=True):
+        torch.testing.assert_close(a, b)
+    one = linear_divergence(
+        student.hidden,
+        student.weight,
+        teacher_top=top,
+        row_weights=upstream[0],
+        reduction="sum",
+        **student.options,
+        **beta_of(kind),
+    )
+    for a, b in zip(gradients(one.divergence, *operands), gradients((upstream[0] * exact).sum(), *operands), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_what_a_top_leaves_is_exact_however_little_it_is():
+    """The student gives its other ids e^-30 together, which 1 less the probabilities of the top does not know in fp32."""
+    hidden = torch.tensor([[1.0, 0.0]], requires_grad=True)
+    weight = torch.tensor([[0.0, 1.0], [0.0, -1.0], *[[-30 - math.log(6), 0.5]] * 3])
+    top = torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.4]]).log()
+    found = linear_divergence(hidden, weight, teacher_top=top)
+    z = hidden.double() @ weight.double().T
+    exact = reference.divergence_from_top(z, *top, 0.0)
+    bound = contract(float(z.abs().max()))
+    assert abs(found.divergence.item() - exact.item()) <= bound * divergence_factor(exact.item())
+    torch.testing.assert_close(*(gradients(x.sum(), hidden)[0].float() for x in (found.divergence, exact)), rtol=1e-5, atol=0)
+
+
+def test_a_top_that_is_none_raises():
+    hidden, weight = torch.randn(3, 8), torch.randn(50, 8)
+    ids, logprobs = torch.tensor([[1, 2], [3, 4], [5, 6]]), torch.full((3, 2), -1.0)
+
+    def refuses(error, match, ids=ids, logprobs=logprobs, **options):
+        with pytest.raises(error, match=match):
+            linear_divergence(hidden, weight, teacher_top=(ids, logprobs), **options)
+
+    refuses(TypeError, "teacher_hidden: given with teacher_top", teacher_hidden=hidden)
+    refuses(TypeError, "teacher_softcap: given with teacher_top", teacher_softcap=3.0)
+    refuses(ValueError, r"teacher_top: ids of shape \(2, 2\)", ids=ids[:2])
+    refuses(ValueError, r"teacher_top: logprobs of shape \(3, 1\)", logprobs=logprobs[:, :1])
+    refuses(TypeError, "teacher_top: ids of torch.int32", ids=ids.int())
+    refuses(ValueError, "teacher_top: requires a gradient", logprobs=logprobs.clone().requires_grad_())
+    refuses(ValueError, r"teacher_top: id 50 given, accepted are ids in \[0, 50\)", ids=ids + 44)
+    refuses(ValueError, "teacher_top: id 7 given twice for a row", ids=torch.full((3, 2), 7))
+    refuses(ValueError, "teacher_top: a log-prob of 1.0 given", logprobs=-logprobs, check=True)
+    refuses(ValueError, "it cannot run this: it has no kernel for teacher_top", backend="native")
+
+
+def test_the_plan_says_what_a_call_does():
+    case, teacher = random_case(6, 40, 8), random_case(6, 40, 5, seed=1)
+    frozen = {"teacher_hidden": teacher.hidden.detach(), "teacher_weight": teacher.weight.detach()}
+    plan = explain(case.hidden, case.weight, reduction="mean", kind="jsd", **frozen)
+    assert (plan.flops_forward, plan.flops_backward) == (2 * 6 * 40 * (3 * 8 + 5), 0)
+    assert "6 of 6 rows x 40 columns x 8 in float32 (student) and 5 in float32 (teacher), on cpu" in str(plan)
+    plan = explain(case.hidden, case.weight.detach(), **frozen)
+    assert (plan.flops_forward, plan.flops_backward) == (2 * 6 * 40 * (8 + 5), 2 * 6 * 40 * (2 * 8 + 5))
+    top = explain(case.hidden, case.weight, teacher_top=(torch.zeros(6, 1, dtype=torch.int64), torch.zeros(6, 1)))
+    assert top.flops_forward == 2 * 6 * 40 * 8
+    assert top.why_not["native"] == "it has no kernel for teacher_top"
+    with pytest.raises(TypeError, match="targets: given with a teacher"):
+        explain(case.hidden, case.weight, case.targets, **frozen)
+
+
+def test_torchs_flop_counter_counts_what_the_plan_does():
+    case, teacher = random_case(6, 40, 8), random_case(6, 40, 5, seed=1)
+    frozen = {"teacher_hidden": teacher.hidden.detach(), "teacher_weight": teacher.weight.detach()}
+    top = {"teacher_top": (torch.zeros(6, 1, dtype=torch.int64), torch.zeros(6, 1))}
+    for options in (frozen, frozen | {"reduction": "mean"}, top, top | {"reduction": "sum"}):
+        plan = explain(case.hidden, case.weight, **options)
+        with FlopCounterMode(display=False) as counter:
+            linear_divergence(case.hidden, case.weight, **options).divergence.sum().backward()
+        assert counter.get_total_flops() == plan.flops_forward + plan.flops_backward
+    support = torch.arange(6), torch.arange(7)
+    with FlopCounterMode(display=False) as counter:
+        linear_divergence(case.hidden, case.weight, **frozen, support=support).divergence.sum().backward()
+    assert counter.get_total_flops() == 2 * 6 * (3 * 8 + 5)
+
+
+# ---- torch
 
 
 def test_a_compiled_call_gives_what_it_gives_without():
@@ -332,7 +473,7 @@ def test_what_cannot_be_compared_raises():
     refuses(ValueError, r"teacher_weight: 49 rows given, accepted are the 50", hidden, weight, hidden, weight[:49])
     refuses(ValueError, r"teacher_weight: shape \(50, 7\) given", hidden, weight, hidden, weight[:, :7])
     refuses(ValueError, r"student_weight: shape \(50, 7\) given", hidden, weight[:, :7], hidden)
-    refuses(TypeError, "teacher_hidden: NoneType given", hidden, weight, None)
+    refuses(TypeError, "teacher_hidden: None given, accepted is a Tensor, or teacher_top instead", hidden, weight, None)
     refuses(TypeError, "teacher_hidden: torch.float64 given", hidden, weight, hidden.double(), weight.double())
     refuses(ValueError, "teacher_temperature: -1 given", teacher_temperature=-1)
     refuses(ValueError, "kind: 'kl' given, accepted are 'forward_kl', 'reverse_kl', 'jsd', 'gjsd'", kind="kl")

@@ -8,7 +8,14 @@ import pytest
 import bupo_kernels
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-RESULTS = {"LensStatistics", "LinearLogprobs", "Plan", "PolicyMetrics"}  # what the functions return
+RESULTS = {
+    "LensStatistics",
+    "LinearDivergence",
+    "LinearLogprobs",
+    "Plan",
+    "PolicyMetrics",
+    "SelfDistillation",
+}  # what the functions return
 
 
 def test_every_public_function_has_an_example():

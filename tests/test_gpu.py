@@ -20,8 +20,8 @@ from typing import NamedTuple
 import pytest
 import torch
 from gpu_sizes import CHOSEN, GIB, ORACLE_ROWS, ORACLE_SLICE, ORACLE_WIDTH, size_of, why_too_large
+from lenses import OF_ANY_BACKEND, OUTPUTS, assert_agrees, random_lens
 from problems import Case, assert_stored_gradients, assert_values, case_with, leaves
-from test_logit_lens import OF_ANY_BACKEND, OUTPUTS, assert_agrees, random_lens
 from torch import Tensor
 
 from benchmarks.contenders import GROUPS

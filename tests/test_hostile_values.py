@@ -55,6 +55,10 @@ OBJECTIVES = {
     ),
     "kl of k1": PolicyObjective(kl="k1", kl_coefficient=0.1),
     "cispo": PolicyObjective(clip="cispo"),
+    "sapo": PolicyObjective(clip="sapo"),
+    "gmpo": PolicyObjective(ratio="sequence", clip="gmpo"),
+    "vespo": PolicyObjective(ratio="sequence", clip="vespo"),
+    "top entropy": PolicyObjective(top_entropy_quantile=0.5),
     "delta": PolicyObjective(clip=None, delta=2.0),
     "reinforce": PolicyObjective(ratio="none", clip=None),
     "truncated importance": PolicyObjective(importance="token"),
@@ -143,7 +147,7 @@ def assert_not_finite(name: str, loss, batch: Batch, rows=None) -> None:
     assert not d_hidden[rows].isfinite().any(), name
     assert not any(gradient.isfinite().any() for gradient in others), name
     assert (d_hidden[~batch.mask] == 0).all(), name
-    if rows is spoilt and name != "gspo":  # whose sequence shares a ratio
+    if rows is spoilt and name not in ("gspo", "gmpo"):  # whose sequences share a ratio
         assert d_hidden[~spoilt].isfinite().all(), name
 
 

@@ -3,6 +3,7 @@ csrc/cpu/kernels.h says of them. ``make sanitize`` runs this file, so shapes are
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from lenses import OUTPUTS, assert_agrees, random_lens
 from problems import (
     CONTRACT,
     OPTIONS,
@@ -26,12 +28,12 @@ from problems import (
 from torch import Tensor
 
 from bupo_kernels import PolicyObjective, explain, linear_logprobs, linear_policy_loss, reference
-from bupo_kernels.backends import compiled, cpu_bf16, native_rows, tile_loop
-from bupo_kernels.backends.compiled import address
+from bupo_kernels.backends import compiled, cpu_bf16, lens_loop, native_rows, tile_loop
+from bupo_kernels.backends.compiled import MULTIPLY_BF16, address
+from bupo_kernels.backends.native_lens import NativeLens
 
 BF16, FP32 = torch.bfloat16, torch.float32
 EPS = torch.finfo(FP32).eps  # 2 roundoffs; an ulp of x is between EPS/2 and EPS times |x|
-MULTIPLY_BF16 = ("amx", "avx512_bf16")  # the others multiply fp32, and keep dz in it
 FIELDS = ("logprobs", "entropy", "logsumexp")
 THREADS = (1, 2, 3, 5)
 SENTINEL = 7.0
@@ -395,6 +397,61 @@ def test_a_row_of_nan_stays_alone(isa, dtype):
     out, (_, d_weight) = run(case, isa), backward(run(case, isa), [upstream] * 3, case)
     assert all(x[17] == 0 for x in out)
     assert d_weight.isfinite().all()
+
+
+@both_dtypes
+@examples(30)
+@given(
+    scales=st.lists(st.sampled_from([0.0, 1e-3, 1.0, 30.0, 300.0]), min_size=1, max_size=6),
+    rows=st.integers(1, 40),
+    vocab=st.one_of(any_vocab, st.integers(2040, 4200)),
+    width=st.integers(1, 40),
+    options=st.sampled_from([name for name in OPTIONS if name != "softcap"]),
+    outputs=st.lists(st.sampled_from(OUTPUTS), unique=True),
+    top_k=st.integers(0, 12),
+    budget=st.sampled_from([None, 2**21, 2**18]),
+    seed=st.integers(0, 99),
+)
+def test_every_output_of_a_lens_matches_the_oracle(isa, dtype, scales, rows, vocab, width, options, outputs, top_k, budget, seed):
+    lens = random_lens(scales, (rows,), vocab, width, dtype=dtype, options=OPTIONS[options], seed=seed)
+    outputs, top_k = outputs or ["rank"], min(top_k, vocab)
+    assert_agrees(lens.run(outputs, top_k, memory_budget=budget, backend=f"native:{isa}"), lens, outputs, top_k)
+
+
+@given(rows=st.integers(1, 100), columns=st.integers(1, 100), width=st.integers(1, 70), margin=st.integers(0, 3))
+@examples(20)
+def test_products_are_written_where_they_belong_and_nowhere_else(isa, rows, columns, width, margin):
+    # Whole numbers, whose products are exact.
+    hidden, weight = (torch.randint(-9, 10, (n, width + margin)).to(BF16)[:, :width] for n in (rows, columns))
+    lens, out = NativeLens(), torch.full((rows + 1, columns + margin), SENTINEL)
+    operands = lens.pack_hidden(hidden, isa), lens.pack_weight(weight, isa)
+    for count in THREADS[:2]:
+        with threads(count):
+            lens.multiply(out[:rows, :columns], *operands, width, isa)
+        assert torch.equal(out[:rows, :columns], hidden.float() @ weight.float().T)
+        assert (out[rows] == SENTINEL).all()
+        assert (out[:, columns:] == SENTINEL).all()
+
+
+def test_a_lens_of_rows_longer_than_a_segment(isa, monkeypatch):
+    monkeypatch.setattr(lens_loop, "CPU_TILE", (64, 5003))
+    lens = random_lens((0.1, 1.0, 30.0), (5,), 5003, 16)
+    lens.targets[:4] = torch.tensor([0, 2047, 2048, 5002])
+    assert_agrees(lens.run(top_k=20, backend=f"native:{isa}"), lens, top_k=20)
+    outputs = [name for name in OUTPUTS if name != "pairwise_kl"]
+    assert_agrees(lens.run(outputs, 3, backend=f"native:{isa}"), lens, outputs, 3)
+
+
+def test_a_lens_does_not_depend_on_the_number_of_threads_nor_on_whether_logits_are_kept(isa):
+    lens = random_lens((0.1, 1.0, 30.0), (40,), 3000, 16, options=OPTIONS["everything"])
+    # Whole numbers, whose products are exact whatever the order in which the library adds.
+    lens = replace(lens, **{name: (4 * getattr(lens, name)).round() for name in ("states", "weight", "final")})
+    found = []
+    for count, budget in [*((count, None) for count in THREADS), (2, 3 * 2**20)]:
+        with threads(count):
+            found.append(lens.run(top_k=7, memory_budget=budget, backend=f"native:{isa}"))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 @both_dtypes

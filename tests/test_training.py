@@ -38,6 +38,7 @@ from bupo.trainer import (
     update,
     with_old_logprobs,
 )
+from bupo_kernels import self_distillation_loss
 from bupo_kernels.policy_losses import policy_terms, token_weights
 
 pytestmark = pytest.mark.usefixtures("pictures_only_where_they_matter")
@@ -439,6 +440,69 @@ def test_an_update_with_another_objective_is_that_of_unpacked_sequences(config_f
     assert result.grad_norm == pytest.approx(norm.item(), rel=error + 2 * model_error(model.config, 12, backward=True))
 
 
+def test_a_run_of_oisd_says_how_far_the_layer_is_from_the_model_and_is_gone_on_with(config_file, tmp_path, capsys):
+    overrides = ["policy=oisd", "oisd.layer=2", "oisd.attention_weight=0.1", "hardware.attention=eager", "evaluation.every=0"]
+    assert main(["train", str(config_file), *overrides, "objective.clip=sapo", "data.heldout=[]", "steps=2"]) == 0
+    rows = metrics_of(tmp_path / "run")
+    assert "jsd " in capsys.readouterr().out
+    for row in rows:
+        assert row["phase"] == "final"
+        assert row["kl"] is None
+        if row["active"]:
+            assert 0 < row["jsd"] < math.log(2)
+            assert 0 < row["jsd_attention"] < math.log(2)
+    assert main(["train", str(tmp_path / "run" / "config.yaml"), "steps=3"]) == 0
+    assert len(metrics_of(tmp_path / "run")) == 3
+    assert moved(tmp_path / "start", tmp_path / "run" / "model") >= {"model.layers.1.mlp.up_proj.weight", "model.norm.weight"}
+    assert main(["train", str(config_file), "policy=oisd", "oisd.layer=2", "oisd.attention_weight=0.1"]) == 2
+    refusal = "oisd.attention_weight: 0.1 given, accepted is 0.0 with hardware.attention: per-sequence"
+    assert refusal in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("attention", [0.0, 0.1])
+def test_an_update_of_oisd_is_that_of_unpacked_sequences(config_file, attention):
+    overrides = ["policy=oisd", "oisd.layer=2", "oisd.weight=0.7", "optimizer.max_grad_norm=1e9", "optimizer.mini_batch=4"]
+    overrides += [f"oisd.attention_weight={attention}", "hardware.attention=eager"]
+    config, world = load_config(config_file, overrides), World(0, 1, torch.device("cpu"))
+    model = load_model(config.model, config.hardware, world)
+    samples, rewards = random_samples(16, vocab=14, longest=6), torch.zeros(4, 4)
+    advantages = torch.randn(4, 4, generator=torch.Generator().manual_seed(0))
+    advantages[1] = 0
+    lengths = [len(sample.response_ids) for sample in samples]
+    loss, jsd = 0, 0
+    with training_attention(model, "eager"):
+        (batches,) = make_mini_batches(samples, rewards, advantages, config, world)
+        assert len(batches) > 1
+        batches = [with_old_logprobs(model, batch, FINAL, config) for batch in batches]
+        result = update(model, Recorder(model.parameters(), lr=0.0), batches, FINAL, config, world)
+        for sample, advantage in zip(samples, advantages.flatten(), strict=True):
+            if advantage:
+                ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids[:-1]]])
+                targets = torch.full_like(ids, IGNORE)
+                targets[0, -len(sample.response_ids) :] = torch.tensor(sample.response_ids)
+                found = self_distillation_loss(
+                    model,
+                    ids,
+                    targets,
+                    advantage.view(1, 1),
+                    layer=2,
+                    divergence_weight=0.7,
+                    attention_weight=attention,
+                    objective=policy_objective(config),
+                    denominator=sum(lengths),
+                )
+                loss, jsd = loss + found.loss, jsd + found.divergence.sum()
+        model.zero_grad()
+        loss.backward()
+    # A JSD has the error of a divergence up to ln 2; the loss is of as many terms as the policy's.
+    error = 2 * 2 * policy_error(model.config, 12, LARGEST) * divergence_factor(1.0)
+    assert result.loss == pytest.approx(loss.item(), abs=error * advantages.abs().max().item())
+    assert result.jsd == pytest.approx(jsd.item(), abs=error * sum(lengths))
+    assert (result.jsd_attention is None) == (attention == 0)
+    norm = torch.sqrt(sum(p.grad.square().sum() for p in model.parameters() if p.grad is not None))
+    assert result.grad_norm == pytest.approx(norm.item(), rel=error + 2 * model_error(model.config, 12, backward=True))
+
+
 def old_by_sequence(batch: MicroBatch) -> dict[tuple[int, ...], torch.Tensor]:
     """Old log-probs of the response tokens of each sequence, by its tokens."""
     parts = (x[0].split(batch.lengths) for x in (batch.input_ids, batch.old_logprobs, batch.targets))
@@ -582,7 +646,7 @@ BAD_OVERRIDES = {
     ),
     "no data": ("data.train=[]", "data.train: [] given, accepted is at least one"),
     "unknown module": ("bupo.module=mlp", "bupo.module: 'mlp' given, accepted is 'layer', 'attention' or 'ffn'"),
-    "unknown policy": ("policy=ppo", "policy: 'ppo' given, accepted is 'bupo' or 'grpo'"),
+    "unknown policy": ("policy=ppo", "policy: 'ppo' given, accepted is 'bupo', 'grpo' or 'oisd'"),
     "not a number": ("steps=many", "steps: 'many' given, accepted is a valid integer"),
     "infinite": ("optimizer.learning_rate=.inf", "optimizer.learning_rate: inf given, accepted is a finite number"),
     "no such reward": (
@@ -596,6 +660,15 @@ BAD_OVERRIDES = {
     "a flag for a number": ("steps=true", "steps: True given, accepted is not true or false"),
     "not an override": ("steps", "override: 'steps' given, accepted is key.path=value"),
     "key below a value": ("steps.many=1", "steps.many: steps is a single value"),
+    "no oisd section": ("policy=oisd", "oisd: missing, accepted is a section with layer, or policy: bupo or grpo"),
+    "a sequence's clip of tokens": (
+        "objective.clip=gmpo",
+        "objective.ratio: token given, accepted is sequence with objective.clip: gmpo",
+    ),
+    "an unknown clip": (
+        "objective.clip=none",
+        "objective.clip: 'none' given, accepted is 'ppo', 'cispo', 'sapo', 'gmpo' or 'vespo'",
+    ),
     "no bupo section": ("bupo=null", "bupo: missing, accepted is a section with layer and internal_steps, or policy: grpo"),
 }
 

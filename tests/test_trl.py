@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import wraps
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import tiny_model
+from problems import contract
 from ranks import on_ranks
 from torch.distributed.fsdp import fully_shard
 
@@ -26,6 +28,8 @@ from packaging.version import Version
 from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.distributed import DistributedConfig
 from trl import (
+    DistillationConfig,
+    DistillationTrainer,
     DPOConfig,
     DPOTrainer,
     GRPOConfig,
@@ -37,7 +41,7 @@ from trl import (
     SFTConfig,
     SFTTrainer,
 )
-from trl.trainer import utils
+from trl.trainer import distillation_trainer, utils
 from trl.trainer.utils import add_fused_lm_head
 
 from bupo.demo import character_tokenizer
@@ -306,26 +310,101 @@ def test_a_head_that_works_otherwise_is_refused_and_left_alone(monkeypatch, wher
     assert utils._ChunkedLogProbFunction is integration._TRLS_OWN
 
 
-def test_distillation_says_that_it_keeps_trl_s_own_head(patched, caplog):
-    from trl.trainer.distillation_trainer import _chunked_divergence_loss
+@pytest.mark.parametrize("beta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("items", [None, 31])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_divergence_of_two_heads_has_value_and_gradients_of_trl_s_own(beta, items, softcap):
+    student, teacher = torch.randn(3, 9, 8), torch.randn(3, 9, 12)
+    weight, others, bias = torch.randn(31, 8), torch.randn(31, 12), torch.randn(31)
+    mask = (torch.rand(3, 9) < 0.7).long()
+    found = []
+    for loss_of in (integration._divergence_loss, distillation_trainer._chunked_divergence_loss):
+        leaves = [x.clone().requires_grad_() for x in (student, weight, bias)]
+        frozen = [x.clone().requires_grad_() for x in (teacher, others)]
+        loss, entropy, count = loss_of(
+            leaves[0],
+            frozen[0],
+            leaves[1],
+            frozen[1],
+            mask,
+            beta,
+            num_items_in_batch=items if items is None else torch.tensor(items),
+            student_lm_head_bias=leaves[2],
+            student_logit_scale=1.3,
+            teacher_final_logit_softcapping=softcap,
+            student_final_logit_softcapping=softcap,
+            temperature=0.7,
+        )
+        (loss * 3).backward()
+        assert all(x.grad is None for x in frozen)
+        found.append((loss, entropy, count, [x.grad for x in leaves]))
+    (loss, entropy, count, ours), (*expected, theirs) = found
+    assert not entropy.requires_grad
+    assert count == expected[2] == mask.sum()
+    bound = 2 * contract(max((h @ w.T).abs().max().item() * 1.3 / 0.7 for h, w in ((student, weight), (teacher, others))))
+    for a, b in zip((loss, entropy, *ours), (*expected[:2], *theirs), strict=True):
+        assert relative(a, b) < bound
 
+
+def test_a_step_of_distillation_is_that_on_trl_s_own_head(tmp_path, monkeypatch):
+    folders, calls, steps = [tmp_path / "student", tmp_path / "teacher"], [], []
+    for folder, seed in zip(folders, (0, 1), strict=True):
+        tiny_model(vocab=len(TOKENIZER), seed=seed).save_pretrained(folder)
+        TOKENIZER.save_pretrained(folder)
+    ours = integration._divergence_loss
+    monkeypatch.setattr(integration, "_divergence_loss", wraps(ours)(lambda *a, **o: calls.append(None) or ours(*a, **o)))
+    for patch in (patch_trl, unpatch_trl):
+        patch()
+        watch = Watch()
+        args = DistillationConfig(
+            str(tmp_path), **COMMON, per_device_train_batch_size=4, max_completion_length=6, max_steps=1, save_strategy="no"
+        )
+        trainer = DistillationTrainer(
+            str(folders[0]),
+            str(folders[1]),
+            args,
+            Dataset.from_dict({"prompt": PROMPTS}),
+            processing_class=TOKENIZER,
+            callbacks=[watch],
+        )
+        before = len(calls)
+        trainer.train()
+        steps.append((trainer.state.log_history[0], watch.gradients, len(calls) - before))
+    (step, gradients_, count), (own_step, own_gradients, own_count) = steps
+    assert count > 0
+    assert own_count == 0
+    assert_alike(gradients_, own_gradients, 1e-5)
+    for name in ("loss", "entropy", "grad_norm"):
+        assert step[name] == pytest.approx(own_step[name], rel=1e-5), name
+
+
+def test_the_divergence_of_a_head_that_zero_3_shards_stays_with_trl(patched, caplog):
     integration.log_once.cache_clear()
-    states, weight = torch.randn(2, 1, 9, 8), torch.randn(31, 8, requires_grad=True)
-    arguments = {
-        "student_hidden_states": states[0],
-        "student_lm_head_weight": weight,
-        "student_lm_head_bias": None,
-        "teacher_hidden_states": states[1],
-        "teacher_lm_head_weight": weight.detach() * 2,
-        "teacher_lm_head_bias": None,
-        "completion_mask": torch.ones(1, 9),
-        "beta": 0.5,
-    }
-    found = [_chunked_divergence_loss(**arguments)[0] for _ in range(2)]
-    assert ["TRL's own head runs for DistillationTrainer" in record.message for record in caplog.records] == [True]
+    weight = torch.randn(31, 8)
+    weight.ds_id = 1
+    arguments = torch.randn(1, 9, 8), torch.randn(1, 9, 8), weight, torch.randn(31, 8), torch.ones(1, 9), 0.5
+    found = distillation_trainer._chunked_divergence_loss(*arguments)
+    assert ["TRL's own head runs for a head sharded by DeepSpeed ZeRO-3" in record.message for record in caplog.records] == [True]
     unpatch_trl()
-    assert "apply" not in vars(integration._divergence())
-    assert torch.equal(_chunked_divergence_loss(**arguments)[0], found[0])
+    for ours, theirs in zip(found, distillation_trainer._chunked_divergence_loss(*arguments), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_another_divergence_is_refused_and_left_alone(monkeypatch):
+    theirs = distillation_trainer._chunked_divergence_loss
+    for instead, says in (
+        (lambda student_hidden_states: None, "_chunked_divergence_loss takes"),
+        (
+            wraps(theirs)(lambda *a, **o: tuple(2 * x for x in theirs(*a, **o))),
+            "loss of _chunked_divergence_loss is .* accepted is",
+        ),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(distillation_trainer, "_chunked_divergence_loss", instead)
+            with pytest.raises(ImportError, match=says):
+                patch_trl()
+            assert distillation_trainer._chunked_divergence_loss is instead
+    assert utils._ChunkedLogProbFunction is integration._TRLS_OWN
 
 
 def test_without_trl_the_import_says_what_to_install(monkeypatch):
@@ -528,7 +607,7 @@ def on_two_ranks(folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     config = DistributedConfig(fsdp_size=2)
-    found = {"own unit": own_unit_errors()}
+    found = {"own unit": [own_unit_errors(score), own_unit_errors(distill)]}
     for trainer in RUNS:
         sharded = trainer != "ddp"
         if not sharded or TRAINS_SHARDED:
@@ -538,7 +617,21 @@ def on_two_ranks(folder):
     dist.destroy_process_group()
 
 
-def own_unit_errors():
+def score(model, ids, labels):
+    out = model(ids, labels=labels, fused_lm_head=True)
+    return (out.log_probs + 0.3 * out.entropy).sum()
+
+
+def distill(model, ids, labels):
+    states = model.model(ids, use_cache=False).last_hidden_state[:, :-1]
+    teacher, weight, mask = states.detach().flip(-1), torch.linspace(-1, 1, 61 * 32).view(61, 32).sin(), labels[:, 1:] != -100
+    head = model.lm_head
+    return distillation_trainer._chunked_divergence_loss(
+        states, teacher, head.weight, weight, mask, 0.4, num_items_in_batch=1, student_lm_head_bias=head.bias
+    )[0]
+
+
+def own_unit_errors(loss_of):
     """Relative errors of gradients where the head is an FSDP2 unit of its own and read outside its forward, as TRL does: of our
     head the largest, of TRL's own that of the weight."""
     own_rows = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
@@ -553,10 +646,9 @@ def own_unit_errors():
             model.lm_head.bias = torch.nn.Parameter(torch.linspace(-1, 1, 61))
             add_fused_lm_head(model, temperature=0.8, outputs=("log_probs", "entropy"))
             if rows is own_rows:
-                for unit in (*model.model.layers, model.lm_head, model):
+                for unit in (*model.model.layers, model.lm_head, model if loss_of is score else model.model):
                     fully_shard(unit)
-            out = model(ids[rows], labels=labels[rows], fused_lm_head=True)
-            loss = (out.log_probs + 0.3 * out.entropy).sum()
+            loss = loss_of(model, ids[rows], labels[rows])
             found.append(gradients(model, loss * 2 if rows is own_rows else loss))  # FSDP2 averages over the two
         whole, shards = found
         largest = max(grad.abs().max() for grad in whole.values())
@@ -602,7 +694,7 @@ def two_ranks(tmp_path_factory):
 
 
 def test_a_head_that_fsdp2_shards_as_its_own_unit_gets_the_gradients_of_one_process(two_ranks):
-    for ours, theirs in (rank["own unit"] for rank in two_ranks):
+    for ours, theirs in (errors for rank in two_ranks for errors in rank["own unit"]):
         assert ours < 1e-6
         assert theirs > 0.1  # what is repaired
 

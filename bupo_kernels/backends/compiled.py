@@ -19,6 +19,7 @@ except ModuleNotFoundError:  # any other ImportError of a module that is there s
 
 # All instruction sets that setup.py knows, the fastest first.
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
+MULTIPLY_BF16 = ("amx", "avx512_bf16")  # of these, those whose panels are of bf16; the others' are of fp32
 
 
 @functools.cache

@@ -48,6 +48,25 @@ class Side(NamedTuple):
         return Side(self.products[block], None if self.dz is None else self.dz[block], self.bias, readout)
 
 
+class Top(NamedTuple):
+    """A teacher that is known by log-probs of k ids for each row; all other ids are one bucket, of the probability that these
+    leave."""
+
+    ids: Tensor  # [..., k] int64, each another in its row
+    logprobs: Tensor  # [..., k]
+
+    def of_rows(self, rows: Tensor, dtype: torch.dtype) -> Top:  # [n] -> [n, k] each
+        """Return those of ``rows``, which number the leading dimensions through."""
+        k = self.ids.shape[-1]
+        ids, logprobs = (x.reshape(self.ids.shape[:-1].numel(), k)[rows] for x in self)
+        return Top(ids, logprobs.to(dtype))
+
+    def with_rest(self) -> Tensor:  # [n, k + 1]
+        """Return the log-probs with that of the bucket as the last; −inf where nothing is left for it."""
+        total = self.logprobs.logsumexp(1, keepdim=True).clamp_(max=0)
+        return torch.cat([self.logprobs, total.expm1_().neg_().log_()], 1)
+
+
 class Upstream(NamedTuple):
     """The gradients of a loss with respect to what rows have."""
 
@@ -75,6 +94,16 @@ class DivergenceRows(Candidate):
         """Return the bytes that :meth:`rows` takes beside the matrices."""
         return 0
 
+    def top_rows(
+        self, student: Side, teacher: Top, beta: float, upstream: Upstream | None, strategy: str | None
+    ) -> tuple[Tensor, Tensor]:  # [n] each
+        """Return what :meth:`rows` does, of a teacher that is known by its top. Asked only where :meth:`why_not_top` gives None."""
+        raise NotImplementedError(f"{type(self).__name__} has no kernel for the top of a teacher")
+
+    def why_not_top(self) -> str | None:
+        """Return the reason :meth:`top_rows` cannot run, or None."""
+        return "it has no kernel for teacher_top"
+
 
 class TorchDivergence(DivergenceRows):
     """The row kernel in plain torch, on any device and in any dtype: a block of whole rows at a time."""
@@ -97,6 +126,22 @@ class TorchDivergence(DivergenceRows):
             block = slice(first, min(first + step, count))
             some = None if upstream is None else upstream.rows(block)
             divergence[block], entropy[block] = _rows(student.rows(block), teacher.rows(block), beta, some)
+        return divergence, entropy
+
+    def why_not_top(self) -> str | None:
+        return None
+
+    def top_rows(
+        self, student: Side, teacher: Top, beta: float, upstream: Upstream | None, strategy: str | None
+    ) -> tuple[Tensor, Tensor]:
+        count, vocab = student.products.shape
+        divergence, entropy = (student.products.new_empty(count) for _ in range(2))
+        step = _block_rows(vocab, divergence.device)
+        for first in range(0, count, step):
+            block = slice(first, min(first + step, count))
+            some = None if upstream is None else upstream.rows(block)
+            top = Top(teacher.ids[block], teacher.logprobs[block])
+            divergence[block], entropy[block] = _top_rows(student.rows(block), top, beta, some)
         return divergence, entropy
 
 
@@ -192,13 +237,57 @@ def _rows(student: Side, teacher: Side, beta: float, upstream: Upstream | None) 
     return divergence, entropy
 
 
+def _top_rows(student: Side, teacher: Top, beta: float, upstream: Upstream | None) -> tuple[Tensor, Tensor]:  # -> [r], [r]
+    """Return divergence and entropy of a block of rows, and write its gradient.
+
+    The student's policy on k + 1 buckets is the softmax of its k logits and of the logsumexp of the others. That one is summed over
+    these others themselves: what 1 leaves of k probabilities would be lost in rounding where they are nearly all.
+    """
+    z, ids = to_logits_(student.products, student.bias, student.readout), teacher.ids
+    slope = _slope(student, z)
+    own = z.gather(1, ids)
+    z.scatter_(1, ids, -math.inf)
+    m = z.amax(1, keepdim=True).clamp_(min=lowest(z.dtype))
+    e = torch.exp(z.sub_(m))
+    s = e.sum(1, keepdim=True)
+    log_s = s.log()
+    buckets = torch.cat([own, m + log_s], 1)
+    log_p, log_q = buckets - buckets.logsumexp(1, keepdim=True), teacher.with_rest()
+    # Where nothing is left for the student, as of a top of the whole vocabulary, what rounding leaves for the teacher is nothing.
+    rounding = math.log(max(ids.shape[1], 1) * torch.finfo(z.dtype).eps)
+    log_q[:, -1].masked_fill_((log_p[:, -1] == -math.inf) & (log_q[:, -1] <= rounding), -math.inf)
+    policies = Policies(log_p, log_q, log_p.exp(), log_q.exp())
+    wanted = upstream is not None and student.dz is not None
+    divergence, dz, _ = compare(policies, beta, OF_MATRIX, gradients=(wanted, False))
+    rest = policies.p[:, -1:]
+    of_rest = torch.where(s == 0, 0, log_s - _weighted(e, z).sum(1, keepdim=True) / s)  # the entropy of the others among them
+    entropy = entropy_of(log_p, policies.p, OF_MATRIX, gradient=False)[0]
+    entropy = entropy + torch.where(rest == 0, 0, rest * of_rest).squeeze(1)
+    if upstream is None or dz is None:
+        return divergence, entropy
+    dz.mul_(upstream.divergence.unsqueeze(1))
+    share = torch.where(s == 0, 0, e / s)  # of one of the others in their bucket
+    whole = share * dz[:, -1:]
+    if upstream.entropy is not None:
+        g, mean = upstream.entropy.unsqueeze(1), entropy.unsqueeze(1)
+        whole.sub_(g * _weighted(share * rest, z - log_s + log_p[:, -1:] + mean))
+        dz = dz[:, :-1] - g * _weighted(policies.p[:, :-1], log_p[:, :-1] + mean)
+    whole.scatter_(1, ids, dz[:, : ids.shape[1]])
+    _write(student, whole, slope)
+    return divergence, entropy
+
+
+def _slope(side: Side, z: Tensor) -> Tensor | None:  # [r, V]
+    """Return the slope of the softcap, where there is one and a gradient is wanted."""
+    if side.readout.softcap is None or side.dz is None:
+        return None
+    return (z * (side.readout.temperature / side.readout.softcap)).square_().neg_().add_(1)  # 1 − tanh²
+
+
 def _log_policy_(side: Side) -> tuple[Tensor, Tensor | None]:  # -> [r, V], [r, V]
     """Return ``ln softmax`` of the logits, in place of the products; and the slope of the softcap, where there is one."""
-    readout = side.readout
-    z = to_logits_(side.products, side.bias, readout)
-    slope = None
-    if readout.softcap is not None and side.dz is not None:
-        slope = (z * (readout.temperature / readout.softcap)).square_().neg_().add_(1)  # 1 − tanh²
+    z = to_logits_(side.products, side.bias, side.readout)
+    slope = _slope(side, z)
     z.sub_(z.amax(1, keepdim=True).clamp_(min=lowest(z.dtype)))
     s = z.exp().sum(1, keepdim=True)
     return z.sub_(s.log_().masked_fill_(s == -math.inf, math.nan)), slope

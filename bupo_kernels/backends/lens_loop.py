@@ -2,32 +2,122 @@
 
 A tile holds the logits of P policies (the layers, and last the final policy where one is compared with) on the same few tokens, so
 W is read once for all of them, and what compares two policies is at hand together. Of each policy's logits z the first pass keeps
-``m = max z``, ``s = Σ e^(z−m)`` and, of each pair (l, k), ``c_lk = Σ e^(z^l−m^l) (z^k − m^k)``. From these
+``m = max z``, ``s = Σ e^(z−m)`` and, of pairs (l, k), ``c_lk = Σ e^(z^l−m^l) (z^k − m^k)``. From these
 
 * entropy ``ln s_l − c_ll / s_l``
 * ``KL(π^l ‖ π^k) = (c_ll − c_lk) / s_l − ln s_l + ln s_k``
 
-``c`` of all pairs is one product of ``[P, columns]`` matrices a token: P/D of the work of the logits themselves. What needs the
-target's logit, or the normalised policies, beforehand (the rank; Jensen and Shannon's mixture) takes a second pass over the tiles.
+``c`` of all pairs takes P/D of the work of the logits themselves. What needs the target's logit, or the normalised policies,
+beforehand (the rank; Jensen and Shannon's mixture) takes a second pass over the tiles: over those of the first one, where the row
+kernels leave logits and the budget has room for all tiles of enough rows, else over products that are formed again.
+
+What is done to the rows of a tile is a matter of :class:`LensRows`: ``torch_lens.py``, ``native_lens.py``, ``triton_/lens.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bupo_kernels.backends import algebra
-from bupo_kernels.backends.base import Operands, Tile
+from bupo_kernels.backends.algebra import Statistics
+from bupo_kernels.backends.base import Candidate, Operands, Readout, Tile
+from bupo_kernels.backends.compiled import present
+from bupo_kernels.backends.cpu_arguments import PANEL
 from bupo_kernels.backends.gradients import accumulate_, product_dtype
 from bupo_kernels.backends.quantised import is_plain, rows_of
 from bupo_kernels.backends.tile_loop import CPU_TILE, DEVICE_TILE, SMALL_TILE
-from bupo_kernels.backends.torch_ import target_column, to_logits_
 
 COMPARED = ("kl_to_final", "kl_from_final", "jsd")  # with the final policy
 SECOND_PASS = ("rank", "jsd")
+KEPT_ROWS = 256  # of products at least, for which W is read once: with fewer, to form products twice is no slower
+
+
+class LensTile(NamedTuple):
+    """The products, or logits, of P policies on r tokens and c columns."""
+
+    columns: slice
+    tokens: slice
+    z: Tensor  # [P, r, c], contiguous
+    scratch: Tensor | None  # as much memory, where the row kernels need it; overwritten by the next tile
+    formed: bool  # whether z are logits, which a fold left, and not products
+    bias: Tensor | None  # [c]
+    readout: Readout  # of these tokens
+    targets: Tensor  # [r] int64
+
+
+class Running(NamedTuple):
+    """The results of P policies on r tokens as tiles are folded into them, None where nobody asks."""
+
+    statistics: Statistics  # [P, r] each
+    argmax: Tensor | None  # [P, r] int64
+    cross: Tensor | None  # [r, P, P]: c of the pairs, −inf where the first gives probability to what the second rules out
+    pairs: bool  # whether `cross` is of all pairs, and not of those with the last policy alone
+    ruled_out: Tensor | None  # [r, P, P]: Σ e^(z^l−m^l) where z^k is −inf, kept for `cross` by row kernels that multiply matrices
+    top_z: Tensor  # [P, r, k]
+    top_ids: Tensor  # [P, r, k] int64
+
+    def at(self, tokens: slice) -> Running:
+        """Return the results of some of the tokens."""
+        statistics = Statistics(*(x[:, tokens] for x in self.statistics))
+        argmax = None if self.argmax is None else self.argmax[:, tokens]
+        cross, ruled_out = (None if x is None else x[tokens] for x in (self.cross, self.ruled_out))
+        return Running(statistics, argmax, cross, self.pairs, ruled_out, self.top_z[:, tokens], self.top_ids[:, tokens])
+
+
+class Comparison(NamedTuple):
+    """The results of the second pass on r tokens, None where nobody asks."""
+
+    rank: Tensor | None  # [P, r] int64
+    jsd: Tensor | None  # [P, r], of which the last policy's has no meaning
+
+
+class LensRows(Candidate):
+    """The two kernels that work on the rows of a lens's tiles. Methods hold no state."""
+
+    keeps: ClassVar[bool] = False  # whether a fold leaves logits in its tile, from which the second pass can be taken
+    multiplies: ClassVar[bool] = False  # whether `cross` is a product of matrices, which does not take 0 · −inf for 0
+
+    def packs(self, dtype: torch.dtype, strategy: str | None) -> bool:
+        """Return whether operands of ``dtype`` are multiplied by kernels of its own, which pack them: with :meth:`pack_hidden`,
+        :meth:`pack_weight` and :meth:`multiply`."""
+        return False
+
+    def pack_hidden(self, hidden: Tensor, strategy: str | None) -> Tensor:  # [n, D] -> [words]
+        """Return the hidden vectors as :meth:`multiply` takes them: of at most 2 bytes an element, with n rounded up to 32."""
+        raise NotImplementedError(f"{type(self).__name__} has no product of its own")
+
+    def pack_weight(self, weight: Tensor, strategy: str | None) -> Tensor:  # [c, D] -> [words]
+        """Return rows of the weight as :meth:`multiply` takes them: of at most 2 bytes an element, with c rounded up to 32."""
+        raise NotImplementedError(f"{type(self).__name__} has no product of its own")
+
+    def multiply(self, out: Tensor, hidden: Tensor, weight: Tensor, width: int, strategy: str | None) -> None:  # [n, c]
+        """Write the fp32 products of what :meth:`pack_hidden` and :meth:`pack_weight` gave."""
+        raise NotImplementedError(f"{type(self).__name__} has no product of its own")
+
+    def needs_scratch(self, pairs: bool) -> bool:
+        """Return whether tiles need scratch memory, where ``pairs`` says whether all pairs are compared."""
+        return True
+
+    @abstractmethod
+    def fold(self, tile: LensTile, running: Running, with_entropy: bool, strategy: str | None) -> None:
+        """Fold a tile into the ``running`` results of its tokens. The top k so far are the first of the k places, in any order."""
+
+    @abstractmethod
+    def compare(
+        self,
+        tile: LensTile,
+        statistics: Statistics,  # [P, r] each
+        log_s: Tensor,  # [P, r]
+        found: Comparison,
+        strategy: str | None,
+    ) -> None:
+        """Add to rank and jsd what follows from a tile."""
 
 
 def checked_norm(norm: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], Tensor]:
@@ -47,7 +137,7 @@ class LensLoop:
     """The statistics of the L policies of ``states``, and of that of ``final`` where it is not None, on rows of ``operands``.
 
     ``operands.hidden`` lends its shape and dtype; ``norm`` is applied to rows of ``states`` as they are used. At most ``rows`` may
-    be asked for at a time: fewer than ``count`` where the budget does not hold the statistics of all.
+    be asked for at a time: fewer than ``count`` where the budget does not hold what all of them need.
     """
 
     def __init__(
@@ -60,34 +150,55 @@ class LensLoop:
         outputs: Sequence[str],
         top_k: int,
         memory_budget: int,
+        kernels: LensRows,
+        strategy: str | None,
     ) -> None:
         self.states, self.norm, self.operands, self.outputs, self.top_k = states, checked_norm(norm), operands, outputs, top_k
+        self.kernels, self.strategy = kernels, strategy
         self.final = final if set(outputs) & set(COMPARED) else None
         self.policies = len(states) + (self.final is not None)
-        self.compares = bool(set(outputs) & {"kl_to_final", "kl_from_final", "pairwise_kl"})
-        self.rules_out = self.compares and operands.bias is not None and bool((operands.bias == -math.inf).any())
+        self.pairs = "pairwise_kl" in outputs
+        self.compares = self.pairs or bool(set(outputs) & {"kl_to_final", "kl_from_final"})
+        self.rules_out = operands.bias is not None and bool((operands.bias == -math.inf).any())
         self.dtype = torch.promote_types(operands.hidden.dtype, torch.float32)
         self.product_dtype = product_dtype(operands.hidden.dtype, operands.hidden.device)
-        self.rows, self.tile = self._plan(count, memory_budget)
+        self.packs = kernels.packs(operands.hidden.dtype, strategy)
+        self.rows, self.tile, self.keeps = self._plan(count, memory_budget)
+        # Panels of few rows are mostly padding, for which no memory is planned.
+        self.packs = self.packs and min(self.tile.rows * self.policies, self.tile.columns) >= SMALL_TILE
 
-    def _plan(self, count: int, memory_budget: int) -> tuple[int, Tile]:
-        """Return how many rows there may be at a time, and the tokens and columns of the largest tile within the budget. Raise
-        ``ValueError`` where it holds not even the smallest."""
+    def _plan(self, count: int, memory_budget: int) -> tuple[int, Tile, bool]:
+        """Return how many rows there may be at a time, the tokens and columns of the largest tile within the budget, and whether
+        all tiles are kept for the second pass. Raise ``ValueError`` where the budget holds not even the smallest."""
         policies, k, (vocab, width) = self.policies, self.top_k, self.operands.weight.shape
         size, item, of_product = self.dtype.itemsize, self.operands.hidden.dtype.itemsize, self.product_dtype.itemsize
+        width = -(-width // PANEL) * PANEL if self.packs else width
         copies = item < of_product if is_plain(self.operands.weight) else 2  # of a slice, as in tile_loop.memory
-        # A row has statistics and results, in float and int64, the top k twice, products of all pairs, indices and coordinates.
+        # A row has statistics and results, in float and int64, the top k twice, products of all pairs, indices and coordinates;
+        # and its hidden vectors.
         per_row = policies * (10 * size + 2 * 8 + 2 * k * (size + 8)) + policies**2 * size * self.compares + 64
+        per_row += policies * width * of_product
+        second, scratch = bool(set(self.outputs) & set(SECOND_PASS)), self.kernels.needs_scratch(self.pairs)
+        temporary = 3 * size * ("jsd" in self.outputs) * (not self.kernels.keeps)
+        temporary += policies * self.compares * (not self.kernels.keeps)
 
-        def needed(rows: int, tokens: int, columns: int) -> int:
-            logits = ((2 * policies + 3 * ("jsd" in self.outputs)) * size + policies * self.compares) * tokens * columns
+        def needed(rows: int, tokens: int, columns: int, kept: bool = False) -> int:
+            logits = ((not kept) + scratch) * policies * size * tokens * columns + temporary * tokens * columns
             hidden = policies * tokens * width * (of_product * (item < of_product) + 3 * item)
             merged = tokens * policies * (4 * k * (size + 8) + 10 * size + policies * size * self.compares)
-            return rows * per_row + logits + hidden + merged + 2 * columns * width * size * copies
+            all_logits = rows * policies * vocab * size * kept
+            return rows * per_row + logits + all_logits + hidden + merged + 2 * columns * width * size * copies
 
         most_rows, most_columns = CPU_TILE if self.operands.weight.device.type == "cpu" else DEVICE_TILE
+        tokens, columns = max(min(most_rows // policies, count), 1), min(most_columns, vocab)
+        if second and self.kernels.keeps and count:
+            room = memory_budget - needed(0, tokens, columns, True)
+            rows = min(room // (per_row + policies * vocab * size), count)
+            if rows * policies >= min(KEPT_ROWS, count * policies):
+                rows = -(-count // -(-count // rows))  # of as many parts as it takes, each has as much
+                return rows, Tile(min(tokens, rows), columns), True
         rows = max(min(count, memory_budget // 2 // per_row), 1)
-        tokens, columns = max(min(most_rows // policies, rows), 1), min(most_columns, vocab)
+        tokens = min(tokens, rows)
         while needed(rows, tokens, columns) > memory_budget and max(tokens, columns) > 1:
             # Products of fewer than SMALL_TILE rows or columns are slow.
             if columns == 1 or (tokens > 1 and (tokens * policies > SMALL_TILE or columns <= SMALL_TILE)):
@@ -96,47 +207,69 @@ class LensLoop:
                 columns = (columns + 1) // 2
         if (least := needed(rows, tokens, columns)) > memory_budget:
             raise ValueError(f"memory_budget: {memory_budget} bytes given, accepted are at least {least} for {policies} policies")
-        return rows, Tile(tokens, columns)
+        return rows, Tile(tokens, columns), False
 
-    def _tiles(self, rows: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
-        """Yield columns, tokens, their logits [P, r, c], which the next ones overwrite, and room for as many numbers."""
-        _, weight, bias, _, readout = self.operands
-        count, vocab, device, coordinates = len(rows), len(weight), weight.device, self.operands.coordinates(rows)
-        buffers = [
-            torch.empty(self.policies * self.tile.rows * self.tile.columns, dtype=self.dtype, device=device) for _ in range(2)
-        ]
-        for start in range(0, vocab if count else 0, self.tile.columns):
+    def _blocks(self, rows: Tensor) -> list[tuple[slice, Tensor, Readout]]:  # [n]
+        """Return the rows block by block, with their hidden vectors [P · r, D], or these as they are packed, and their
+        readout."""
+        blocks, coordinates = [], self.operands.coordinates(rows)
+        for first in range(0, len(rows), self.tile.rows):
+            tokens = slice(first, min(first + self.tile.rows, len(rows)))
+            index = tuple(i[tokens] for i in coordinates)
+            hidden = [self.norm(state[index]) for state in self.states]
+            if self.final is not None:
+                hidden.append(self.final[index])
+            stacked = torch.stack([x.to(self.operands.hidden.dtype) for x in hidden]).flatten(0, 1)
+            operand = self.kernels.pack_hidden(stacked, self.strategy) if self.packs else stacked.to(self.product_dtype)
+            blocks.append((tokens, operand, self.operands.readout.rows(index, self.dtype)))
+        return blocks
+
+    def _tiles(self, rows: Tensor, blocks: list[tuple[slice, Tensor, Readout]], kept: Tensor | None) -> Iterator[LensTile]:
+        """Yield tiles of products; each overwrites the one before, unless all are ``kept``, side by side."""
+        _, weight, bias, targets, _ = self.operands
+        vocab, device, y = len(weight), weight.device, targets.flatten()[rows]
+        of_tile = self.policies * self.tile.rows * self.tile.columns
+        room = torch.empty(of_tile if kept is None else 0, dtype=self.dtype, device=device)
+        scratch = torch.empty(of_tile if self.kernels.needs_scratch(self.pairs) else 0, dtype=self.dtype, device=device)
+        at = 0
+        for start in range(0, vocab if len(rows) else 0, self.tile.columns):
             columns = slice(start, min(start + self.tile.columns, vocab))
             w = rows_of(weight, columns)
-            w = w.to(self.product_dtype)
+            w = self.kernels.pack_weight(w, self.strategy) if self.packs else w.to(self.product_dtype)
             b = None if bias is None else bias[columns].to(self.dtype)
-            for first in range(0, count, self.tile.rows):
-                tokens = slice(first, min(first + self.tile.rows, count))
-                index = tuple(i[tokens] for i in coordinates)
-                hidden = self._hidden(index, w.dtype)
-                shape = (*hidden.shape[:2], len(w))
-                z, scratch = (buffer[: math.prod(shape)].view(shape) for buffer in buffers)
-                accumulate_(z.flatten(0, 1), hidden.flatten(0, 1), w.T, first=True)
-                yield columns, tokens, to_logits_(z, b, readout.rows(index, self.dtype)), scratch
-
-    def _hidden(self, index: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:  # -> [P, r, D]
-        rows = [self.norm(state[index]) for state in self.states]
-        if self.final is not None:
-            rows.append(self.final[index])
-        return torch.stack([x.to(self.operands.hidden.dtype) for x in rows]).to(dtype)
+            for tokens, hidden, readout in blocks:
+                shape = (self.policies, tokens.stop - tokens.start, columns.stop - columns.start)
+                count = math.prod(shape)
+                z = (room[:count] if kept is None else kept[at : at + count]).view(shape)
+                at += count
+                if self.packs:
+                    self.kernels.multiply(z.flatten(0, 1), hidden, w, weight.shape[1], self.strategy)
+                else:
+                    accumulate_(z.flatten(0, 1), hidden, w.T, first=True)
+                free = scratch[:count].view(shape) if len(scratch) else None
+                yield LensTile(columns, tokens, z, free, False, b, readout, y[tokens])
 
     def run(self, rows: Tensor) -> dict[str, Tensor]:  # [n]
         """Return [L, n] for each of the outputs, [L, n, k] for ``top_ids`` and ``top_logprobs``, [L, L, n] for ``pairwise_kl``."""
         layers, vocab, outputs = len(self.states), len(self.operands.weight), set(self.outputs)
-        statistics, cross, found = self._first_pass(rows, self.rules_out)
-        if cross is not None and not self.rules_out and not cross.isfinite().all():  # a product was −inf
-            statistics, cross, found = self._first_pass(rows, True)
+        blocks, memory = self._blocks(rows), None
+        kept: list[LensTile] = []
+        if self.keeps:
+            memory = present(torch.empty(self.policies * len(rows) * vocab, dtype=self.dtype, device=rows.device))
+        tiles = self._tiles(rows, blocks, memory)
+        running = self._first_pass(tiles, kept, len(rows), self.kernels.multiplies and self.rules_out)
+        if self.kernels.multiplies and not self.rules_out and running.cross is not None and not running.cross.isfinite().all():
+            running = self._first_pass(self._tiles(rows, blocks, None), [], len(rows), True)  # a product was −inf
+        statistics, cross = running.statistics, running.cross
         logprob, entropy, logsumexp, log_s = algebra.finish(statistics, vocab, with_entropy=True)
         assert entropy is not None
-        found |= {"logprobs": logprob, "entropy": entropy, "logsumexp": logsumexp}
-        found["max_probability"] = (-log_s).exp()
+        found = {"logprobs": logprob, "entropy": entropy, "logsumexp": logsumexp, "max_probability": (-log_s).exp()}
+        if running.argmax is not None:
+            found["argmax"] = running.argmax
         if self.top_k:
-            found["top_logprobs"] = (found["top_logprobs"] - statistics.m.unsqueeze(-1)).sub_(log_s.unsqueeze(-1)).clamp_(max=0)
+            top_z, order = running.top_z.sort(-1, descending=True)
+            found["top_ids"] = running.top_ids.gather(2, order)
+            found["top_logprobs"] = top_z.sub_(statistics.m.unsqueeze(-1)).sub_(log_s.unsqueeze(-1)).clamp_(max=0)
 
         def divergence(own: Tensor, other: Tensor, s: Tensor, log_s: Tensor, other_log_s: Tensor) -> Tensor:
             return (own - other).div_(s).sub_(log_s - other_log_s).clamp_(min=0)
@@ -145,96 +278,47 @@ class LensLoop:
             s, t = statistics.s, statistics.t
             found["kl_to_final"] = divergence(t, cross[:, :, -1].T, s, log_s, log_s[-1])
             found["kl_from_final"] = divergence(t[-1], cross[:, -1].T, s[-1], log_s[-1], log_s)
-        if "pairwise_kl" in outputs and cross is not None:
+        if self.pairs and cross is not None:
             kl = cross.neg_().add_(statistics.t.T.unsqueeze(2)).div_(statistics.s.T.unsqueeze(2))
             kl.sub_(log_s.T.unsqueeze(2)).add_(log_s.T.unsqueeze(1)).clamp_(min=0)
             found["pairwise_kl"] = kl.permute(1, 2, 0)[:layers, :layers]
         if outputs & set(SECOND_PASS):
-            found |= self._second_pass(rows, statistics, log_s)
+            found |= self._second_pass(kept if self.keeps else self._tiles(rows, blocks, None), statistics, log_s)
         return {name: found[name][:layers] for name in (*self.outputs, *(("top_ids", "top_logprobs") if self.top_k else ()))}
 
-    def _first_pass(self, rows: Tensor, rules_out: bool) -> tuple[algebra.Statistics, Tensor | None, dict[str, Tensor]]:
-        """Return :class:`Statistics` [P, n], the c of all pairs [n, P, P] if policies are compared, argmax and top k (their
-        logits).
+    def _first_pass(self, tiles: Iterator[LensTile], kept: list[LensTile], count: int, rules_out: bool) -> Running:
+        """Return what comes of all ``tiles`` of ``count`` rows, and leave them in ``kept`` where the second pass is over them."""
+        shape, device, k = (self.policies, count), self.operands.weight.device, self.top_k
+        numbers = torch.zeros(4, *shape, dtype=self.dtype, device=device)
+        numbers[0].fill_(algebra.lowest(self.dtype))
+        cross = torch.zeros(count, shape[0], shape[0], dtype=self.dtype, device=device) if self.compares else None
+        running = Running(
+            Statistics(*numbers),
+            torch.zeros(shape, dtype=torch.int64, device=device) if "argmax" in self.outputs else None,
+            cross,
+            self.pairs,
+            torch.zeros_like(cross) if rules_out and cross is not None else None,
+            torch.empty(*shape, k, dtype=self.dtype, device=device),
+            torch.empty(*shape, k, dtype=torch.int64, device=device),
+        )
+        for tile in tiles:
+            self.kernels.fold(tile, running.at(tile.tokens), "entropy" in self.outputs, self.strategy)
+            if self.keeps:
+                kept.append(tile._replace(formed=True))
+        if cross is not None and running.ruled_out is not None:
+            cross.masked_fill_(running.ruled_out > 0, -math.inf)
+        return running
 
-        A product cannot take ``0 · −inf`` for 0: where policies are compared that rule columns out, c is of the other columns, and
-        −inf where the first of a pair gives some probability to what the second rules out.
-        """
-        shape, device, k, y = (self.policies, len(rows)), rows.device, self.top_k, self.operands.targets.flatten()[rows]
-        statistics = algebra.Statistics(*(torch.zeros(shape, dtype=self.dtype, device=device) for _ in range(4)))
-        statistics.m.fill_(algebra.lowest(self.dtype))
-        cross = torch.zeros(shape[1], shape[0], shape[0], dtype=self.dtype, device=device) if self.compares else None
-        ruled_out = torch.zeros_like(cross) if rules_out and cross is not None else None  # e^(z^l−m^l) summed where z^k is −inf
-        argmax = torch.zeros(shape, dtype=torch.int64, device=device)
-        top_z = torch.empty(*shape, k, dtype=self.dtype, device=device)
-        top_ids = torch.empty(*shape, k, dtype=torch.int64, device=device)
-        for columns, tokens, z, e in self._tiles(rows):
-            m, s, t, z_y = (x[:, tokens] for x in statistics)
-            column, inside = target_column(y[tokens], columns)
-            column = column.expand(self.policies, -1, 1)
-            z_y.copy_(torch.where(inside.squeeze(1), z.gather(2, column).squeeze(2), z_y))
-            if k:
-                seen = slice(0, min(k, columns.start))
-                values, ids = z.topk(min(k, z.shape[2]))
-                values = torch.cat([top_z[:, tokens, seen], values], 2)
-                ids = torch.cat([top_ids[:, tokens, seen], ids + columns.start], 2)
-                values, order = values.topk(min(k, columns.stop))
-                top_z[:, tokens, : columns.stop] = values
-                top_ids[:, tokens, : columns.stop] = ids.gather(2, order)
-            if "argmax" in self.outputs:
-                slice_m, best = z.max(2)  # the first of equals
-                argmax[:, tokens] = torch.where(slice_m > m, best + columns.start, argmax[:, tokens])
-            else:
-                slice_m = z.amax(2)
-            higher = torch.maximum(m, slice_m)
-            shrink = (m - higher).exp()
-            moved = torch.where(s > 0, m - higher, 0)  # how far it was from nothing to the first maximum does not matter
-            torch.exp(z.sub_(higher.unsqueeze(2)), out=e)
-            slice_s = e.sum(2)
-            if cross is not None:
-                c = cross[tokens].add_(s.T.unsqueeze(2) * moved.T.unsqueeze(1)).mul_(shrink.T.unsqueeze(2))
-                if ruled_out is not None:
-                    where = z == -math.inf
-                    z.masked_fill_(where, 0)
-                c.baddbmm_(e.transpose(0, 1), z.permute(1, 2, 0))
-                if ruled_out is not None:
-                    lost = ruled_out[tokens].mul_(shrink.T.unsqueeze(2))
-                    lost.baddbmm_(e.transpose(0, 1), z.copy_(where).permute(1, 2, 0))
-            elif "entropy" in self.outputs:
-                t.copy_(shrink * (t + moved * s) + e.mul_(z).nansum(2))  # as in TorchRows.fold
-            s.copy_(shrink * s + slice_s)
-            m.copy_(higher)
-        if cross is not None and ruled_out is not None:
-            cross.masked_fill_(ruled_out > 0, -math.inf)
-        if cross is not None:
-            statistics.t.copy_(cross.diagonal(dim1=1, dim2=2).T)
-        return statistics, cross, {"argmax": argmax, "top_logprobs": top_z, "top_ids": top_ids}
-
-    def _second_pass(
-        self,
-        rows: Tensor,
-        statistics: algebra.Statistics,
-        log_s: Tensor,  # [P, n] each
-    ) -> dict[str, Tensor]:
-        """Return rank and jsd, [P, n] and [L, n]."""
-        layers, y = len(self.states), self.operands.targets.flatten()[rows]
-        rank = torch.zeros_like(log_s, dtype=torch.int64)
-        jsd = torch.zeros_like(log_s[:layers])
-        for columns, tokens, z, scratch in self._tiles(rows):
-            if "rank" in self.outputs:
-                above = torch.gt(
-                    z, statistics.z_y[:, tokens].unsqueeze(2), out=scratch
-                )  # as numbers: a sum of bools would be one of int64
-                column, inside = target_column(y[tokens], columns)
-                column = column.expand(self.policies, -1, 1)
-                above.scatter_(2, column, torch.where(inside, 0, above.gather(2, column)))
-                rank[:, tokens] += above.sum(2).long()
-            if "jsd" in self.outputs:
-                log_p = z.sub_(statistics.m[:, tokens].unsqueeze(2)).sub_(log_s[:, tokens].unsqueeze(2))
-                p = torch.exp(log_p, out=scratch)
-                for layer in range(layers):
-                    mixture = torch.logaddexp(log_p[layer], log_p[-1]).sub_(math.log(2))
-                    own = p[layer].mul_(log_p[layer].sub_(mixture)).nansum(1)  # 0 · ln 0 is left out
-                    jsd[layer, tokens] += (own + torch.sub(log_p[-1], mixture).mul_(p[-1]).nansum(1)) / 2
-        jsd += 0 * (log_s[:layers] + log_s[-1])  # NaN where one of the two is no policy
-        return {"rank": rank, "jsd": jsd.clamp_(0, math.log(2))}
+    def _second_pass(self, tiles: Iterable[LensTile], statistics: Statistics, log_s: Tensor) -> dict[str, Tensor]:  # [P, n] each
+        """Return rank and jsd, [P, n] each."""
+        rank = torch.zeros_like(log_s, dtype=torch.int64) if "rank" in self.outputs else None
+        jsd = torch.zeros_like(log_s) if "jsd" in self.outputs else None
+        for tile in tiles:
+            t = tile.tokens
+            into = Comparison(*(None if x is None else x[:, t] for x in (rank, jsd)))
+            self.kernels.compare(tile, Statistics(*(x[:, t] for x in statistics)), log_s[:, t], into, self.strategy)
+        found = {} if rank is None else {"rank": rank}
+        if jsd is not None:
+            jsd += 0 * (log_s + log_s[-1])  # NaN where one of the two is no policy
+            found["jsd"] = jsd.clamp_(0, math.log(2))
+        return found

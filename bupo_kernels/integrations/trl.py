@@ -1,8 +1,8 @@
 """This library in TRL: its trainers score tokens with it, and BuPO (arXiv 2512.19673) is one of them. Tested with TRL 1.16.
 
 :func:`patch_trl` before a trainer runs is all it takes; it reaches every trainer that scores tokens through TRL's fused head, which
-are GRPO, RLOO, KTO, DPO, SFT and the experimental asynchronous GRPO. It does not reach the distillation of one model into another
-(``DistillationTrainer`` and the experimental asynchronous one), which compares two heads. :class:`BuPOTrainer` works with and
+are GRPO, RLOO, KTO, DPO, SFT and the experimental asynchronous GRPO, and ``DistillationTrainer``, which compares the heads of two
+models. It does not reach the experimental asynchronous distillation, whose head is its own. :class:`BuPOTrainer` works with and
 without it.
 
 Any release of TRL is accepted whose functions, of those that are replaced, are there, take the same arguments and give the same
@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from bupo_kernels.dispatch import log, log_once
+from bupo_kernels.functional import linear_divergence
 from bupo_kernels.integrations.features import require, require_values, small_input
 from bupo_kernels.internal_policy import internal_policy
 from bupo_kernels.request import Request, gathered
@@ -43,6 +44,8 @@ require(TRL, "trl.trainer.utils._ChunkedLogProbFunction.forward", utils._Chunked
 require(TRL, "GRPOTrainer._generate_and_score_completions", GRPOTrainer, ("self", "inputs"))
 require(TRL, "GRPOTrainer._get_per_token_logps_and_entropies", GRPOTrainer, ("self", "model"))
 
+DIVERGENCE = "_chunked_divergence_loss"
+ZERO = "a head sharded by DeepSpeed ZeRO-3, which is gone by the backward unless gathered again, as TRL's does"
 OUTPUTS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 _TRLS_OWN = utils._ChunkedLogProbFunction
 _originals: list[tuple[object, str, object]] = []  # owner, name, what was there
@@ -59,28 +62,34 @@ def patch_trl() -> None:
     The other outputs cost next to nothing, but for ``log_sum_sq_probs`` (DPO with ``use_weighting``: one more pass over the head).
     ``is_top1`` counts every label of maximal logit, TRL's only the first id of such.
 
-    TRL's own function still runs, which a warning says once, where DeepSpeed ZeRO-3 shards the head, where ``mean_logits`` are
-    asked for under a softcap (DPO and KTO of Gemma 2), and in ``DistillationTrainer``.
+    ``DistillationTrainer`` gets its divergence from :func:`bupo_kernels.linear_divergence`, whose gradients are taken in one pass
+    over the tokens that count, for a sharded head averaged over the ranks as well.
+
+    TRL's own function still runs, which a warning says once, where DeepSpeed ZeRO-3 shards the head, and where ``mean_logits`` are
+    asked for under a softcap (DPO and KTO of Gemma 2).
 
     Raises ``ImportError`` where TRL's head does not work as that of the tested release.
     """
     if _originals:
         return
     _check_head()
+    module = _distillation()
+    if module is not None:
+        _check_divergence(module)
     replacements = {
         "_ChunkedLogProbFunction": SimpleNamespace(apply=_per_token),
         "_use_triton": lambda device: True,  # where this is so, TRL leaves out positions without a label
         "DTensor": (),  # of which nothing is an instance: shards arrive here, not a copy whose gradient is never reduced
     }
     replaced = [(utils, name, replacement) for name, replacement in replacements.items()]
-    if (divergence := _divergence()) is not None:
-        replaced.append((divergence, "apply", _told_of(divergence.apply)))
+    if module is not None:
+        replaced.append((module, DIVERGENCE, _told_of_zero(getattr(module, DIVERGENCE))))
     for owner, name, replacement in replaced:
         _originals.append((owner, name, vars(owner).get(name)))
         setattr(owner, name, replacement)
     log.info(
-        "patch_trl: trl.trainer.utils.%s replaced; its trainers, but for DistillationTrainer, use bupo_kernels.linear_logprobs",
-        ", ".join(replacements),
+        "patch_trl: %s of trl.trainer replaced; its trainers use bupo_kernels.linear_logprobs and linear_divergence",
+        ", ".join(name for _, name, _ in replaced),
     )
 
 
@@ -108,23 +117,89 @@ def _check_head() -> None:
         require_values(TRL, "_ChunkedLogProbFunction", OUTPUTS, _TRLS_OWN.apply, _per_token, *given)
 
 
-def _divergence() -> type[torch.autograd.Function] | None:
-    """Return the function that ``DistillationTrainer`` has in place of the fused head, or None where there is none."""
+def _distillation() -> ModuleType | None:
+    """Return the module of ``DistillationTrainer``, or None where there is none, or one that needs logits."""
     try:
-        from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+        from trl.trainer import distillation_trainer
     except ImportError:
         return None
-    return ChunkedDivergenceFunction
+    return distillation_trainer if hasattr(distillation_trainer, "ChunkedDivergenceFunction") else None
 
 
-def _told_of(apply: Callable) -> staticmethod:
-    """Return ``apply`` with a warning before its first call."""
+def _check_divergence(module: ModuleType) -> None:
+    """Raise ImportError unless ``DistillationTrainer`` calls the function that :func:`patch_trl` replaces, and that takes the same
+    arguments and gives the same values as :func:`_divergence_loss`."""
+    require(TRL, f"trl.trainer.distillation_trainer.{DIVERGENCE}", module, tuple(inspect.signature(_divergence_loss).parameters))
+    if not any(
+        DIVERGENCE in method.__code__.co_names for method in vars(module.DistillationTrainer).values() if inspect.isfunction(method)
+    ):
+        raise ImportError(f"{TRL}: DistillationTrainer does not look up {DIVERGENCE}, accepted is one that does")
+    numbers = small_input()
+    hidden, weight, bias = numbers["hidden"].view(1, 3, 5), numbers["weight"], numbers["bias"]
+    mask = torch.tensor([[1, 0, 1]], dtype=torch.int64, device="cpu")
+    for beta, softcap in ((0.0, None), (0.3, 0.9), (1.0, None)):
+        given = (hidden, hidden.flip(1), weight, weight.flip(0), mask, beta, 5, bias, bias / 2, 1.3, 0.8, softcap, None, 0.7)
+        names = ("loss", "entropy_sum", "n_valid")
+        require_values(TRL, DIVERGENCE, names, getattr(module, DIVERGENCE), _divergence_loss, *given)
 
-    def told(*arguments: Any) -> Any:
-        log_once("patch_trl: TRL's own head runs for DistillationTrainer, whose divergence is between two heads")
-        return apply(*arguments)
 
-    return staticmethod(told)
+def _divergence_loss(
+    student_hidden_states: Tensor,  # [B, K, H]
+    teacher_hidden_states: Tensor,  # [B, K, H']
+    student_lm_head_weight: Tensor,  # [V, H]
+    teacher_lm_head_weight: Tensor,  # [V, H']
+    completion_mask: Tensor,  # [B, K]
+    beta: float,
+    num_items_in_batch: Tensor | int | None = None,
+    student_lm_head_bias: Tensor | None = None,  # [V]
+    teacher_lm_head_bias: Tensor | None = None,  # [V]
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_final_logit_softcapping: float | None = None,
+    teacher_final_logit_softcapping: float | None = None,
+    temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what TRL's ``_chunked_divergence_loss`` does: the loss, the sum of the student's entropies, which is detached, and the
+    number of positions that count. The teacher is a constant."""
+    valid = completion_mask != 0
+    student_weight, teacher_weight = student_lm_head_weight, teacher_lm_head_weight.detach()
+    if not torch.is_autocast_enabled(student_hidden_states.device.type):  # the states decide, as in TRL
+        student_weight = student_weight.to(student_hidden_states.dtype)
+        teacher_weight = teacher_weight.to(teacher_hidden_states.dtype)
+    found = linear_divergence(
+        student_hidden_states,
+        student_weight,
+        teacher_hidden_states.detach(),
+        teacher_weight,
+        kind="gjsd",
+        beta=beta,
+        mask=valid,
+        reduction="sum",
+        temperature=temperature,
+        bias=student_lm_head_bias,
+        logit_scale=student_logit_scale,
+        softcap=student_final_logit_softcapping,
+        teacher_bias=None if teacher_lm_head_bias is None else teacher_lm_head_bias.detach(),
+        teacher_logit_scale=teacher_logit_scale,
+        teacher_softcap=teacher_final_logit_softcapping,
+    )
+    assert found.entropy is not None  # it is returned by default
+    count = valid.sum()
+    items = count.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+    items = items.to(count.device) if isinstance(items, Tensor) else items
+    return found.divergence / items, found.entropy.detach().sum(), count
+
+
+def _told_of_zero(theirs: Callable) -> Callable:
+    """Return :func:`_divergence_loss`, but ``theirs``, with a warning, for heads that DeepSpeed ZeRO-3 shards."""
+
+    def divergence_loss(*arguments: Any, **options: Any) -> Any:
+        if any(hasattr(x, "ds_id") for x in (*arguments, *options.values())):
+            log_once(f"patch_trl: TRL's own head runs for {ZERO}")
+            return theirs(*arguments, **options)
+        return _divergence_loss(*arguments, **options)
+
+    return divergence_loss
 
 
 def _per_token(
@@ -174,7 +249,7 @@ def _per_token(
 def _left_to_trl(weight: Tensor, softcap: float | None, outputs: tuple[str, ...]) -> str | None:
     """Return the case that is left to TRL's own function, or None."""
     if hasattr(weight, "ds_id"):
-        return "a head sharded by DeepSpeed ZeRO-3, which is gone by the backward unless gathered again, as TRL's does"
+        return ZERO
     if softcap is not None and "mean_logits" in outputs:
         return "mean_logits under a softcap, which is not the product with the mean"
     return None

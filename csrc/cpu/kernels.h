@@ -45,6 +45,35 @@ struct Statistics {
   float *m, *s, *t, *z_y;
 };
 
+// What the policies of a lens leave of one another and of the vocabulary (backends/lens_loop.py), for P policies on the same tokens.
+// Values are [P, stride], a token at each place; `cross` is [tokens, P, P]; of the top k, [P, stride, k], the root of a heap is the
+// least. Null where nobody asks.
+struct LensStatistics {
+  float *m, *s, *t, *z_y;
+  std::int64_t stride;
+  std::int64_t* argmax;
+  float* cross;
+  bool pairs;  // whether `cross` is of all pairs; else of those with the last policy
+  float* top_z;
+  std::int64_t* top_ids;
+  std::int64_t top_k;
+};
+
+// What a lens finds once the normalisers are known: `log_s`, [P, stride], is ln s. Null where nobody asks.
+struct LensComparison {
+  const float* log_s;
+  std::int64_t* rank;  // [P, stride]
+  float* jsd;          // [P, stride]; the last policy's are left alone
+};
+
+// One of the two policies of a divergence: products that a library left in memory, fp32, whole rows.
+struct Policy {
+  float* products;
+  std::int64_t stride;
+  bool gradient;  // whether the gradient of the products is left in their place
+  Readout readout;
+};
+
 // How a gradient is written.
 enum class Write { fp32, add_to_fp32, bf16 };
 
@@ -83,6 +112,24 @@ struct Kernels {
   // Writes dz from what row_statistics left (`formed`), or from products.
   void (*row_gradient)(const float* logits, std::int64_t stride, std::int64_t rows, std::int64_t columns, Readout readout,
                        bool formed, Coefficients coefficients, float* dz, int threads);
+
+  // Packs the rows of a matrix as left panels (depth = width).
+  void (*pack_left)(Matrix from, Word* to, int threads);
+  // Writes out[rows, columns] = h Wᵀ, with h as packed left panels and W as packed rows.
+  void (*linear_products)(const Word* hidden, std::int64_t rows, const Word* weight, std::int64_t columns, std::int64_t width,
+                          float* out, std::int64_t stride, int threads);
+  // Folds products of P policies on the same tokens, fp32 [P, tokens, columns] of the columns from `first` on, into what a lens keeps
+  // of them, and leaves logits in their place. `scratch` has as much room, and is read only where all pairs are asked for.
+  void (*lens_statistics)(float* products, float* scratch, std::int64_t policies, std::int64_t tokens, std::int64_t columns,
+                          std::int64_t first, Readout readout, const std::int32_t* targets, LensStatistics running, int threads);
+  // Adds to rank and jsd what follows from logits that lens_statistics left (`formed`), or from products.
+  void (*lens_comparison)(float* logits, std::int64_t policies, std::int64_t tokens, std::int64_t columns, Readout readout,
+                          bool formed, LensStatistics statistics, LensComparison found, int threads);
+  // Writes the divergence of each row and the entropy of the student, [rows] each. `beta` is in bupo_kernels/backends/divergences.py.
+  // With `g_divergence` it leaves gradients where the policies want them; `g_entropy` may be null. What else is in place of the
+  // products has no meaning.
+  void (*row_divergence)(Policy student, Policy teacher, std::int64_t rows, std::int64_t columns, float beta,
+                         const float* g_divergence, const float* g_entropy, float* divergence, float* entropy, int threads);
 
   // Writes out[e] = left[left_rows[e]] · right[right_rows[e]] for rows of one dtype and width, which lie where they are.
   void (*gathered_dots)(Rows left, const std::int64_t* left_rows, Rows right, const std::int64_t* right_rows, std::int64_t count,

@@ -54,6 +54,20 @@ inline Vec maximum(Vec a, Vec b) { return a.v > b.v ? a.v : b.v; }
 inline Vec minimum(Vec a, Vec b) { return a.v < b.v ? a.v : b.v; }
 #endif
 
+// Returns whether any lane of a is below that of b.
+inline bool any_below(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_ps_mask((__m512)a.v, (__m512)b.v, _CMP_LT_OQ) != 0;
+#elif defined(__AVX2__)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a.v, (__m256)b.v, _CMP_LT_OQ)) != 0;
+#else
+  const Ints below = a < b;
+  std::int32_t bits = 0;
+  for (int i = 0; i < lanes; i++) bits |= below[i];
+  return bits != 0;
+#endif
+}
+
 // Returns e^x for x ≤ 0 within 1 ulp, and 0 below −87, where e^x would be subnormal, and slow. x = n ln 2 + r with |r| ≤ ln 2 / 2,
 // and ln 2 is in two parts, the first with so few digits that n times it is exact, with FMA and without (constants of Cephes'
 // expf).
@@ -71,6 +85,24 @@ inline Vec exponential(Vec x) {
   return choose(x < -87.0f, 0.0f, (Floats)((Words)e.v + ((Words)shifted.v << 23)));
 }
 
+// Returns ln x within 2 ulp of the larger of ln x and 1, for x > 0 that is not subnormal: of x = 2^n y with y near 1, by a polynomial in
+// y − 1 (constants of Cephes' logf).
+inline Vec logarithm(Vec x) {
+  const Words bits = (Words)x.v, above = bits - 0x3f3504f3u;  // the bits of √½
+  const Ints exponent = (Ints)above >> 23;
+  const Vec n = __builtin_convertvector(exponent, Floats), f = Vec((Floats)(bits - ((Words)exponent << 23))) - 1.0f, square = f * f;
+  Vec p = Vec(7.0376836292e-2f) * f - 1.1514610310e-1f;
+  p = p * f + 1.1676998740e-1f;
+  p = p * f - 1.2420140846e-1f;
+  p = p * f + 1.4249322787e-1f;
+  p = p * f - 1.6668057665e-1f;
+  p = p * f + 2.0000714765e-1f;
+  p = p * f - 2.4999993993e-1f;
+  p = p * f + 3.3333331174e-1f;
+  const Vec rest = (f * square * p - n * 2.12194440e-4f) - square * 0.5f;
+  return (f + rest) + n * 0.693359375f;
+}
+
 // Returns tanh x within 2 ulp: an odd polynomial near 0, where (1 − e^−2x) / (1 + e^−2x) would cancel (constants of Cephes' tanhf).
 inline Vec hyperbolic_tangent(Vec x) {
   const Vec square = x * x, size = maximum(x, 0.0f - x);
@@ -80,6 +112,22 @@ inline Vec hyperbolic_tangent(Vec x) {
   p = p * square - 3.33332819422e-1f;
   const Vec e = exponential(size * -2.0f), far = (Vec(1.0f) - e) / (Vec(1.0f) + e);
   return choose(size < 0.625f, p * square * x + x, choose(x < 0.0f, 0.0f - far, far));
+}
+
+// Returns ln((1 + x) / 2) for x in [0, 1] within 2^-22, and 0 for 1 (constants of Cephes' logf, for arguments from √½ to √2).
+inline Vec log_of_mean_with_one(Vec x) {
+  const Ints low = x < 0.41421356f;
+  const Vec z = choose(low, x, (x - 1.0f) * 0.5f);
+  Vec p = Vec(7.0376836292e-2f) * z - 1.1514610310e-1f;
+  p = p * z + 1.1676998740e-1f;
+  p = p * z - 1.2420140846e-1f;
+  p = p * z + 1.4249322787e-1f;
+  p = p * z - 1.6668057665e-1f;
+  p = p * z + 2.0000714765e-1f;
+  p = p * z - 2.4999993993e-1f;
+  p = p * z + 3.3333331174e-1f;
+  const Vec square = z * z;
+  return (p * z - 0.5f) * square + z - choose(low, 0.69314718056f, 0.0f);
 }
 
 // Returns the bits of bf16(x), rounded to nearest even, in the upper half of each word; the lower half is undefined.

@@ -2,9 +2,9 @@
 
 ``linear_statistics.py`` streams W once and leaves partials per vocabulary split or tile, ``merge.py`` folds them in order.
 ``gradient_recompute.py`` forms dz of a vocabulary slice again, ``gradient_cached.py`` has it from the E that the forward kept; the
-products of dz with W and H are the library's. ``gathers.py`` has what a call on supports takes instead. ``tiling.py`` says which
-rows take which way, ``config.py`` has every number. Under ``TRITON_INTERPRET=1`` all of it runs on the CPU, which is how it is
-tested without a GPU.
+products of dz with W and H are the library's. ``gathers.py`` has what a call on supports takes instead, and ``divergence_rows.py``
+what is done to rows of two policies, all of whose products are the library's. ``tiling.py`` says which rows take which way,
+``config.py`` has every number. Under ``TRITON_INTERPRET=1`` all of it runs on the CPU, which is how it is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +24,7 @@ from torch import Tensor
 from bupo_kernels.backends import machine
 from bupo_kernels.backends.algebra import Coefficients, Statistics
 from bupo_kernels.backends.base import Backend, Cache, Operands, Problem, TilePlan
+from bupo_kernels.backends.divergences import DivergenceRows, Side, Upstream, largest
 from bupo_kernels.backends.gathers import Gathers, Segments
 from bupo_kernels.backends.gradients import MatrixTile, RowsTile, whole_rows
 from bupo_kernels.backends.machine import Gpu, Seconds
@@ -307,6 +309,31 @@ class TritonGathers(Gathers):
 
         if len(places):
             gathered_sums(*segments, out, places)
+
+
+class TritonDivergence(DivergenceRows):
+    """The row kernel of a divergence. No self-check knows it yet, so ``backend="auto"`` passes it over."""
+
+    strategies = ()
+
+    def why_not(self, problem: Problem, strategy: str | None) -> str | None:
+        return _why_not_triton(problem)
+
+    def why_not_default(self, problem: Problem) -> str | None:
+        if config.interpreted():
+            return "the interpreter is for tests; backend='triton' asks for it"
+        return "its row kernel of a divergence is in no self-check and has run on no GPU yet; backend='triton' asks for it"
+
+    def rows(
+        self, student: Side, teacher: Side, beta: float, upstream: Upstream | None, with_entropy: bool, strategy: str | None
+    ) -> tuple[Tensor, Tensor]:
+        from bupo_kernels.backends.triton_.divergence_rows import divergence_rows
+
+        count, columns = student.products.shape
+        divergence, entropy = (student.products.new_empty(count) for _ in range(2))
+        if count:
+            divergence_rows(student, teacher, beta, upstream, divergence, entropy)
+        return divergence.clamp_(0, largest(beta)), entropy.clamp_(0, math.log(columns))
 
 
 def _in_front(active: Tensor) -> tuple[Tensor, Tensor]:  # [N] bool -> [N] int64, [1] int64
