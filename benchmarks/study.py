@@ -213,7 +213,7 @@ def read_flow(run: Run, work: Path, folder: Path) -> dict[str, Any]:
     rows = [{"prompt": [{"role": "user", "content": text}] if FLOWS[run.model] else text} for text in QUESTIONS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     settings = ["rollout.engine=generate", f"rollout.max_new_tokens={ANALYSIS_TOKENS}"]
-    norm = ["--final-norm"] if run.method == "normed" else []
+    norm = ["--norm", "final"] if run.method == "normed" else []
     given = ["--data", data, "--out", folder, "--prompts", len(QUESTIONS), "--examples", 0, *norm, "--set", *settings]
     bupo("analyze", model, *given, log=work / "logs" / f"{run.name}.log")
     statistics = read_statistics(folder)

@@ -12,13 +12,13 @@ from bupo.errors import ConfigError
 from bupo.model import pretrained, unusable
 
 
-def load_architecture(config: TrainConfig) -> PretrainedConfig:
+def load_architecture(config: TrainConfig, key: str = "model") -> PretrainedConfig:
     """Return the model's own config: that of the local folder or file ``config.model``, else the file ``config.architecture``, else
     that on the hub (or in its cache).
 
-    Raises :class:`ConfigError` where it cannot be read.
+    Raises :class:`ConfigError` with ``key``, the option that names the model, where it cannot be read.
     """
-    source, key = config.model, "model"
+    source = config.model
     if config.architecture is not None and not Path(config.model).exists():
         source, key = str(config.architecture), "architecture"
         if not config.architecture.is_file():

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import webbrowser
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -139,14 +140,22 @@ def _parser() -> argparse.ArgumentParser:
 
     analyze = commands.add_parser(
         "analyze",
-        help="entropy flow, ΔH and the boundary layer of a model: which layer to train",
-        description="Looks into every block of a model while it reads its own responses: entropy, ΔH, norms, similarities and "
-        "divergences of the internal policies, layer by layer, with 95 % intervals over responses. Writes statistics.parquet, "
-        "summary.json, figures and report.html. One process; the same command goes on after an interruption.",
+        help="what every layer of a model would say: of a text in seconds, or entropy flow, ΔH and the boundary layer",
+        description="Reads every layer of a model through its unembedding (the logit lens). With --prompt it reads a text as "
+        "it stands and generates nothing: a table of what each layer would say next, and report.html. With --data "
+        "or --responses it reads the model's own responses: entropy, ΔH, norms, similarities and divergences of "
+        "the policies of all layers, attentions and FFNs, with 95 %% intervals over responses, and which layer "
+        "`bupo train` should train. One process; the same command goes on after an interruption.",
     )
-    analyze.add_argument("model", metavar="MODEL", help="folder of a Hugging Face checkpoint, or a model's name on the hub")
-    analyze.add_argument("--out", type=Path, required=True, metavar="DIR", help="new folder, or that of an unfinished analysis")
-    what = analyze.add_mutually_exclusive_group(required=True)
+    analyze.add_argument("model", metavar="MODEL", help="folder of a Hugging Face checkpoint, a GGUF file, or a name on the hub")
+    what = analyze.add_argument_group("what it reads, one of").add_mutually_exclusive_group(required=True)
+    what.add_argument(
+        "--prompt",
+        action="append",
+        metavar="TEXT",
+        help="a text, read as it stands (of a long one the last 64 positions); give it several times for several texts. "
+        "--set data.template=chat puts it into the model's chat template",
+    )
     what.add_argument("--data", nargs="+", metavar="FILE", help="problems, as data.train of `bupo train`; answers are not needed")
     what.add_argument(
         "--responses",
@@ -154,21 +163,65 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="JSONL with prompt and response, as `bupo evaluate --out` writes it; greedy ones are left out",
     )
-    analyze.add_argument("--prompts", type=int, default=64, metavar="N", help="of --data, chosen by the seed (default 64)")
-    analyze.add_argument("--samples", type=int, default=1, metavar="N", help="responses per prompt of --data (default 1)")
-    analyze.add_argument(
-        "--final-norm", action="store_true", help="put internal policies through the model's final norm first (the paper does not)"
+    how = analyze.add_argument_group("how")
+    how.add_argument(
+        "--norm",
+        choices=("none", "final", "both"),
+        help="what internal policies go through first: none is how the paper reads layers, final the model's final norm, both puts "
+        "the two side by side (default: both with --prompt, final with translators, else none)",
     )
-    analyze.add_argument("--suggest", action="store_true", help="print the YAML lines of the layer to train, and how sure that is")
-    analyze.add_argument("--examples", type=int, default=4, metavar="N", help="responses shown in report.html (default 4)")
-    analyze.add_argument("--max-tokens", type=int, default=2048, metavar="N", help="in a batch; bounds memory (default 2048)")
-    analyze.add_argument(
+    how.add_argument(
+        "--points",
+        nargs="+",
+        choices=("layer", "attention", "ffn"),
+        help="read the residual stream after each layer, and the two modules with their inputs, for ΔH (default: layer with "
+        "--prompt or translators, else all three; each module is two fifths of the work)",
+    )
+    how.add_argument(
+        "--track",
+        action="append",
+        default=[],
+        metavar="WORD",
+        help="follow the rank of a word through the layers; may be given several times. It is the token of the word behind a space "
+        "and, where that is one too, that of the word without",
+    )
+    how.add_argument("--against", metavar="MODEL", help="a second model of the same depth and tokenizer: what it does differently")
+    tuned = how.add_mutually_exclusive_group()
+    tuned.add_argument(
+        "--translators",
+        type=Path,
+        metavar="FILE",
+        help="read layers also through affine translators (the tuned lens, arXiv 2303.08112), beside the other readings",
+    )
+    tuned.add_argument(
+        "--fit-translators",
+        type=Path,
+        metavar="FILE",
+        help="fit them to what is read, print what the samples held out gain, put them into FILE, and use them",
+    )
+    how.add_argument("--fit-steps", type=int, metavar="N", help="of that fit (default 250, on a CPU 40)")
+    how.add_argument("--suggest", action="store_true", help="print the YAML lines of the layer to train, and how sure that is")
+    size = analyze.add_argument_group("how much; on a CPU defaults are smaller, and what it will take is said first")
+    size.add_argument("--prompts", type=int, metavar="N", help="of --data, chosen by the seed (default 64, on a CPU 16)")
+    size.add_argument("--samples", type=int, default=1, metavar="N", help="responses per prompt of --data (default 1)")
+    size.add_argument("--examples", type=int, default=4, metavar="N", help="responses shown in report.html (default 4)")
+    size.add_argument("--max-tokens", type=int, metavar="N", help="in a batch; bounds memory (default 2048, on a CPU 512)")
+    size.add_argument(
         "--set",
         nargs="+",
         default=[],
         metavar="key.path=value",
-        help="keys of `bupo train` that apply: data.template, rollout.max_new_tokens, hardware.precision, seed, ...",
+        help="keys of `bupo train` that apply: data.template, rollout.max_new_tokens (default 256, on a CPU 64), "
+        "hardware.precision, seed, ...",
     )
+    where = analyze.add_argument_group("where to")
+    where.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="new folder, or that of an unfinished analysis; with --prompt by default runs/analysis-MODEL, numbered if taken",
+    )
+    where.add_argument("--open", action="store_true", help="show the report in a browser")
     analyze.set_defaults(do=_analyze)
 
     bench = commands.add_parser(
@@ -340,29 +393,56 @@ def _evaluate(options: argparse.Namespace) -> int:
 
 
 def _analyze(options: argparse.Namespace) -> int:
-    files = options.data or options.responses
+    if options.out is None:
+        if not options.prompt:
+            raise ConfigError(
+                "--out: not given, accepted with --data and --responses is a folder, where an unfinished analysis goes on"
+            )
+        options.out = _free_folder(Path("runs") / f"analysis-{Path(options.model).stem}")
+    given = override({}, options.set)
+    from bupo.analysis.defaults import device_defaults
+
+    defaults = device_defaults(given)
+    files = options.data or options.responses or ["unused"]
     tree = {
         "model": options.model,
         "output_dir": str(options.out),
         "policy": "grpo",
         "data": {"train": files, "heldout": files},
         "objective": {"advantage": "reinforce++"},  # the one that takes one sample per prompt; nothing is trained here
-        "rollout": {"samples": options.samples},
+        "rollout": {"samples": options.samples, "max_new_tokens": defaults.max_new_tokens},
+        "hardware": {"precision": defaults.precision},
     }
     config = parse_config(override(tree, options.set))
     _prepare_process()
-    from bupo.analysis.command import analyze_command
+    from bupo.analysis.command import Source, analyze_command
 
+    if defaults.note:
+        print(defaults.note)
+    if options.fit_steps is not None and (options.fit_translators is None or options.fit_steps < 1):
+        raise ConfigError(f"--fit-steps: {options.fit_steps} given, accepted are 1 and more, with --fit-translators")
+    translators, fit_steps = options.fit_translators or options.translators, 0
+    if options.fit_translators:
+        fit_steps = options.fit_steps or defaults.fit_steps
+    few = options.prompt or translators  # what reads the residual stream alone unless it is told otherwise
+    norm = options.norm or ("both" if options.prompt else "final" if translators else "none")
     analyze_command(
         config,
         options.out,
-        responses=options.responses or (),
-        prompts=options.prompts,
-        final_norm=options.final_norm,
+        source=Source(bool(options.data), options.responses or (), options.prompt or ()),
+        prompts=defaults.prompts if options.prompts is None else options.prompts,
+        readings={"none": ("raw",), "final": ("normed",), "both": ("raw", "normed")}[norm],
+        points=options.points or (("layer",) if few else ("layer", "attention", "ffn")),
+        track=options.track,
+        against=options.against,
+        translators=translators,
+        fit_steps=fit_steps,
         suggest_layer=options.suggest,
         examples=options.examples,
-        max_tokens=options.max_tokens,
+        max_tokens=defaults.max_tokens if options.max_tokens is None else options.max_tokens,
     )
+    if options.open:
+        webbrowser.open((options.out / "report.html").absolute().as_uri())
     return 0
 
 

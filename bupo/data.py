@@ -119,6 +119,24 @@ def question(example: Example, response: str, response_ids: Sequence[int]) -> Qu
     return Question(response, example.answer, response_ids, example.source, example.row)
 
 
+def encode_texts(
+    texts: Sequence[str], template: str, tokenizer: PreTrainedTokenizerBase, key: str, vocab: int | None = None
+) -> list[list[int]]:
+    """Return the tokens of texts as prompts of data files have them, behind the ``template``.
+
+    Raises :class:`ConfigError` with ``key`` and the number of the text.
+    """
+    _check_special_tokens(template, tokenizer)
+    rows = [_Row(f"{key}: text {number}", {}, ()) for number in range(1, len(texts) + 1)]
+    rendered = [_render(text, row, template, tokenizer) for text, row in zip(texts, rows, strict=True)]
+    encoded = encode(rendered, [_is_whole(text, template) for text in texts], tokenizer)
+    for row, text, ids in zip(rows, texts, encoded, strict=True):
+        if not text or not ids:
+            raise ConfigError(f"{row.place} is {text!r:.100}, accepted is text of at least one token")
+        require_known(row.place, ids, tokenizer, vocab)
+    return encoded
+
+
 # ---- rows
 
 _MISSING = object()

@@ -54,7 +54,8 @@ def demo(folder: Path, policy: str = "bupo", seed: int = 0) -> tuple[Accuracy, A
     print(f"\nbupo train {config}", flush=True)
     accuracies = train(load_config(config))
     model, analysis = folder / "run" / "model", folder / "analysis"
-    same = f"--samples {CONFIG['rollout']['samples']} --set rollout.engine=generate rollout.max_new_tokens={ANSWER_TOKENS}"
+    same = f"--prompts 64 --samples {CONFIG['rollout']['samples']} --set hardware.precision=float32 rollout.engine=generate"
+    same += f" rollout.max_new_tokens={ANSWER_TOKENS}"
     print(f"\nbupo analyze {model} --data {folder / 'heldout.jsonl'} --out {analysis} --suggest {same}", flush=True)
     analyze_command(load_config(config, [f"model={model}"]), analysis, suggest_layer=True)
     return accuracies[0], accuracies[-1]

@@ -8,8 +8,9 @@ import json
 import os
 import shutil
 import socket
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -18,9 +19,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from bupo.errors import ConfigError
 
+LINE_EVERY = 30.0  # seconds between lines of progress where there is no terminal to draw a bar in
+
 
 def progress_bar(shown: bool = True) -> Progress:
-    """Return a bar with the time left, for a terminal; it shows nothing where output is a file, or without ``shown``."""
+    """Return a bar with the time left, for a terminal; it shows nothing where output is a file, or without ``shown``.
+
+    Work of some parts each of which takes long is shown by :func:`progress`.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -30,6 +36,38 @@ def progress_bar(shown: bool = True) -> Progress:
         disable=not shown,
         speed_estimate_period=3600,  # steps may take minutes, and two must lie within the period
     )
+
+
+@contextmanager
+def progress(what: str, total: float) -> Iterator[Callable[[float], None]]:
+    """Give a function that is told how much more of ``total`` is done: a bar with the time left shows it.
+
+    Where output is no terminal, a line on stderr says so at most every :data:`LINE_EVERY` seconds.
+    """
+    started = said = time.monotonic()
+    done = 0.0
+    with progress_bar() as bar:
+        task = bar.add_task(what, total=total)
+
+        def advance(more: float) -> None:
+            nonlocal said, done
+            done += more
+            bar.update(task, completed=done)
+            now = time.monotonic()
+            if not bar.console.is_terminal and now - said >= LINE_EVERY and 0 < done < total:
+                left = (now - started) * (total - done) / done
+                print(f"{what}: {done:,.0f} of {total:,.0f}, {duration(left)} left", file=sys.stderr, flush=True)
+                said = now
+
+        yield advance
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the words of a person who waits: two digits of seconds, minutes, hours or days."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.{int(seconds < 9.95 * size)}f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 @contextmanager

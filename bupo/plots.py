@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import BinaryIO
 
@@ -79,6 +80,13 @@ def write_figure(figure: Figure, file: Path | BinaryIO, kind: str) -> None:
     """Write ``figure`` as the ``kind`` "png" or "svg"; the same figure gives the same bytes."""
     with rc_context({"svg.hashsalt": "bupo"}):
         figure.savefig(file, dpi=150, format=kind, metadata={"Date": None} if kind == "svg" else None)
+
+
+def svg_of(figure: Figure) -> bytes:
+    """Return what :func:`write_figure` would write as SVG."""
+    file = BytesIO()
+    write_figure(figure, file, "svg")
+    return file.getvalue()
 
 
 def save_figure(figure: Figure, path: Path, kind: str) -> Path:

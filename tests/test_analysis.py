@@ -11,7 +11,7 @@ from problems import chain_error, contract, divergence_factor, entropy_factor, p
 
 from bupo.analysis import analyze, collect, heat_maps, read_statistics, statistics, write_statistics
 from bupo.analysis.blocks import UnsupportedModel
-from bupo.analysis.collect import batches_of, make_batch, measure
+from bupo.analysis.collect import Look, batches_of, make_batch, measure
 from bupo.analysis.heatmap import token_text
 from bupo.analysis.statistics import Sums, estimate, first_layer, layer_table, resampled_means
 from bupo.demo import character_tokenizer, small_model
@@ -28,9 +28,10 @@ tying = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 
 
 def sums_of(model, samples, *, partial=None, max_tokens=2048, final_norm=False, temperature=1.0):
-    FusedLMHead.adopt(model.lm_head)
-    how = {"final_norm": final_norm, "temperature": temperature}
-    return collect.collect(model, samples, **how, max_tokens=max_tokens, partial=partial)
+    reading = "normed" if final_norm else "raw"
+    return collect.collect(model, samples, Look((reading,), temperature=temperature), max_tokens=max_tokens, partial=partial).sums[
+        reading
+    ]
 
 
 def same(one: Sums, other: Sums, tolerance: float = 0.0) -> bool:
@@ -75,7 +76,7 @@ def test_on_the_same_hidden_states_statistics_are_those_of_float64(dtype):
     model, (sample, *_) = family_model().to(dtype), some_samples(((3, 40),))
     batch = make_batch([sample], model.device)
     FusedLMHead.adopt(model.lm_head)
-    values = measure(model, batch, final_norm=False, temperature=1.0)
+    values = measure(model, batch, Look())["raw"]
     with torch.no_grad():
         points, final = points_by_hand(model, batch.input_ids)
         wide = family_model().double()
@@ -167,7 +168,7 @@ def test_another_plan_in_the_same_folder_is_refused(tmp_path):
     sums_of(model, samples, partial=tmp_path)
     with pytest.raises(ConfigError, match="unfinished analysis with another responses, accepted is the same"):
         sums_of(model, samples[1:], partial=tmp_path)
-    with pytest.raises(ConfigError, match="another final_norm and max_tokens"):
+    with pytest.raises(ConfigError, match="another readings and max_tokens"):
         sums_of(model, samples, partial=tmp_path, final_norm=True, max_tokens=7)
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight.mul_(1.001)
@@ -207,7 +208,7 @@ def test_the_boundary_is_that_of_the_measured_curve():
     deltas = np.array([1.0, 0.6, 0.4, -0.005, -1.0])
     values = tokens[:, None] * (deltas + 0.002 * rows.standard_normal((6, 5)))
     totals = {("ffn", "delta_entropy"): np.stack([values, values**2]), ("final", "logprob"): np.ones((2, 6, 1))}
-    found = estimate(Sums(tokens, totals, {}), 5, {"layers": 5})
+    found = estimate(Sums(tokens, totals, {}), {"layers": 5})
     boundary = found.summary["boundary"]
     assert boundary["layer"] == 3
     assert boundary["confidence"] > 0.99

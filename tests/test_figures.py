@@ -14,8 +14,8 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from problems import first_of
 
-from bupo.analysis.figures import draw_statistics, draw_training, statistics_figures, training_figure
-from bupo.plots import GREEN, SKY, YELLOW
+from bupo.analysis.figures import draw_training, save_figures, statistics_figures, training_figure
+from bupo.plots import GREEN, SKY, YELLOW, svg_of
 
 MEASURED = {
     "entropy_flow": ("entropy",),
@@ -36,6 +36,11 @@ def only(name, statistics):
 def drawn(name, statistics):
     (figure,) = statistics_figures(only(name, statistics)).values()
     return figure
+
+
+def save(statistics, folder):
+    figures = statistics_figures(statistics)
+    return save_figures(figures, {name: svg_of(figure) for name, figure in figures.items()}, folder)
 
 
 def training(steps=60, every=10, switch=30, layers=12, phase="layer 6", **changes):
@@ -78,7 +83,7 @@ def check_legible(figure):
 
 
 def test_every_figure_is_a_png_and_an_svg(tmp_path):
-    paths = draw_statistics(sample_statistics(4), tmp_path)
+    paths = save(sample_statistics(4), tmp_path)
     assert [path.name for path in paths] == [f"{name}.{kind}" for name in [*MEASURED, *MATRICES] for kind in ("png", "svg")]
     assert sorted(os.listdir(tmp_path)) == sorted(path.name for path in paths)
     for path in paths:
@@ -188,7 +193,7 @@ def test_what_was_not_measured_is_left_out(name):
 def test_the_same_statistics_give_the_same_files(tmp_path):
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
-        draw_statistics(only("residual_norm", sample_statistics(4)), tmp_path / name)
+        save(only("residual_norm", sample_statistics(4)), tmp_path / name)
     for kind in ("png", "svg"):
         one, other = (tmp_path / name / f"residual_norm.{kind}" for name in ("one", "other"))
         assert one.read_bytes() == other.read_bytes()

@@ -17,7 +17,7 @@ import pytest
 from analysis_samples import sample_heatmap, sample_statistics
 
 from bupo.analysis import report
-from bupo.analysis.report import summary_lines, write_report
+from bupo.analysis.report import Report, summary_lines
 
 # The last three: a lone surrogate, letters that turn the direction, nothing.
 HOSTILE = ("</script><script>alert(1)</script>", "<!--", "<b>bold</b>", "&lt;", "{{figures}}", "\\u003c", "\ud800", "\u202e", "")
@@ -61,8 +61,12 @@ def nothing(few):
     return replace(few, curves={})
 
 
+def write_page(path, statistics, heatmaps, **options):
+    path.write_text(Report({"raw": statistics}, heatmaps, **options).html(), encoding="utf-8")
+
+
 def written(folder, statistics, heatmaps, **options):
-    write_report(statistics, heatmaps, folder / "report.html", **options)
+    write_page(folder / "report.html", statistics, heatmaps, **options)
     return Page(folder / "report.html")
 
 
@@ -93,7 +97,7 @@ def test_the_figures_are_in_it(tmp_path, few):
 
 def test_the_same_analysis_gives_the_same_report(tmp_path, few):
     for name in ("one.html", "other.html"):
-        write_report(few, [sample_heatmap()], tmp_path / name)
+        write_page(tmp_path / name, few, [sample_heatmap()])
     assert (tmp_path / "one.html").read_bytes() == (tmp_path / "other.html").read_bytes()
 
 
@@ -117,25 +121,26 @@ def test_tokens_and_numbers_are_those_of_the_heat_map(tmp_path, nothing):
     data = written(tmp_path, nothing, heatmaps, title="a < b").json("data")
     words = np.array(data["tokens"])
     for heatmap, response in zip(heatmaps, data["responses"], strict=True):
-        assert words[response["topTokens"]].tolist() == heatmap.top_tokens
+        (view,) = response["views"]
+        assert words[view["topTokens"]].tolist() == heatmap.top_tokens
         assert words[response["context"]].tolist() == heatmap.context
         assert words[response["targets"]].tolist() == heatmap.targets
-        assert response["layers"] == heatmap.layers
-        np.testing.assert_array_equal(response["rank"], heatmap.rank)
+        assert view["layers"] == heatmap.layers
+        np.testing.assert_array_equal(view["rank"], heatmap.rank)
         numbers = {"topLogprobs": heatmap.top_logprobs, "logprob": heatmap.logprobs, "entropy": heatmap.entropy, "kl": heatmap.kl}
         for name, values in numbers.items():
-            np.testing.assert_allclose(response[name], values, rtol=5e-4)
+            np.testing.assert_allclose(view[name], values, rtol=5e-4)
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path, nothing):
     heatmap = sample_heatmap(layers=4, positions=3)
     heatmap.kl[2] = [np.nan, np.inf, 0.5]
-    assert written(tmp_path, nothing, [heatmap]).json("data")["responses"][0]["kl"][2] == [None, None, 0.5]
+    assert written(tmp_path, nothing, [heatmap]).json("data")["responses"][0]["views"][0]["kl"][2] == [None, None, 0.5]
 
 
 def test_four_responses_of_a_36_layer_model_stay_below_3_megabytes(tmp_path):
     heatmaps = [sample_heatmap(36, 64, 10, seed=seed) for seed in range(4)]
-    write_report(sample_statistics(36), heatmaps, tmp_path / "report.html")
+    write_page(tmp_path / "report.html", sample_statistics(36), heatmaps)
     assert (tmp_path / "report.html").stat().st_size < 3e6
 
 
@@ -162,11 +167,11 @@ def test_the_summary_is_complete(few):
     assert "segments" not in lines
 
 
-def test_a_report_that_fails_leaves_the_one_that_was_there(tmp_path, nothing, monkeypatch):
-    written(tmp_path, nothing, [], title="before")
+def test_a_report_that_fails_leaves_the_one_that_was_there(tmp_path, few, monkeypatch):
+    Report({"raw": few}, title="before").write(tmp_path, pictures=False)
     monkeypatch.setattr(report, "TEMPLATE", tmp_path / "absent.html")
     with pytest.raises(FileNotFoundError):
-        write_report(nothing, [], tmp_path / "report.html")
+        Report({"raw": few}).write(tmp_path, pictures=False)
     assert Page(tmp_path / "report.html").texts["title"] == "before"
 
 
@@ -178,7 +183,7 @@ READER = """
 {
 addEventListener("error", (event) => found.errors.push(event.message));
 const found = { errors: [], modes: {} };
-const cells = () => [...document.querySelectorAll("#map td")];
+const cells = () => [...document.querySelectorAll(".map td")];
 const shown = () => document.getElementById("details").textContent;
 const press = (key) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true, cancelable: true }));
 const place = () => [document.activeElement.parentNode.rowIndex, document.activeElement.cellIndex];
@@ -201,7 +206,7 @@ cells()[0].focus();
 found.places = ["ArrowRight", "ArrowDown", "End", "ArrowRight", "Home", "ArrowUp", "ArrowUp"].map((key) => (press(key), place()));
 found.focused = shown();
 found.stops = cells().filter((cell) => cell.tabIndex === 0).length;
-const head = document.querySelector("#map thead th:nth-child(2)"), side = document.querySelector("#map tbody th");
+const head = document.querySelector(".map thead th:nth-child(2)"), side = document.querySelector(".map tbody th");
 const scroll = document.querySelector(".scroll");
 const before = [head.getBoundingClientRect().top, side.getBoundingClientRect().left];
 scroll.scrollTo(200, 60);
@@ -213,6 +218,12 @@ found.options = [...selector.options].map((option) => option.textContent);
 selector.selectedIndex = 1;
 selector.dispatchEvent(new Event("change"));
 found.second = cells().length;
+cells()[0].focus();
+found.lines = [...document.querySelectorAll("#trajectory polyline")].map((line) => line.getAttribute("points").split(" ").length);
+found.legend = [...document.querySelectorAll("#trajectory li")].map((entry) => entry.textContent);
+document.querySelectorAll("#readings input")[2]?.click();
+found.alone = [cells().length, document.querySelector("#maps h3")?.textContent];
+document.querySelectorAll("#readings input")[0]?.click();
 selector.selectedIndex = 0;
 selector.dispatchEvent(new Event("change"));
 found.width = innerWidth;
@@ -252,7 +263,7 @@ class Opened(Page):
 
 def opened(folder, heatmaps, statistics, frame=None):
     """The page in a window of 1280 pixels, or in a frame of so many: windows of less than 500 there are not."""
-    write_report(statistics, heatmaps, folder / "report.html")
+    write_page(folder / "report.html", statistics, heatmaps)
     whole = (folder / "report.html").read_text(encoding="utf-8")
     page = whole.replace("</body>", READER + "</body>")
     if frame:
@@ -272,7 +283,9 @@ def heatmaps():
     words = (*HOSTILE, " the", "\n", "\t", "x" * 60)
     first = sample_heatmap(layers=36, positions=64, k=5, words=words)
     first.kl[0, 0] = np.nan
-    return [first, sample_heatmap(layers=12, positions=3, k=5, title="response 2", seed=1)]
+    second = sample_heatmap(layers=12, positions=3, k=5, title="response 2", seed=1)
+    second = replace(second, tracked={" Paris": second.rank + 1, second.targets[0]: second.rank})
+    return [first, second, *(replace(heatmap, reading="normed") for heatmap in (first, second))]
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +304,7 @@ def test_every_cell_shows_its_most_likely_token_the_top_layer_on_top(page, heatm
     first, rows = heatmaps[0], page.rows[1:39]
     assert page.found["errors"] == []
     assert [row[0][1] for row in rows] == first.layers[::-1]
+    assert [row[0][1] for row in page.rows[41:79]] == first.layers[::-1]  # and once more beside it, in its other reading
     assert [[text for _, text in row[1:]] for row in rows] == [[visible(top[0]) for top in line] for line in first.top_tokens[::-1]]
     assert [text for _, text in page.rows[0][1:]] == [f"{visible(token)}{i}" for i, token in enumerate(first.targets, 1)]
     assert [text for _, text in page.rows[39][1:]] == [visible(token) for token in first.context]
@@ -356,7 +370,14 @@ def test_headers_stay_while_the_map_scrolls_and_the_page_does_not(page):
 
 def test_the_response_can_be_chosen(page):
     assert page.found["options"] == ["response 1", "response 2"]
-    assert page.found["second"] == 14 * 3
+    assert page.found["second"] == 2 * 14 * 3
+
+
+def test_ranks_are_followed_through_the_layers_in_every_reading_and_one_reading_can_be_chosen(page, heatmaps):
+    found, target = page.found, visible(heatmaps[1].targets[0])
+    assert found["lines"] == [14] * 4  # the next token and the one word that is another, twice
+    assert found["legend"] == [f"{target} (next token)", "␣Paris", "solid: raw, dashed: normed"]
+    assert found["alone"] == [14 * 3, "normed"]
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")

@@ -43,8 +43,7 @@ def find_boundary(
     ``note``               why there is no layer, else ""
     ====================== ========================================================================================================
     """
-    answer: dict[str, Any] = dict.fromkeys(("layer", "confidence", "low", "high", "shares", *DELTA_ENTROPY))
-    answer |= {"confidence": 0.0, "shares": {}, "signs": [], "segments": [], "exceptions": [], "tolerance": tolerance, "note": ""}
+    answer = no_boundary("", tolerance)
     if np.isnan(low).any():
         return answer | {"note": "one response gives no confidence interval, at least two are needed"}
 
@@ -71,6 +70,20 @@ def find_boundary(
     answer["segments"] = [{"name": name, "first": start + 1, "last": stop} for name, start, stop in spans if stop > start]
     answer["exceptions"] = (np.nonzero(signs != expected)[0] + 1).tolist()
     return answer
+
+
+def no_boundary(note: str, tolerance: float = TOLERANCE) -> dict[str, Any]:
+    """Return the answer of :func:`find_boundary` where nothing was found, for the reason ``note``."""
+    answer: dict[str, Any] = dict.fromkeys(("layer", "confidence", "low", "high", "shares", *DELTA_ENTROPY))
+    return answer | {
+        "confidence": 0.0,
+        "shares": {},
+        "signs": [],
+        "segments": [],
+        "exceptions": [],
+        "tolerance": tolerance,
+        "note": note,
+    }
 
 
 def describe(boundary: dict[str, Any]) -> str:

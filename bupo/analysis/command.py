@@ -7,10 +7,11 @@ import logging
 import math
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,42 +20,63 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from bupo.analysis.blocks import UnsupportedModel, decoder_of
 from bupo.analysis.boundary import describe, suggest
-from bupo.analysis.collect import analyze, ids_fingerprint, model_fingerprint
-from bupo.analysis.figures import draw_statistics
-from bupo.analysis.heatmap import heat_maps
-from bupo.analysis.report import write_report
-from bupo.analysis.statistics import Statistics, layer_table, require_pyarrow, write_statistics
+from bupo.analysis.collect import MODULES, Look, ids_fingerprint, model_fingerprint
+from bupo.analysis.forecast import forecast
+from bupo.analysis.heatmap import lens_table
+from bupo.analysis.report import Report
+from bupo.analysis.statistics import layer_table, require_pyarrow
+from bupo.analysis.texts import text_samples, tracked_tokens
+from bupo.analysis.translators import Translators, fit_table, fit_translators
+from bupo.analysis.views import report_of
 from bupo.architecture import load_architecture
 from bupo.config import TrainConfig, check_new_folder
-from bupo.data import encode, jsonl_rows, load_examples, require_known
+from bupo.data import encode, encode_texts, jsonl_rows, load_examples, require_known
 from bupo.distributed import World, process_group
 from bupo.errors import ConfigError
 from bupo.model import load_tokenizer, read_model, require_finite, unusable
-from bupo.output import FolderLock, claim, progress_bar, replace_file
+from bupo.output import FolderLock, claim, progress, replace_file
 from bupo.rollout import WHOLE, Sample, configured_rollout
 from bupo_kernels import FusedLMHead
+
+
+class Source(NamedTuple):
+    """The source of the tokens that are read: one of the three."""
+
+    data: bool = False  # problems of data.heldout, to which the model responds itself
+    responses: Sequence[str] = ()  # files with prompts and responses
+    texts: Sequence[str] = ()  # read as they stand
 
 
 def analyze_command(
     config: TrainConfig,
     out: Path,
     *,
-    responses: Sequence[str] = (),
+    source: Source | None = None,
     prompts: int = 64,
-    final_norm: bool = False,
+    readings: Sequence[str] = ("raw",),
+    points: Sequence[str] = MODULES,
+    track: Sequence[str] = (),
+    against: str | None = None,
+    translators: Path | None = None,
+    fit_steps: int = 0,
     suggest_layer: bool = False,
     examples: int = 4,
     max_tokens: int = 2048,
-) -> Statistics:
-    """Print and write into ``out`` entropy flow, ΔH and the boundary layer of ``config.model`` on its own responses.
+) -> Report:
+    """Print and write into ``out`` entropy flow, ΔH and the boundary layer of ``config.model`` on its own responses, or on texts.
 
-    The responses are those in the files ``responses``, or else ``rollout.samples`` to each of ``prompts`` problems of
-    ``data.heldout``, chosen by the seed; ``rollout.temperature`` is that of the samples and of all policies. An analysis begun in
+    The responses are those in files, or else ``rollout.samples`` to each of ``prompts`` problems of ``data.heldout``, chosen by the
+    seed; ``rollout.temperature`` is that of the samples and of all policies. ``against`` is a second model, which reads the same
+    tokens; ``translators`` a file that gives the tuned reading, fitted first where ``fit_steps`` are given. An analysis begun in
     ``out`` and not ended goes on. Raises :class:`ConfigError`.
     """
+    source = source or Source(data=True)
     for key, number, least in (("--prompts", prompts, 1), ("--examples", examples, 0), ("--max-tokens", max_tokens, 1)):
         if number < least:
             raise ConfigError(f"{key}: {number} given, accepted are {least} and more")
+    if track and (not examples or "layer" not in points):
+        raise ConfigError("--track: given, accepted with --examples of 1 and more and with layer among --points")
+    _check_translators(translators, fit_steps, points, against)
     partial = out / "partial"
     if not partial.is_dir():
         check_new_folder(out, "--out")
@@ -66,55 +88,144 @@ def analyze_command(
         architecture = load_architecture(config)
         _check_blocks(config.model, architecture)
         tokenizer, greedy, vocab = load_tokenizer(config.model), 0, architecture.get_text_config().vocab_size
-        if responses:
-            files = [load_responses(where, tokenizer, "--responses", vocab) for where in responses]
+        names = ("",) if against is None else _check_against(config, against, architecture, tokenizer)
+        look = Look(tuple(readings), tuple(points), config.rollout.temperature)
+        look = replace(look, track=tuple(tracked_tokens(track, tokenizer, "--track")))
+        asked: list[Sequence[int]] = []
+        samples: list[Sample] = []
+        if source.responses:
+            files = [load_responses(where, tokenizer, "--responses", vocab) for where in source.responses]
             samples, greedy = [sample for sampled, _ in files for sample in sampled], sum(left_out for _, left_out in files)
-            lengths = [len(sample.prompt_ids) + len(sample.response_ids) for sample in samples]
+            key, lengths = "--responses", [len(sample.prompt_ids) + len(sample.response_ids) for sample in samples]
+        elif source.texts:
+            asked = [*encode_texts(source.texts, config.data.template, tokenizer, "--prompt", vocab)]
+            key, lengths = "--prompt", [len(ids) + 1 for ids in asked]
         else:
             problems = load_examples(config.heldout, config.data, tokenizer, "--data", vocab=vocab, answers=False)
             chosen = np.sort(np.random.default_rng(config.seed).permutation(len(problems))[:prompts])
             asked = [problems[i].prompt_ids for i in chosen]
-            lengths = [len(prompt) + config.rollout.max_new_tokens for prompt in asked]
+            key, lengths = "rollout.max_new_tokens", [len(prompt) + config.rollout.max_new_tokens for prompt in asked]
         if max(lengths) > (positions := getattr(architecture.get_text_config(), "max_position_embeddings", max(lengths))):
             raise ConfigError(
-                f"{'--responses' if responses else 'rollout.max_new_tokens'}: prompt and response of {max(lengths)} tokens, "
-                f"accepted are at most {positions} (the positions of {config.model})"
+                f"{key}: prompt and response of {max(lengths)} tokens, accepted are at most {positions} (the positions of "
+                f"{config.model})"
             )
-        model = _load_for_reading(config, world)
+        model = _load_for_reading(config, config.model, world)
         lock.take()
-        if not responses:
+        if source.texts:
+            samples = text_samples(model, asked)
+        elif not source.responses:
+            _say(model, look, [(len(ids), config.rollout.max_new_tokens) for ids in asked for _ in range(config.rollout.samples)])
             samples = _respond(model, tokenizer, asked, config, world, partial)
-        temperature, seed = config.rollout.temperature, config.seed
+        if source.texts or source.responses:
+            _say(model, look, [(len(sample.prompt_ids), len(sample.response_ids)) for sample in samples])
+
+        if translators is not None:
+            look = replace(look, readings=(*look.readings, "tuned"))
+            look = replace(look, translate=_translators(model, samples, translators, fit_steps, max_tokens, config.seed))
+
+        def models() -> Iterator[PreTrainedModel]:
+            nonlocal model
+            yield model
+            if against is not None:
+                del model  # there is room for one of them
+                model = _load_for_reading(config, against, world)
+                yield model
+
         try:
-            statistics = analyze(
-                model,
+            report = report_of(
+                models(),
+                tokenizer,
                 samples,
-                final_norm=final_norm,
-                temperature=temperature,
+                look,
+                examples=len(samples) if source.texts else examples,
                 max_tokens=max_tokens,
                 partial=partial,
-                seed=seed,
+                seed=config.seed,
+                texts=source.texts,
+                names=names,
             )
         except UnsupportedModel as error:
             raise ConfigError(str(error)) from None
-        write_statistics(statistics, out)
-        if not responses:
+        if source.data:
             _write_responses(samples, tokenizer, out / "responses.jsonl")
-        draw_statistics(statistics, out)
-        firsts = list({tuple(sample.prompt_ids): sample for sample in reversed(samples)}.values())[::-1]  # one of each prompt
-        maps = heat_maps(model, tokenizer, firsts[:examples], final_norm=final_norm, temperature=temperature)
-        write_report(statistics, maps, out / "report.html")
+        report.write(out, pictures=not source.texts)
     shutil.rmtree(partial)
 
     # Into a file, which has no width, rich would fold the table to 80 columns.
-    Console(width=None if sys.stdout.isatty() else 200).print(layer_table(statistics))
-    print(describe(statistics.summary["boundary"]))
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    if source.texts:
+        for views in report.heatmaps_by_text():
+            console.print(lens_table(views))
+    for name, statistics in () if source.texts else report.statistics.items():
+        console.print(layer_table(statistics, name if len(report.statistics) > 1 else ""))
+        if "ffn" in points:
+            print(describe(statistics.summary["boundary"]))
     if greedy:
         print(f"{greedy} greedy responses left out: they are no samples of the policy")
     if suggest_layer:
-        print(suggest(statistics.summary))
-    print(f"statistics.parquet, summary.json, figures and report.html are in {out}")
-    return statistics
+        print(suggest(next(iter(report.statistics.values())).summary))
+    files_written = "statistics and report.html" if source.texts else "statistics.parquet, summary.json, figures and report.html"
+    print(f"{files_written} are in {out}")
+    return report
+
+
+def _check_translators(path: Path | None, fit_steps: int, points: Sequence[str], against: str | None) -> None:
+    """Raise :class:`ConfigError` where translators cannot be used, before anything is read."""
+    if path is None:
+        return
+    key = "--fit-translators" if fit_steps else "--translators"
+    if tuple(points) != ("layer",):
+        raise ConfigError(f"{key}: given with --points {' '.join(points)}, accepted with --points layer, which they translate")
+    if against is not None:
+        raise ConfigError(f"{key}: given with --against, accepted for one model")
+    if fit_steps and path.exists():
+        raise ConfigError(f"{key}: {path} is there already, accepted is a new file; --translators uses it")
+    if not fit_steps and not path.is_file():
+        raise ConfigError(f"{key}: {path} is not a file, accepted is what --fit-translators wrote")
+
+
+def _translators(
+    model: PreTrainedModel, samples: Sequence[Sample], path: Path, fit_steps: int, max_tokens: int, seed: int
+) -> Translators:
+    """Return the translators in ``path``, which are fitted to ``samples`` and put there first where there are ``fit_steps``."""
+    if not fit_steps:
+        return Translators.load(path, model, "--translators")
+    if len(samples) < 2:
+        raise ConfigError(f"--fit-translators: given with {len(samples)} text, accepted are at least 2: one is held out")
+    translators, fit = fit_translators(model, samples, steps=fit_steps, max_tokens=max_tokens, seed=seed)
+    translators.save(path, model)
+    Console(width=None if sys.stdout.isatty() else 200).print(fit_table(fit))
+    print(f"translators of {len(fit.before)} layers are in {path}", flush=True)
+    return translators
+
+
+def _say(model: PreTrainedModel, look: Look, lengths: Sequence[tuple[int, int]]) -> None:
+    """Print how long it will take to read prompts and responses of such ``lengths``, where that is worth a line."""
+    tokens, positions = sum(sum(pair) for pair in lengths), sum(response for _, response in lengths)
+    if (coming := forecast(model, look, tokens, positions)) is not None:
+        print(f"{len(lengths):,} responses, {coming}", flush=True)
+
+
+def _check_against(
+    config: TrainConfig, against: str, architecture: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, str]:
+    """Return the names of the two models in a report. Raises :class:`ConfigError` where they do not read the same tokens."""
+    other = load_architecture(config.model_copy(update={"model": against}), "--against")
+    _check_blocks(against, other)
+    depths = [text.get_text_config().num_hidden_layers for text in (architecture, other)]
+    if depths[0] != depths[1]:
+        raise ConfigError(f"--against: {against} has {depths[1]} layers, accepted are models with {depths[0]}, as {config.model}")
+    vocabularies = [text.get_vocab() for text in (tokenizer, load_tokenizer(against))]
+    if vocabularies[0] != vocabularies[1]:
+        pairs = set(vocabularies[1].items()) ^ set(vocabularies[0].items())
+        word = min(pairs, key=lambda pair: pair[1])
+        raise ConfigError(
+            f"--against: {against} has another tokenizer ({len(pairs)} entries differ, {word[0]!r} for {word[1]} among them), "
+            f"accepted are models with that of {config.model}"
+        )
+    first, second = Path(config.model).name, Path(against).name
+    return (first, second) if first != second else (f"{first} (1)", f"{second} (2)")
 
 
 def load_responses(where: str, tokenizer: PreTrainedTokenizerBase, key: str, vocab: int | None = None) -> tuple[list[Sample], int]:
@@ -174,9 +285,9 @@ def _check_blocks(name: str, architecture: PretrainedConfig) -> None:
         raise unusable(name, error) from None
 
 
-def _load_for_reading(config: TrainConfig, world: World) -> PreTrainedModel:
-    model = read_model(config.model, dtype=getattr(torch, config.hardware.precision))
-    require_finite(config.model, model)
+def _load_for_reading(config: TrainConfig, name: str, world: World) -> PreTrainedModel:
+    model = read_model(name, dtype=getattr(torch, config.hardware.precision))
+    require_finite(name, model)
     FusedLMHead.adopt(model.get_output_embeddings())
     return model.to(world.device).eval()
 
@@ -184,7 +295,7 @@ def _load_for_reading(config: TrainConfig, world: World) -> PreTrainedModel:
 def _respond(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[tuple[int, ...]],
+    prompts: Sequence[Sequence[int]],
     config: TrainConfig,
     world: World,
     partial: Path,
@@ -199,14 +310,15 @@ def _respond(
     paths = [partial / f"samples-{step:06}.json" for step in range(math.ceil(len(prompts) / width))]
     rollout = None if all(path.exists() for path in paths) else configured_rollout(config, model, tokenizer, world)
     samples = []
-    with progress_bar() as bar:
-        for step, path in enumerate(bar.track(paths, description="responses, parts")):
+    with progress("responses, prompts", len(prompts)) as advance:
+        for step, path in enumerate(paths):
             if rollout is not None and not path.exists():
                 new = rollout.generate(prompts[step * width : (step + 1) * width], sampling.samples, step)
                 ids = [([int(x) for x in s.prompt_ids], [int(x) for x in s.response_ids], s.finished) for s in new]
                 replace_file(path, json.dumps(ids))
             parts = json.loads(path.read_text(encoding="utf-8"))
             samples += [Sample(prompt, ids, None, finished) for prompt, ids, finished in parts]
+            advance(len(prompts[step * width : (step + 1) * width]))
     return samples
 
 

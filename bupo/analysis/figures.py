@@ -18,6 +18,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from bupo.analysis.statistics import Curve, Statistics
+from bupo.output import replacing
 from bupo.plots import BLUE, GREEN, LEAST, PURPLE, SKY, VERMILION, YELLOW, save_figure
 
 MODULES = {"attention": ("attention", BLUE, "s"), "ffn": ("FFN", VERMILION, "^"), "layer": ("layer", "black", "o")}
@@ -26,9 +27,24 @@ SQUARE = (6.6, 5.8)  # inches
 OUTLINE = [withStroke(linewidth=3.5, foreground="black")]  # With it a white line shows on every colour of a map.
 
 
-def draw_statistics(statistics: Statistics, folder: Path) -> list[Path]:
-    """Write :func:`statistics_figures` into ``folder`` as PNG and SVG; return the files, each whole or not there."""
-    return [path for name, figure in statistics_figures(statistics).items() for path in _save(figure, folder / name)]
+# What two models are compared in: point, statistic and what is written beside the axis.
+DIFFERENCES = (
+    ("layer", "entropy", "entropy of the layer (nats)"),
+    ("layer", "kl_to_final", "KL to its own π (nats)"),
+    ("layer", "logprob", "log-prob of the next token"),
+    ("ffn", "delta_entropy", "ΔH FFN (nats)"),
+    ("layer", "rms", "rms of H^l"),
+)
+
+
+def save_figures(figures: dict[str, Figure], svgs: dict[str, bytes], folder: Path) -> list[Path]:
+    """Write ``figures`` into ``folder`` as PNG, and what was drawn of them as SVG; return the files, each whole or not there."""
+    paths = []
+    for name, figure in figures.items():
+        paths += [save_figure(figure, folder / f"{name}.png", "png"), folder / f"{name}.svg"]
+        with replacing(paths[-1]) as partial:
+            partial.write_bytes(svgs[name])
+    return paths
 
 
 def statistics_figures(statistics: Statistics) -> dict[str, Figure]:
@@ -58,6 +74,26 @@ def statistics_figures(statistics: Statistics) -> dict[str, Figure]:
     if "cosine" in statistics.matrices:
         figures["layer_cosine"] = _layer_cosine(statistics)
     return figures
+
+
+def difference_figure(difference: Statistics) -> Figure | None:
+    """Draw, layer by layer, what the second of two models has more of; return None where nothing of :data:`DIFFERENCES` is there.
+
+    ``difference`` is from :func:`bupo.analysis.statistics.estimate_difference`.
+    """
+    curves = difference.curves
+    shown = [(curves[point, statistic], label) for point, statistic, label in DIFFERENCES if (point, statistic) in curves]
+    if not shown:
+        return None
+    figure, panels = _figure(
+        difference, "difference", _policies_and_interval(difference), height=1.2 + 1.5 * len(shown), panels=len(shown)
+    )
+    for axes, (curve, label) in zip(np.atleast_1d(panels), shown, strict=True):
+        axes.axhline(0, color="black", linewidth=0.8)
+        _draw(axes, curve, None, BLUE, "o")
+        axes.set_ylabel(label, fontsize=8)
+    np.atleast_1d(panels)[-1].set_xlabel("layer (0: embedding)")
+    return figure
 
 
 def draw_training(metrics: list[dict], path: Path) -> list[Path]:
@@ -103,6 +139,12 @@ def training_figure(metrics: list[dict]) -> Figure | None:
     if handles := axes.get_legend_handles_labels()[0]:
         figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), facecolor="#999999", framealpha=1)
     return figure
+
+
+def model_name(summary: dict[str, Any]) -> str:
+    """Return the name of the model of an analysis: of a folder or file that is there the last part."""
+    path = Path(summary["model"])
+    return path.name if path.exists() else summary["model"]
 
 
 def segment_label(segment: dict) -> str:
@@ -252,8 +294,8 @@ def _figure(statistics: Statistics, title: str, method: str, width: float = 8, h
     """Return a figure with its title, and its axes, an array of them where there are several."""
     figure = Figure(figsize=(width, height), layout="constrained")
     summary = statistics.summary
-    model = summary["model"] if len(summary["model"]) <= 48 else "…" + summary["model"][-47:]
-    counted = f"mean over {summary['tokens']:,} tokens of {summary['responses']:,} responses"
+    model = model_name(summary) if len(model_name(summary)) <= 48 else "…" + model_name(summary)[-47:]
+    counted = f"mean over {summary['tokens']:,} tokens of {summary['responses']:,} {summary.get('read', 'responses')}"
     figure.suptitle(f"{model}: {title}\n{counted}; {method}", fontsize=10, parse_math=False)
     axes = figure.subplots(panels, sharex=True)
     for panel in np.atleast_1d(axes):
@@ -262,6 +304,8 @@ def _figure(statistics: Statistics, title: str, method: str, width: float = 8, h
 
 
 def _policies(statistics: Statistics) -> str:
+    if statistics.summary.get("translators"):
+        return "internal policies through translators and the final norm"
     return f"internal policies {'through' if statistics.summary['final_norm'] else 'without'} the final norm"
 
 
