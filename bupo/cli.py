@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Reads every layer of a model through its unembedding (the logit lens). With --prompt it reads a text as "
         "it stands and generates nothing: a table of what each layer would say next, and report.html. With --data "
         "or --responses it reads the model's own responses: entropy, ΔH, norms, similarities and divergences of "
-        "the policies of all layers, attentions and FFNs, with 95 %% intervals over responses, and which layer "
+        "the policies of all layers, attentions and FFNs, with 95 % intervals over responses, and which layer "
         "`bupo train` should train. One process; the same command goes on after an interruption.",
     )
     analyze.add_argument("model", metavar="MODEL", help="folder of a Hugging Face checkpoint, a GGUF file, or a name on the hub")
