@@ -94,9 +94,10 @@ class Problem:
         accumulate_(torch.empty_like(weight, dtype=wide), dz.T, hidden, first=True)
 
 
-def measure(model: str, dtype: str, rounds: int, device: torch.device) -> list[dict[str, Any]]:
+def measure(model: str, dtype: str, rounds: int, device: torch.device, rows: int | None = None) -> list[dict[str, Any]]:
     """Return a row of results for each kind and contender. Raise ``RuntimeError`` where two that compute the same differ."""
-    vocab, width, rows = SHAPES[model]
+    vocab, width, default_rows = SHAPES[model]
+    rows = rows or default_rows
     problem = Problem(vocab, width, rows, getattr(torch, dtype), device)
     has_liger = device.type == "cuda" and importlib.util.find_spec("liger_kernel") is not None
     found = []
@@ -149,20 +150,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--models", nargs="+", default=list(SHAPES)[:2], choices=SHAPES, help="whose head; default the first two")
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=DTYPES)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, help="of each head; default 512 and 256")
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="for <device>.json, of which this replaces the section divergence"
     )
     parser.add_argument("--commit", help="of the code, where there is no git")
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds: {options.rounds} given, accepted are 1 and more")
+    for name in ("rounds", "rows"):
+        if (number := getattr(options, name)) is not None and number < 1:
+            parser.error(f"--{name}: {number} given, accepted are 1 and more")
     if options.device == "cuda" and not torch.cuda.is_available():
         print("benchmarks.divergence: --device: cuda given, accepted here is cpu (no CUDA GPU)", file=sys.stderr)
         return 2
     device = torch.device(options.device)
     section: dict[str, Any] = {"machine": machine(device, options.commit), "rates": rates(device), "rows": []}
     for dtype, model in itertools.product(options.dtypes, options.models):
-        section["rows"] += measure(model, dtype, options.rounds, device)
+        section["rows"] += measure(model, dtype, options.rounds, device, options.rows)
         print(f"measured {model}, {dtype}", file=sys.stderr, flush=True)
         if options.out:  # what is measured is kept, should there be no time for the rest
             write_section(results_path(options.out, section["machine"]), "divergence", section)

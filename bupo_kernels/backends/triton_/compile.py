@@ -37,9 +37,11 @@ from triton.backends.compiler import GPUTarget
 from bupo_kernels.backends import sass
 from bupo_kernels.backends.algebra import Coefficients, Statistics
 from bupo_kernels.backends.base import Cache, Operands, Readout
+from bupo_kernels.backends.divergences import Side, Upstream
 from bupo_kernels.backends.lens_loop import Comparison, Running
 from bupo_kernels.backends.triton_ import config, counts
 from bupo_kernels.backends.triton_.copies import HiddenRows, weight_slice
+from bupo_kernels.backends.triton_.divergence_rows import divergence_rows
 from bupo_kernels.backends.triton_.gathers import gathered_dots, gathered_sums
 from bupo_kernels.backends.triton_.gradient_cached import gradient_cached
 from bupo_kernels.backends.triton_.gradient_recompute import gradient_recompute
@@ -71,6 +73,14 @@ BUDGETS = {
     "linear_statistics, fp32, all options": (2496, 2080, 2528, 1574),
     "gradient_recompute, fp32, all options": (2848, 2496, 2896, 1524),
     "merge, fp32": (432, 432, 416, 419),
+    "divergence_rows, 16 bit, forward KL": (1064, 1088, 1064, 983),
+    "divergence_rows, 16 bit, forward KL, all options": (2528, 2552, 2432, 1980),
+    "divergence_rows, 16 bit, JSD": (1848, 1872, 1784, 1353),
+    "divergence_rows, 16 bit, JSD, all options": (3304, 3328, 3152, 2343),
+    "divergence_rows, fp32, forward KL": (1072, 1096, 1064, 943),
+    "divergence_rows, fp32, forward KL, all options": (2536, 2560, 2424, 1944),
+    "divergence_rows, fp32, JSD": (1840, 1864, 1776, 1315),
+    "divergence_rows, fp32, JSD, all options": (3304, 3336, 3168, 2300),
     "gathered_dots, 16 bit": (232, 240, 232, 145),
     "gathered_sums, 16 bit": (264, 280, 272, 287),
     "gathered_dots, 16 bit, ragged width": (664, 680, 608, 496),
@@ -263,6 +273,13 @@ def _others(target: config.Target, dtype: torch.dtype, with_entropy: bool) -> It
         matrix, ending = _zeros(ROWS, width, dtype=dtype), "" if width % 16 == 0 else ", ragged width"
         yield Case(ending, partial(gathered_dots, matrix, rows, matrix, rows, _zeros(ROWS)), GATHERED_BYTES)
         yield Case(ending, partial(gathered_sums, _zeros(ROWS), matrix, rows, rows, matrix, rows[1:]), GATHERED_BYTES)
+    # With fp16, whose dz waits for its scale, it is the kernel of fp32.
+    for beta, name in ((0.0, "forward KL"), (0.5, "JSD")) if dtype != torch.float16 else ():
+        for all_options in (False, True):
+            student, teacher = (_rows_of_policy(dtype, all_options) for _ in range(2))
+            upstream = Upstream(_zeros(ROWS), _zeros(ROWS) if with_entropy and all_options else None)
+            run = partial(divergence_rows, student, teacher, beta, upstream, _zeros(ROWS), _zeros(ROWS))
+            yield Case(f", {name}" + ", all options" * all_options, run, 1024)  # for its sums
     if dtype == torch.float32:
         count = _zeros(1, dtype=torch.int64)
         merging = partial(merge, _zeros(4, 4, ROWS), count, rows, _zeros(4, ROWS), with_entropy=with_entropy)
@@ -284,6 +301,14 @@ def _lens() -> Iterator[Case]:
         yield Case(name, partial(lens_sums, z, z if pairs else None, statistics, by_row, running), LENS_BYTES)
     for name, comparison in ((", rank", Comparison(ids, None)), (", jsd", Comparison(None, by_row))):
         yield Case(name, partial(lens_comparison, z, statistics, by_row, comparison), LENS_BYTES)
+
+
+def _rows_of_policy(dtype: torch.dtype, all_options: bool) -> Side:
+    operands = _operands(dtype, all_options=all_options)
+    products = _zeros(ROWS, COLUMNS)
+    rows = operands.readout.rows(operands.coordinates(torch.arange(ROWS, dtype=torch.int64, device="cpu")), torch.float32)
+    dz = products.view(dtype)[:, :COLUMNS]
+    return Side(products, dz, operands.bias, rows)
 
 
 @dataclass(frozen=True)
