@@ -47,7 +47,7 @@ def _names(strategies: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
     return "auto", *(n for name, own in strategies.items() for n in (name, *(f"{name}:{s}" for s in own)))
 
 
-NAMES = _names(STRATEGIES)
+NAMES = _names(STRATEGIES)  # accepted of a call that neither has a support nor compares policies
 
 # The same for a call on supports.
 GATHERS: dict[str, Gathers] = {"triton": TritonGathers(), "native": NativeGathers(), "torch": TorchGathers()}
@@ -205,41 +205,32 @@ def choose(problem: Problem, backend: str = "auto") -> tuple[str, Backend, str |
 
     Raise ``ValueError`` when ``backend`` is unknown or cannot run the problem, with its reason.
     """
-    return _choose(problem, backend, NAMES, {name: stands_for(problem) for name, stands_for in BACKENDS.items()})
+    return choose_among({name: stands_for(problem) for name, stands_for in BACKENDS.items()}, problem, backend, STRATEGIES)
 
 
-def choose_gathers(problem: Problem, backend: str = "auto") -> tuple[str, Gathers, str | None, dict[str, str]]:
-    """Return what :func:`choose` does, for a call on supports."""
-    return _choose(problem, backend, _names({name: gathers.strategies for name, gathers in GATHERS.items()}), GATHERS)
-
-
-def choose_divergence(
-    problem: Problem, backend: str = "auto", from_top: bool = False
-) -> tuple[str, DivergenceRows, str | None, dict[str, str]]:
-    """Return what :func:`choose` does, for the rows of a divergence, from a teacher of logits or one that is known by its top."""
-    names = _names({name: rows.strategies for name, rows in DIVERGENCES.items()})
-    reasons = {name: rows.why_not_top() for name, rows in DIVERGENCES.items() if from_top}
-    unable = {name: reason for name, reason in reasons.items() if reason is not None}
-    asked = backend.partition(":")[0]
-    if asked in unable:
-        raise ValueError(f"backend: {backend!r} given, it cannot run this: {unable[asked]}")
-    name, kernel, strategy, why_not = _choose(problem, backend, names, {k: v for k, v in DIVERGENCES.items() if k not in unable})
-    return name, kernel, strategy, why_not | unable
-
-
-def choose_lens(problem: Problem, backend: str = "auto") -> tuple[str, LensRows, str | None, dict[str, str]]:
-    """Return what :func:`choose` does, for outputs of a lens that no op gives."""
-    return _choose(problem, backend, _names({name: rows.strategies for name, rows in LENSES.items()}), LENSES)
-
-
-def _choose(
-    problem: Problem, backend: str, accepted: tuple[str, ...], candidates: Mapping[str, Chosen]
+def choose_among(
+    candidates: Mapping[str, Chosen],
+    problem: Problem,
+    backend: str = "auto",
+    strategies: Mapping[str, tuple[str, ...]] | None = None,
+    *,
+    unable: Mapping[str, str | None] | None = None,
 ) -> tuple[str, Chosen, str | None, dict[str, str]]:
+    """Return what :func:`choose` does, of ``candidates`` in order of preference: those of :data:`GATHERS`, :data:`DIVERGENCES` or
+    :data:`LENSES`.
+
+    ``strategies`` are by name, those of the candidates if not given. ``unable`` has reasons against some that the problem does
+    not tell.
+    """
+    accepted = _names(strategies or {name: candidate.strategies for name, candidate in candidates.items()})
     if backend not in accepted:
         raise ValueError(f"backend: {backend!r} given, accepted are {', '.join(map(repr, accepted))}")
     asked, _, given = backend.partition(":")
     strategy = given or None
-    reasons = {name: reason for name, candidate in candidates.items() if (reason := _why_not(candidate, problem, strategy))}
+    reasons = {}
+    for name, candidate in candidates.items():
+        if reason := (unable or {}).get(name) or _why_not(candidate, problem, strategy):
+            reasons[name] = reason
     if asked == "auto":
         passed_over = {}
         for name, candidate in candidates.items():

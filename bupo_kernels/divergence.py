@@ -24,7 +24,7 @@ from bupo_kernels.backends.divergences import DivergenceRows, Side, Top, Upstrea
 from bupo_kernels.backends.gradients import GradientSums, MatrixTile, RowsTile, accumulate_, whole_rows
 from bupo_kernels.backends.quantised import rows_of
 from bupo_kernels.backends.tile_loop import CPU_TILE, DEVICE_TILE, SMALL_TILE, row_elements
-from bupo_kernels.dispatch import choose_divergence
+from bupo_kernels.dispatch import DIVERGENCES, choose_among
 from bupo_kernels.engine import Flags, Settings, check_rows, on, problem_of
 
 Six = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]  # dH, dW, db of the student, and of the teacher
@@ -136,7 +136,8 @@ def plan_for(student: Policy, teacher: Teacher, active_rows: int, one_pass: bool
     the budget does not hold the logits of one row."""
     sides = [side for side in (student, teacher) if isinstance(side, Policy)]
     problems = [problem_of(side.operands, active_rows, side.settings) for side in sides]
-    name, kernel, strategy, why_not = choose_divergence(problems[0], student.settings.backend, isinstance(teacher, Top))
+    unable = {name: rows.why_not_top() for name, rows in DIVERGENCES.items()} if isinstance(teacher, Top) else None
+    name, kernel, strategy, why_not = choose_among(DIVERGENCES, problems[0], student.settings.backend, unable=unable)
     least, columns = _columns(problems)
     dtype, device, vocab = problems[0].statistics_dtype, problems[0].device, problems[0].vocab
     # Of a top there are ids and log-probs, and a dozen matrices of as many columns.

@@ -122,7 +122,7 @@ def logit_lens(
         parts = _by_any_backend(states, request, lens_loop.checked_norm(norm), operands, rows, outputs)
     else:
         problem = engine.problem_of(operands, len(rows), request.settings())
-        _, kernels, strategy, _ = dispatch.choose_lens(problem, request.backend)
+        _, kernels, strategy, _ = dispatch.choose_among(dispatch.LENSES, problem, request.backend)
         with engine.on(weight.device):
             wanted = (outputs, top_k, request.memory_budget)
             loop = lens_loop.LensLoop(states, final, norm, operands, len(rows), *wanted, kernels, strategy)

@@ -24,7 +24,7 @@ from bupo_kernels.backends.compiled import present
 from bupo_kernels.backends.divergences import Policies, Sums, compare, entropy_of
 from bupo_kernels.backends.gathers import Gathers, Segments
 from bupo_kernels.backends.torch_ import to_logits_
-from bupo_kernels.dispatch import choose_gathers
+from bupo_kernels.dispatch import GATHERS, choose_among
 from bupo_kernels.engine import Settings, active_rows, check_rows, on, problem_of
 
 BYTES_PER_ID = 72  # of what a call has at hand for each entry: its logit, its row, dz, and these sorted by id
@@ -97,7 +97,7 @@ class SupportPlan:
 def plan_for(operands: Operands, ids: int, active_rows: int, settings: Settings) -> SupportPlan:
     """Return the plan of a call. Raise ``ValueError`` when the backend asked for is unknown or cannot run it, with its reason."""
     problem = problem_of(operands, active_rows, settings)
-    name, gathers, strategy, why_not = choose_gathers(problem, settings.backend)
+    name, gathers, strategy, why_not = choose_among(GATHERS, problem, settings.backend)
     return SupportPlan(name, gathers, strategy, problem, ids, why_not)
 
 
