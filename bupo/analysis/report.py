@@ -162,10 +162,11 @@ class Report:
 
 def facts(summary: Mapping[str, Any]) -> list[str]:
     """Return the few things that a reader of the page asks first, a short text each."""
+    count, read = summary["responses"], summary.get("read", "responses")
     found = [
         f"{summary['layers']} layers",
         f"{summary['vocab']:,} tokens in the vocabulary",
-        f"{summary['tokens']:,} positions of {summary['responses']:,} {summary.get('read', 'responses')}",
+        f"{summary['tokens']:,} positions of {count:,} {read if count > 1 else read.removesuffix('s')}",
         f"perplexity {summary['perplexity']:.3g}",
     ]
     if (boundary := summary["boundary"])["layer"] is not None:
