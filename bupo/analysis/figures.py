@@ -147,6 +147,12 @@ def model_name(summary: dict[str, Any]) -> str:
     return path.name if path.exists() else summary["model"]
 
 
+def sources(summary: dict[str, Any]) -> str:
+    """Return what an analysis is of and how many, such as "1 text"."""
+    count, read = summary["responses"], summary.get("read", "responses")
+    return f"{count:,} {read if count != 1 else read.removesuffix('s')}"
+
+
 def segment_label(segment: dict) -> str:
     """Return the words for a segment of ``summary["boundary"]``, such as "exploration 1–6"."""
     first, last = segment["first"], segment["last"]
@@ -295,7 +301,7 @@ def _figure(statistics: Statistics, title: str, method: str, width: float = 8, h
     figure = Figure(figsize=(width, height), layout="constrained")
     summary = statistics.summary
     model = model_name(summary) if len(model_name(summary)) <= 48 else "…" + model_name(summary)[-47:]
-    counted = f"mean over {summary['tokens']:,} tokens of {summary['responses']:,} {summary.get('read', 'responses')}"
+    counted = f"mean over {summary['tokens']:,} tokens of {sources(summary)}"
     figure.suptitle(f"{model}: {title}\n{counted}; {method}", fontsize=10, parse_math=False)
     axes = figure.subplots(panels, sharex=True)
     for panel in np.atleast_1d(axes):

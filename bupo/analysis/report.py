@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from bupo.analysis.figures import difference_figure, model_name, save_figures, segment_label, statistics_figures
+from bupo.analysis.figures import difference_figure, model_name, save_figures, segment_label, sources, statistics_figures
 from bupo.analysis.heatmap import Heatmap
 from bupo.analysis.statistics import Statistics, require_pandas, write_statistics
 from bupo.output import replace_file
@@ -162,11 +162,10 @@ class Report:
 
 def facts(summary: Mapping[str, Any]) -> list[str]:
     """Return the few things that a reader of the page asks first, a short text each."""
-    count, read = summary["responses"], summary.get("read", "responses")
     found = [
         f"{summary['layers']} layers",
         f"{summary['vocab']:,} tokens in the vocabulary",
-        f"{summary['tokens']:,} positions of {count:,} {read if count > 1 else read.removesuffix('s')}",
+        f"{summary['tokens']:,} positions of {sources(summary)}",
         f"perplexity {summary['perplexity']:.3g}",
     ]
     if (boundary := summary["boundary"])["layer"] is not None:
