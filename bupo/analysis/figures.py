@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +148,7 @@ def model_name(summary: dict[str, Any]) -> str:
     return path.name if path.exists() else summary["model"]
 
 
-def sources(summary: dict[str, Any]) -> str:
+def sources(summary: Mapping[str, Any]) -> str:
     """Return what an analysis is of and how many, such as "1 text"."""
     count, read = summary["responses"], summary.get("read", "responses")
     return f"{count:,} {read if count != 1 else read.removesuffix('s')}"
