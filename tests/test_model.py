@@ -36,7 +36,7 @@ def config_of(folder: Path):
 
 LOADERS = {
     "train, evaluate": lambda folder: load_model(str(folder), Hardware(device="cpu"), ALONE),
-    "analyze": lambda folder: _load_for_reading(config_of(folder), ALONE),
+    "analyze": lambda folder: _load_for_reading(config_of(folder), str(folder), ALONE),
 }
 
 
