@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import FAMILIES, tiny_model, token_batch
+from models import FAMILIES, tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -183,7 +183,7 @@ def test_a_rollout_costs_what_decoding_with_a_cache_costs():
         def decode():
             for i in range(prompt, prompt + response - 1):
                 model(ids[:, [i]], past_key_values=cache)
-            cache.crop(prompt)
+            cache.crop(1 - response)
 
         found = counted(decode)
     step = step_flops(model.config, run_config(), internal=False, lengths=(prompt, response))
