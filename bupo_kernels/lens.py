@@ -77,10 +77,9 @@ def logit_lens(
     row kernels: in C++ on a CPU but for float64, in Triton where ``backend="triton"`` asks for it, else in torch. ``rank`` and
     ``jsd`` take a second look at the logits: C++ and Triton (but for ``pairwise_kl``) keep those of as many rows at a time as the
     budget has room for; torch, and they where that is fewer than 256 rows of all layers together, form them again, which doubles
-    the work. ``pairwise_kl`` adds L/D of it. On one core with AVX-512 (31 layers,
-    V = 49,152, D = 576, fp32), in units of the bare products: divergences from the final policy with the top 10 1.01,
-    ``pairwise_kl`` 1.08, ``rank`` 1.09, ``jsd`` 1.20, all but pairs 1.39; in bf16 (AVX-512-BF16) 1.16 to 1.21, 1.30, and with
-    ``rank`` and ``jsd`` 1.58.
+    the work. ``pairwise_kl`` adds L/D of it. On two cores with AVX-512-BF16 (31 layers, V = 49,152, D = 576), in units of the bare
+    products: divergences from the final policy with the top 10 0.94, ``pairwise_kl`` 1.03, ``rank`` 1.10, ``jsd`` 1.21; in bf16
+    1.11, 1.33, 1.52 and 1.65.
 
     Numerics: as :func:`bupo_kernels.linear_logprobs`; a KL or ``jsd`` is within ``4e-6 · (1 + max|z|)`` of float64 on the same
     inputs. ``rank`` compares fp32 logits exactly: those within rounding of the target's may fall on either side.
