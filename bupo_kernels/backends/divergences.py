@@ -119,14 +119,10 @@ class TorchDivergence(DivergenceRows):
     def rows(
         self, student: Side, teacher: Side, beta: float, upstream: Upstream | None, with_entropy: bool, strategy: str | None
     ) -> tuple[Tensor, Tensor]:
-        count, vocab = student.products.shape
-        divergence, entropy = (student.products.new_empty(count) for _ in range(2))
-        step = _block_rows(vocab, divergence.device)
-        for first in range(0, count, step):
-            block = slice(first, min(first + step, count))
-            some = None if upstream is None else upstream.rows(block)
-            divergence[block], entropy[block] = _rows(student.rows(block), teacher.rows(block), beta, some)
-        return divergence, entropy
+        def of_block(block: slice, some: Upstream | None) -> tuple[Tensor, Tensor]:
+            return _rows(student.rows(block), teacher.rows(block), beta, some)
+
+        return _in_blocks(student.products, upstream, of_block)
 
     def why_not_top(self) -> str | None:
         return None
@@ -134,19 +130,29 @@ class TorchDivergence(DivergenceRows):
     def top_rows(
         self, student: Side, teacher: Top, beta: float, upstream: Upstream | None, strategy: str | None
     ) -> tuple[Tensor, Tensor]:
-        count, vocab = student.products.shape
-        divergence, entropy = (student.products.new_empty(count) for _ in range(2))
-        step = _block_rows(vocab, divergence.device)
-        for first in range(0, count, step):
-            block = slice(first, min(first + step, count))
-            some = None if upstream is None else upstream.rows(block)
-            top = Top(teacher.ids[block], teacher.logprobs[block])
-            divergence[block], entropy[block] = _top_rows(student.rows(block), top, beta, some)
-        return divergence, entropy
+        def of_block(block: slice, some: Upstream | None) -> tuple[Tensor, Tensor]:
+            return _top_rows(student.rows(block), Top(teacher.ids[block], teacher.logprobs[block]), beta, some)
+
+        return _in_blocks(student.products, upstream, of_block)
 
 
 def _block_rows(vocab: int, device: torch.device) -> int:
     return max((CPU_ELEMENTS if device.type == "cpu" else DEVICE_ELEMENTS) // vocab, 1)
+
+
+def _in_blocks(
+    products: Tensor,  # [n, V]
+    upstream: Upstream | None,
+    of_block: Callable[[slice, Upstream | None], tuple[Tensor, Tensor]],
+) -> tuple[Tensor, Tensor]:  # [n] each
+    """Return divergence and entropy of all rows from those of one block of them after the other."""
+    count, vocab = products.shape
+    divergence, entropy = (products.new_empty(count) for _ in range(2))
+    step = _block_rows(vocab, products.device)
+    for first in range(0, count, step):
+        block = slice(first, min(first + step, count))
+        divergence[block], entropy[block] = of_block(block, None if upstream is None else upstream.rows(block))
+    return divergence, entropy
 
 
 def largest(beta: float) -> float:
