@@ -285,7 +285,7 @@ def _parser() -> argparse.ArgumentParser:
         description="sums: builds a small Qwen3 and a character tokenizer, warms the model up on two-digit sums until about half "
         "of its samples are right, then runs `bupo train` on the reward of being right, and `bupo analyze`; some minutes. "
         "smollm2: takes SmolLM2-135M-Instruct from an installed package of the Python index, analyzes it, and trains it with BuPO "
-        "and with GRPO to go on with arithmetic sequences; some ten minutes on two cores, and the same command with --output goes on.",
+        "and with GRPO to go on with arithmetic sequences; ten minutes on two cores; the same command with --output goes on.",
     )
     demo.add_argument("--model", choices=("sums", "smollm2"), default="sums", help="default sums")
     demo.add_argument(
