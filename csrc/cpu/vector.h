@@ -85,21 +85,24 @@ inline Vec exponential(Vec x) {
   return choose(x < -87.0f, 0.0f, (Floats)((Words)e.v + ((Words)shifted.v << 23)));
 }
 
-// Returns ln x within 2 ulp of the larger of ln x and 1, for x > 0 that is not subnormal: of x = 2^n y with y near 1, by a polynomial in
-// y − 1 (constants of Cephes' logf).
+// Returns p with ln(1 + x) = x − x²/2 + x³ p, for 1 + x from √½ to √2 (constants of Cephes' logf).
+inline Vec logarithm_cubic(Vec x) {
+  Vec p = Vec(7.0376836292e-2f) * x - 1.1514610310e-1f;
+  p = p * x + 1.1676998740e-1f;
+  p = p * x - 1.2420140846e-1f;
+  p = p * x + 1.4249322787e-1f;
+  p = p * x - 1.6668057665e-1f;
+  p = p * x + 2.0000714765e-1f;
+  p = p * x - 2.4999993993e-1f;
+  return p * x + 3.3333331174e-1f;
+}
+
+// Returns ln x within 2 ulp of the larger of ln x and 1, for x > 0 that is not subnormal: of x = 2^n y with y near 1.
 inline Vec logarithm(Vec x) {
   const Words bits = (Words)x.v, above = bits - 0x3f3504f3u;  // the bits of √½
   const Ints exponent = (Ints)above >> 23;
   const Vec n = __builtin_convertvector(exponent, Floats), f = Vec((Floats)(bits - ((Words)exponent << 23))) - 1.0f, square = f * f;
-  Vec p = Vec(7.0376836292e-2f) * f - 1.1514610310e-1f;
-  p = p * f + 1.1676998740e-1f;
-  p = p * f - 1.2420140846e-1f;
-  p = p * f + 1.4249322787e-1f;
-  p = p * f - 1.6668057665e-1f;
-  p = p * f + 2.0000714765e-1f;
-  p = p * f - 2.4999993993e-1f;
-  p = p * f + 3.3333331174e-1f;
-  const Vec rest = (f * square * p - n * 2.12194440e-4f) - square * 0.5f;
+  const Vec rest = (f * square * logarithm_cubic(f) - n * 2.12194440e-4f) - square * 0.5f;
   return (f + rest) + n * 0.693359375f;
 }
 
@@ -114,20 +117,12 @@ inline Vec hyperbolic_tangent(Vec x) {
   return choose(size < 0.625f, p * square * x + x, choose(x < 0.0f, 0.0f - far, far));
 }
 
-// Returns ln((1 + x) / 2) for x in [0, 1] within 2^-22, and 0 for 1 (constants of Cephes' logf, for arguments from √½ to √2).
+// Returns ln((1 + x) / 2) for x in [0, 1] within 2^-22, and 0 for 1.
 inline Vec log_of_mean_with_one(Vec x) {
   const Ints low = x < 0.41421356f;
   const Vec z = choose(low, x, (x - 1.0f) * 0.5f);
-  Vec p = Vec(7.0376836292e-2f) * z - 1.1514610310e-1f;
-  p = p * z + 1.1676998740e-1f;
-  p = p * z - 1.2420140846e-1f;
-  p = p * z + 1.4249322787e-1f;
-  p = p * z - 1.6668057665e-1f;
-  p = p * z + 2.0000714765e-1f;
-  p = p * z - 2.4999993993e-1f;
-  p = p * z + 3.3333331174e-1f;
   const Vec square = z * z;
-  return (p * z - 0.5f) * square + z - choose(low, 0.69314718056f, 0.0f);
+  return (logarithm_cubic(z) * z - 0.5f) * square + z - choose(low, 0.69314718056f, 0.0f);
 }
 
 // Returns the bits of bf16(x), rounded to nearest even, in the upper half of each word; the lower half is undefined.
