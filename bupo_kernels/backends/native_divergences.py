@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from bupo_kernels.backends.base import Problem
 from bupo_kernels.backends.compiled import ISAS, address, isas
 from bupo_kernels.backends.cpu_arguments import ReadoutArguments
 from bupo_kernels.backends.divergences import DivergenceRows, Side, Upstream, largest
+from bupo_kernels.backends.native_rows import why_not_native
 
 
 class NativeDivergence(DivergenceRows):
@@ -22,13 +24,10 @@ class NativeDivergence(DivergenceRows):
     def why_not(self, problem: Problem, strategy: str | None) -> str | None:
         if problem.device.type != "cpu":
             return f"device: {problem.device.type} given, accepted is cpu: there is no CUDA kernel of a divergence"
-        if not isas():
-            return "the C++ kernels were not built; `bupo env` says why"
         if problem.dtype == torch.float64:
             return f"dtype: {problem.dtype} given, accepted are fp32, bf16 and fp16"
-        if strategy is not None and strategy not in isas():
-            return f"instruction set: {strategy} given, which this CPU or this build does not have; it has {', '.join(isas())}"
-        return None
+        # The kernel reads fp32 products, whatever the dtype and width of what they are of.
+        return why_not_native(replace(problem, dtype=torch.float32, width=problem.width or 1), strategy)
 
     def rows(
         self, student: Side, teacher: Side, beta: float, upstream: Upstream | None, with_entropy: bool, strategy: str | None
