@@ -22,6 +22,9 @@ support
 divergence
     ``model``, ``vocab``, ``width``, ``rows``, ``dtype``, ``call`` (the kind), ``name``, ``ms`` and ``ms_of_rounds``,
     ``times_floor`` (median of the rounds' ratios), ``peak_bytes`` (beyond operands and results)
+lens
+    ``model``, ``layers``, ``rows`` (of each layer), ``vocab``, ``width``, ``dtype``, ``name`` (of the outputs), ``ms`` and
+    ``ms_of_rounds``, ``ratio`` (median time over that of the bare products)
 """
 
 from __future__ import annotations
