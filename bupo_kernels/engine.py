@@ -21,8 +21,9 @@ from bupo_kernels.backends.algebra import Coefficients
 from bupo_kernels.backends.base import Cache, Operands, PolicyRows, Problem, is_aligned
 from bupo_kernels.backends.gradients import GradientSums, in_place_order
 from bupo_kernels.backends.quantised import is_plain
-from bupo_kernels.dispatch import Plan, make_plan
+from bupo_kernels.dispatch import Plan, choose, make_plan
 from bupo_kernels.policy_losses import PolicyObjective, policy_terms
+from bupo_kernels.vocab_parallel import Header, Shard
 
 Flags = tuple[bool, bool, bool]  # one each for hidden, weight and bias
 
@@ -39,22 +40,23 @@ class Settings(NamedTuple):
     planned: Flags  # the gradients that the forward plans for
     needed: Flags = (False, False, False)  # those that a backward is asked for
     objective: str = ""  # of a policy loss, PolicyObjective.encoded
+    group: str = ""  # the name of the ranks that have the other columns
 
     def encode(self) -> str:
         """Return the string for :meth:`decode`."""
         planned, needed = ("".join([f"{int(flag)}" for flag in flags]) for flags in (self.planned, self.needed))
         # int() makes a number of what torch.compile traces as a symbol.
         numbers = f"{int(self.ignore_index)} {int(self.with_entropy)} {int(self.memory_budget)}"
-        return f"{numbers} {planned} {needed} {self.backend} {self.objective}"
+        return f"{numbers} {planned} {needed} {self.backend} {self.group} {self.objective}"
 
     @staticmethod
     @functools.lru_cache(1024)
     def decode(encoded: str) -> Settings:
         """Return the settings that were encoded."""
-        ignore_index, with_entropy, memory_budget, planned, needed, backend, objective = encoded.split(" ", 6)
+        ignore_index, with_entropy, memory_budget, planned, needed, backend, group, objective = encoded.split(" ", 7)
         planned_flags, needed_flags = ((x[0] == "1", x[1] == "1", x[2] == "1") for x in (planned, needed))
         numbers = int(ignore_index), with_entropy == "1", backend, int(memory_budget)
-        return Settings(*numbers, planned_flags, needed_flags, objective)
+        return Settings(*numbers, planned_flags, needed_flags, objective, group)
 
 
 def active_rows(targets: Tensor, mask: Tensor | None, ignore_index: int) -> Tensor:  # [...] -> [...] bool
@@ -63,13 +65,15 @@ def active_rows(targets: Tensor, mask: Tensor | None, ignore_index: int) -> Tens
     return active if mask is None else active & mask
 
 
-def check_rows(operands: Operands, active: Tensor, ignore_index: int) -> None:
+def check_rows(operands: Operands, active: Tensor, ignore_index: int, shard: Shard | None = None) -> None:
     """Raise ``ValueError`` for a target or a temperature out of range, where values are at hand. Off the CPU it is a device-side
     assert."""
-    targets, vocab, temperature = operands.targets, operands.weight.shape[0], operands.readout.temperature
+    targets, temperature = operands.targets, operands.readout.temperature
+    vocab: int | Tensor = operands.weight.shape[0] if shard is None else shard.vocab
     outside = active & ((targets < 0) | (targets >= vocab))
     impossible = active & ~(temperature.isfinite() & (temperature > 0)) if isinstance(temperature, Tensor) else None
-    accepted = f"accepted are ids in [0, {vocab}) and ignore_index ({ignore_index})"
+    bound = vocab if targets.device.type == "cpu" or shard is None else "V"  # which to look at would wait for the device
+    accepted = f"accepted are ids in [0, {bound}) and ignore_index ({ignore_index})"
     if targets.device.type != "cpu":
         torch._assert_async(~outside.any(), f"targets: {accepted}")
         if impossible is not None:
@@ -118,6 +122,29 @@ def on(device: torch.device) -> Iterator[None]:
         yield
 
 
+def shard_of(operands: Operands, active: Tensor, settings: Settings, call: str, chunk: int = 0, *, wait: bool = False) -> Shard:
+    """Return what this rank has of the vocabulary, from what all ranks of the group tell of a ``call``; raise as
+    :meth:`Shard.of` does."""
+    options = settings.ignore_index, settings.with_entropy, settings.planned[0], settings.objective
+    return Shard.of(settings.group, Header.of(operands, active, f"{call} {options}", chunk), operands.hidden.device, wait=wait)
+
+
+def _streamed(
+    operands: Operands, active: Tensor, settings: Settings, shard: Shard | None = None
+) -> tuple[algebra.Statistics, Cache]:
+    """Return the statistics of all rows over the columns that are here, and the cache of some of them."""
+    check_rows(operands, active, settings.ignore_index, shard)
+    if shard is not None:
+        operands = shard.local(operands)
+    if operands.weight.shape[0] == 0:
+        problem = problem_of(operands, 0, settings)
+        nothing = algebra.Statistics.of_no_columns(active.numel(), problem.statistics_dtype, active.device)
+        return nothing, choose(problem, settings.backend)[1].empty_cache(problem, 0)
+    plan = plan_for(operands, active, settings)
+    with on(operands.hidden.device):
+        return plan.implementation.statistics(operands, active.flatten(), plan.tile_plan, settings.with_entropy)
+
+
 class Forward(NamedTuple):
     """The results of a forward for N rows, and what it leaves for the backward."""
 
@@ -131,11 +158,16 @@ class Forward(NamedTuple):
 def statistics(operands: Operands, mask: Tensor | None, settings: Settings) -> Forward:
     """Return log-prob, entropy and logsumexp of all rows, 0 on those that are not active."""
     active = active_rows(operands.targets, mask, settings.ignore_index)
-    check_rows(operands, active, settings.ignore_index)
-    plan = plan_for(operands, active, settings)
-    with on(operands.hidden.device):
-        streamed, cache = plan.implementation.statistics(operands, active.flatten(), plan.tile_plan, settings.with_entropy)
-    logprob, entropy, logsumexp, log_s = algebra.finish(streamed, plan.problem.vocab, settings.with_entropy)
+    if not settings.group:
+        streamed, cache = _streamed(operands, active, settings)
+        results = algebra.finish(streamed, operands.weight.shape[0], settings.with_entropy)
+    else:
+        shard = shard_of(operands, active, settings, "linear_logprobs")
+        with shard.telling((4, active.numel()), torch.promote_types(operands.hidden.dtype, torch.float32)):
+            streamed, cache = _streamed(operands, active, settings, shard)
+        streamed = algebra.of_active_rows(shard.merged(streamed), active.flatten())
+        results = algebra.finish(streamed, shard.vocab, settings.with_entropy)
+    logprob, entropy, logsumexp, log_s = results
     saved = torch.stack([streamed.m, log_s, logprob, *([] if entropy is None else [entropy])])
     return Forward(logprob, entropy, logsumexp, saved, cache)
 

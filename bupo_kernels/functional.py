@@ -68,6 +68,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     support: tuple[Tensor, Tensor] | None = None,  # ids [M], offsets [N + 1], int64
     return_entropy: bool = True,
+    group: Any = None,  # a torch.distributed.ProcessGroup
     backend: str = "auto",
     memory_budget: int | None = None,
     check: bool = False,
@@ -134,6 +135,7 @@ def linear_logprobs(
         ignore_index=ignore_index,
         return_entropy=return_entropy,
         support=support,
+        group=group,
         backend=backend,
         memory_budget=memory_budget,
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from bupo_kernels import derivatives, engine, ops
+from bupo_kernels import derivatives, engine, ops, vocab_parallel
 from bupo_kernels import divergence as divergences
 from bupo_kernels import support as supports
 from bupo_kernels.backends.base import Operands
@@ -63,6 +63,7 @@ class Request:
     backend: str = "auto"
     memory_budget: int = 0  # bytes
     support: Support | None = None
+    group: str | None = None  # the name of the ranks that have the other columns
 
     @staticmethod
     def of(hidden: Tensor, weight: Tensor, targets: Tensor, *, memory_budget: int | None = None, **options: Any) -> Request:
@@ -74,13 +75,25 @@ class Request:
             tell_flop_counter()
         if unknown := [name for name in options if name not in OPTIONS]:
             raise TypeError(f"{unknown[0]}: given, accepted are {', '.join(OPTIONS)}")
+        if options.get("group") is None:
+            return Request._checked(hidden, weight, targets, memory_budget, options)
+        options["group"] = vocab_parallel.name_of(options["group"], weight)
+        device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
+        with vocab_parallel.telling(options["group"], device):
+            return Request._checked(hidden, weight, targets, memory_budget, options)
+
+    @staticmethod
+    def _checked(hidden: Tensor, weight: Tensor, targets: Tensor, memory_budget: int | None, options: dict[str, Any]) -> Request:
         derivatives.refuse({"hidden": hidden, "weight": weight, "bias": options.get("bias")})
-        options["bias"] = gathered("bias", options.get("bias"), hidden)
+        group = options.get("group")
+        options["bias"] = gathered("bias", options.get("bias"), hidden, group)
         if memory_budget is not None:
             _check_number("memory_budget", memory_budget, "None and positive numbers of bytes")
         if options.get("support") is not None:
             options["support"] = _support_of(options["support"])
-        request = Request(hidden, gathered("weight", weight, hidden), targets, **options)
+            if group is not None:
+                raise ValueError("support: given with a group, accepted is one of the two")
+        request = Request(hidden, gathered("weight", weight, hidden, group), targets, **options)
         _check_tensors(request)
         _check_numbers(request)
         hidden, weight = _autocast(request.hidden, request.weight)
@@ -135,6 +148,7 @@ class Request:
             self.memory_budget,
             planned=(grad_hidden, grad_weight, grad_bias),
             objective=objective,
+            group=self.group or "",
         )
 
     def plan(self, one_pass: bool = False, gpu: Gpu | None = None) -> Plan | SupportPlan:
@@ -372,9 +386,10 @@ def _of_side(side: str, call: Callable[[], Any]) -> Any:
         raise
 
 
-def gathered(name: str, parameter: Any, hidden: Tensor) -> Any:
+def gathered(name: str, parameter: Any, hidden: Tensor, group: str | None = None) -> Any:
     """Return a sharded parameter whole, with a gradient that is averaged over the ranks and sharded again: what FSDP does to those
-    it gathers itself. Under autocast it is in the dtype it will be used in."""
+    it gathers itself. Under autocast it is in the dtype it will be used in. One whose shards a ``group`` works on is left as it
+    is on this rank."""
     if hasattr(parameter, "ds_id") and not parameter.numel():
         raise ValueError(
             f"{name}: partitioned by DeepSpeed ZeRO-3, accepted is a gathered one; call the head as a module, head(hidden, ...), "
@@ -382,6 +397,8 @@ def gathered(name: str, parameter: Any, hidden: Tensor) -> Any:
         )
     if not hasattr(parameter, "full_tensor"):
         return parameter
+    if group is not None:
+        return vocab_parallel.shard_of(name, parameter, group)
     if parameter.device_mesh.ndim != 1:
         raise TypeError(f"{name}: a DTensor on a {parameter.device_mesh.ndim}-dimensional mesh given, accepted is one dimension")
     if parameter.placements[0].is_partial():
@@ -516,7 +533,7 @@ def _check_tensors(request: Request) -> None:
             raise TypeError(f"{name}: {called(tensor)} given, accepted are {', '.join(map(str, DTYPES))}")
     if hidden.dim() < 2:
         raise ValueError(f"hidden: shape {tuple(hidden.shape)} given, accepted is [..., D] with at least one leading dimension")
-    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or weight.shape[0] == 0:
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1] or (weight.shape[0] == 0 and request.group is None):
         accepted = f"[V, D] with D = {hidden.shape[-1]}, as in hidden, and at least one row"
         raise ValueError(f"weight: shape {tuple(weight.shape)} given, accepted is {accepted}")
     if request.targets.dtype != torch.int64:

@@ -41,6 +41,13 @@ class Statistics(NamedTuple):
         statistics[1].fill_(1)
         return statistics
 
+    @staticmethod
+    def of_no_columns(rows: int, dtype: torch.dtype, device: torch.device) -> Statistics:
+        """Return the statistics of rows that are active, over no logits."""
+        statistics = torch.zeros(4, rows, dtype=dtype, device=device)
+        statistics[0].fill_(lowest(dtype))
+        return Statistics(*statistics)
+
 
 def of_all_rows(part: Statistics, rows: Tensor, count: int) -> Statistics:
     """Return the statistics of all ``count`` rows, of which the active ``rows`` [n] have those of ``part``."""
@@ -65,12 +72,14 @@ class Results(NamedTuple):
     log_s: Tensor
 
 
-def finish(statistics: Statistics, vocab: int, with_entropy: bool) -> Results:
-    """Return the results that follow from the statistics."""
+def finish(statistics: Statistics, vocab: int | Tensor, with_entropy: bool) -> Results:  # or []
+    """Return the results that follow from the statistics of ``vocab`` logits a row."""
     m, s, t, z_y = statistics
     log_s = s.log().masked_fill_(s == 0, math.nan)
     logprob = ((z_y - m) - log_s).clamp_(max=0)
-    entropy = (log_s - t / s).clamp_(0, math.log(vocab)) if with_entropy else None
+    entropy = (log_s - t / s).clamp_(min=0) if with_entropy else None
+    if entropy is not None:
+        entropy.clamp_(max=vocab.to(s.dtype).log() if isinstance(vocab, Tensor) else math.log(vocab))
     idle = m == -math.inf
     return Results(logprob.masked_fill_(idle, 0), entropy, (m + log_s).masked_fill_(idle, 0), log_s)
 

@@ -81,6 +81,7 @@ class Problem:
     quantised: bool = False  # whether the rows of the weight are dequantised, a slice at a time
     gpu: Gpu | None = None  # to plan for as if it were ``device``, with all backends installed; None for the device that is there
     aligned: bool = True  # whether the rows of the weight are contiguous, and begin on multiples of 16 bytes
+    sharded: bool = False  # whether other ranks have other columns of the vocabulary, of which ``vocab`` are here
 
     @property
     def statistics_dtype(self) -> torch.dtype:

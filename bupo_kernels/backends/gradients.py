@@ -172,7 +172,7 @@ class GradientSums:
         parts: bool,
     ):
         need_hidden, need_weight, need_bias = needed
-        self.dtype, self.parts, self.shape = dtype, parts, hidden.shape
+        self.dtype, self.parts, self.shape, self.columns = dtype, parts, hidden.shape, len(weight)
         self._nothing = hidden.new_empty(0)
         self.hidden: Tensor | None = None
         self.weight: _SliceSums | None = None
@@ -194,11 +194,18 @@ class GradientSums:
         step: int,
     ) -> None:
         """Add the products of ``tiles``. Rows of dH are put in place with no more than ``step`` rows of memory."""
-        n, rows_sum = len(positions), None
+        self.put(self.products(tiles, len(positions), unscale=unscale), positions, step)
+
+    def products(self, tiles: Iterator[GradientTile], n: int, *, unscale: Tensor | None = None) -> Tensor | None:  # [n, D]
+        """Add the products of ``tiles``, of ``n`` rows, but for their rows of dH: return these, for :meth:`put`; None where dH is
+        not needed."""
+        rows_sum = None
         if self.hidden is not None:
             # Where dH is of the sums' dtype, and there is but one addition, its first rows hold the sum.
             shared = self.hidden.dtype == self.dtype and not self.parts
             rows_sum = self.hidden[:n] if shared else self.hidden.new_empty(n, self.shape[-1], dtype=self.dtype)
+            if self.columns == 0:  # so no tile comes
+                rows_sum.zero_()
         by_column = [sums for sums in (self.weight, self.bias) if sums is not None]
         for tile in tiles:
             first_block, last_block = tile.rows.start == 0, tile.rows.stop == n
@@ -217,9 +224,11 @@ class GradientSums:
             del tile  # the next one is made while the name would still hold this one's operands
         for sums in by_column:
             sums.is_empty = sums.is_empty and n == 0
+        return rows_sum if rows_sum is None or unscale is None else rows_sum.mul_(unscale)
+
+    def put(self, rows_sum: Tensor | None, positions: Tensor, step: int) -> None:  # [n, D], [n]
+        """Put rows of dH in place, with no more than ``step`` rows of memory."""
         if rows_sum is not None and self.hidden is not None:
-            if unscale is not None:
-                rows_sum.mul_(unscale)
             _move_rows(rows_sum, self.hidden, positions, step)
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -66,6 +66,7 @@ class NativeCuda(TileLoop):
     strategies = ISAS
     passes = 1.4  # one reads the products; what they are written in is not all hidden behind the product
     passes_of_gradient = 1.9  # the same, and 16-bit dz is written, half a pass
+    writes_over = False  # blocks of threads read logits where others have written dz
 
     def why_not(self, problem: Problem, strategy: str | None) -> str | None:
         return why_not_native(problem, strategy)
@@ -77,7 +78,9 @@ class NativeCuda(TileLoop):
 
     def one_pass_plan(self, problem: Problem, strategy: str | None) -> TilePlan:
         """Plan as many whole rows at a time as the budget allows: fp32 products and dz; in fp32 dz, which is where they were, and
-        dz again without the rows that have none."""
+        dz again without the rows that have none. Of a shard no row is whole: there it is the plan of any tile loop."""
+        if problem.sharded:
+            return super().one_pass_plan(problem, strategy)
         item = problem.dtype.itemsize
         per_row = problem.vocab * (4 + item * problem.needs_grad) + problem.width * (2 * item + 4) + 200
         problem.require_budget(per_row)

@@ -69,6 +69,7 @@ class TileLoop(Backend):
     # Passes over a tile of fp32 products that are made on a GPU beside the products: in a forward, and to form dz.
     passes: ClassVar[float]
     passes_of_gradient: ClassVar[float]
+    writes_over: ClassVar[bool] = True  # whether dz of 16 bit may be written over the logits that it is made of
 
     def predicted_forward(self, problem: Problem, gpu: Gpu) -> float:
         return self._of_products(problem, gpu) + machine.moved(gpu, 4 * self.passes * problem.shape.logits)
@@ -106,7 +107,7 @@ class TileLoop(Backend):
         Where dz is of 16 bit it lies over them, and tiles are of a quarter of the budget at most: no product is of one of them.
         """
         size, item = problem.statistics_dtype.itemsize, problem.product_dtype.itemsize
-        in_place = problem.needs_grad and item < size and not problem.quantised
+        in_place = self.writes_over and problem.needs_grad and item < size and not problem.quantised
         kept, share = (row_elements(problem.vocab), 4) if in_place else (problem.vocab, 2)
         problem.require_budget(share * max(memory(problem, Tile(1, 1)).working, size * (2 * kept + problem.width)))
         inner = self.plan(replace(problem, memory_budget=problem.memory_budget // share), strategy)
@@ -114,7 +115,8 @@ class TileLoop(Backend):
             return inner._replace(problem=problem, chunk_rows=max(problem.active_rows, 1))
         columns, working = inner.tile.columns, inner.memory.working
         # Each row of the chunk has its logits, their maxima, and the sum of its dH; in place also its h, for dW.
-        per_row = size * (kept + -(-problem.vocab // columns) + problem.width * problem.grad_hidden)
+        # Of a shard there is the sum of one more chunk, which the ranks add while this one is at hand.
+        per_row = size * (kept + -(-problem.vocab // columns) + problem.width * problem.grad_hidden * (1 + problem.sharded))
         per_row += item * problem.width * in_place
         chunk = max(min((problem.memory_budget - working) // per_row, problem.active_rows), 1)
         in_parts = problem.active_rows > chunk and problem.grad_weight and problem.dtype.itemsize < size

@@ -1,0 +1,253 @@
+"""Heads whose vocabulary lies on several ranks: what one has of it, and the few numbers of a row that make it whole.
+
+The ranks of a group hold W's rows side by side, in the order of the ranks, and all have the same hidden vectors. Each streams the
+statistics of its own columns; what they are of all columns follows from four numbers a row of each rank
+(:mod:`bupo_kernels.backends.algebra`), merged in the order of the ranks: bit for bit the same on each of them, and from run to run.
+dW and db stay where they are. dH is the sum over the ranks of what each has of it, in the dtype of the sums, and is rounded after.
+
+A rank that cannot go on must not leave the others waiting, and ranks that differ must not take each other's numbers for theirs. So
+a call begins with a :class:`Header` from each, and what follows it carries a flag. On a CPU a rank raises what it finds there.
+Elsewhere, where that would be a wait for the device, it is a device-side assert.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bupo_kernels.backends.algebra import LEAST_EXPONENT, Statistics
+from bupo_kernels.backends.base import Operands
+
+_COLLECTIVES = torch.ops._c10d_functional  # which take a group by its name
+
+# The facts of a header in which ranks may not differ, and what an error says of each, which is given one for each rank.
+SAME = {
+    "rows": "hidden: {} rows given",
+    "width": "hidden: rows of {} numbers given",
+    "active": "mask: {} rows that count given",
+    "targets": "targets: ids given whose sums are {}",
+    "dtype": "hidden: dtypes given whose digests are {}",
+    "options": "group: calls or options given whose digests are {}",
+}
+
+
+class Header(NamedTuple):
+    """The facts of a call that a rank tells the others, each an integer."""
+
+    failed: int = 0  # 1 where the rank raises instead
+    columns: int = 0
+    rows: int = 0
+    width: int = 0
+    active: int | Tensor = 0
+    targets: int | Tensor = 0  # the sum of those that count
+    dtype: int = 0
+    options: int = 0
+    chunk: int = 0  # the most rows that the rank takes at a time
+
+    @staticmethod
+    def of(operands: Operands, active: Tensor, call: str, chunk: int = 0) -> Header:  # [...] bool
+        """Return the header of a ``call``, in words that are the same on all ranks: its name and its options."""
+        hidden, readout = operands.hidden, operands.readout
+        by_row = isinstance(readout.temperature, Tensor)
+        numbers = "rows" if by_row else readout.temperature, readout.logit_scale, readout.softcap, operands.bias is None
+        return Header(
+            columns=operands.weight.shape[0],
+            rows=active.numel(),
+            width=hidden.shape[-1],
+            active=active.sum(),
+            targets=torch.where(active, operands.targets, 0).sum(),
+            dtype=digest(str(hidden.dtype)),
+            options=digest(f"{call} {numbers}"),
+            chunk=chunk,
+        )
+
+
+def digest(text: str) -> int:
+    return zlib.crc32(text.encode())
+
+
+class Shard(NamedTuple):
+    """The columns that this rank has of the vocabulary of a group, for one call."""
+
+    group: str  # its name
+    rank: int  # in the group
+    headers: Tensor  # [ranks, len(Header)] int64, on the device of the operands
+
+    @staticmethod
+    def of(group: str, header: Header, device: torch.device, *, wait: bool = False) -> Shard:
+        """Return the shard of this rank. Every rank of the group calls this, once a call.
+
+        Raise ``ValueError`` where ranks differ in what :data:`SAME` has, and ``RuntimeError`` where another raises instead. Off the
+        CPU, unless this may ``wait`` for the device, it is a device-side assert.
+        """
+        headers = tell(group, header, device)
+        _check(headers, wait)
+        return Shard(group, dist.get_rank(group_named(group)), headers)
+
+    @property
+    def sizes(self) -> Tensor:  # [ranks] int64
+        """How many columns each rank has."""
+        return self.headers[:, Header._fields.index("columns")]
+
+    @property
+    def start(self) -> Tensor:  # []
+        """The id of the first column of this rank."""
+        return self.sizes[: self.rank].sum()
+
+    @property
+    def vocab(self) -> Tensor:  # []
+        """The number of columns of all ranks."""
+        return self.sizes.sum()
+
+    @property
+    def chunk(self) -> Tensor:  # []
+        """The most rows that every rank takes at a time."""
+        return self.headers[:, Header._fields.index("chunk")].amin()
+
+    def local(self, operands: Operands) -> Operands:
+        """Return the operands with targets that count from this rank's first column, −1 for those that are on another rank."""
+        ids = operands.targets - self.start
+        inside = (ids >= 0) & (ids < operands.weight.shape[0])
+        return operands._replace(targets=torch.where(inside, ids, -1))
+
+    def gathered(self, part: Tensor) -> Tensor:  # [k, n] -> [ranks, k, n]
+        """Return what each rank has in the place of ``part``. A rank that raises within :meth:`telling` takes part in this."""
+        received = self._gathered(part.shape, part.dtype, part)
+        failed = received[:, -1] != 0
+        if part.device.type != "cpu":
+            torch._assert_async(~failed.any(), RAISED.format("another"))
+        elif failed.any():
+            raise RuntimeError(RAISED.format(failed.nonzero()[0].item()))
+        return received[:, :-1].view(-1, *part.shape)
+
+    @contextmanager
+    def telling(self, shape: tuple[int, int], dtype: torch.dtype) -> Iterator[None]:
+        """Take the part of this rank in the :meth:`gathered` of the others, of a tensor of such ``shape`` and ``dtype``, where what
+        is within raises; and raise it then."""
+        try:
+            yield
+        except Exception:
+            self._gathered(shape, dtype, None)
+            raise
+
+    def _gathered(self, shape: tuple[int, ...], dtype: torch.dtype, part: Tensor | None) -> Tensor:  # -> [ranks, k · n + 1]
+        sent = torch.zeros(shape[0] * shape[1] + 1, dtype=dtype, device=self.headers.device)
+        if part is None:
+            sent[-1:].fill_(1)
+        else:
+            sent[:-1].view(shape).copy_(part)
+        return _all_gathered(self.group, sent)
+
+    def merged(self, part: Statistics) -> Statistics:  # [n] each
+        """Return the statistics of all columns of rows that are active, from those of this rank's."""
+        m, s, t, z_y = self.gathered(torch.stack(list(part))).unbind(1)  # [ranks, n] each
+        largest = m.amax(0)
+        below = (m - largest).clamp_(min=LEAST_EXPONENT)
+        scale = below.exp()
+        # A target is a column of one rank, and 0 on all others.
+        return Statistics(largest, _in_order(scale * s), _in_order(scale * (t + below * s)), _in_order(z_y))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Raise what is raised within, and where another rank raises in the same place. All ranks of the group come by it, for a
+        header of each ends it."""
+        with telling(self.group, self.headers.device):
+            yield
+        _check(tell(self.group, Header(), self.headers.device), wait=False)
+
+    def start_sum(self, total: Tensor) -> None:
+        """Begin to make ``total`` its sum over the ranks. It is that after :meth:`wait_for`."""
+        _COLLECTIVES.all_reduce_(total, "sum", self.group)
+
+    def wait_for(self, total: Tensor) -> None:
+        """Have what follows, on the device where it is one, wait for a sum that was begun."""
+        _COLLECTIVES.wait_tensor(total)
+
+
+RAISED = "group: rank {} raises an error, so this call has no result here either; what it is, that rank says"
+
+
+def _in_order(parts: Tensor) -> Tensor:  # [ranks, n] -> [n]
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
+def tell(group: str, header: Header, device: torch.device) -> Tensor:
+    """Return the headers of all ranks [ranks, len(Header)], which all give theirs."""
+    mine = torch.empty(len(header), dtype=torch.int64, device=device)
+    for place, fact in zip(mine, header, strict=True):  # a tensor of the facts would be copied to the device, and wait
+        place.copy_(fact) if isinstance(fact, Tensor) else place.fill_(fact)
+    return _all_gathered(group, mine)
+
+
+def _check(headers: Tensor, wait: bool) -> None:
+    """Raise where a rank has raised, or ranks differ in what they may not differ in."""
+    of = {name: headers[:, i] for i, name in enumerate(Header._fields)}
+    if headers.device.type != "cpu" and not wait:
+        same = torch.stack([of[name] == of[name][0] for name in SAME]).all()
+        torch._assert_async(same & (of["failed"] == 0).all(), "group: a rank raises, or the ranks differ in shapes or options")
+        return
+    if failed := of["failed"].nonzero().flatten().tolist():
+        raise RuntimeError(RAISED.format(failed[0]))
+    for name, what in SAME.items():
+        given = of[name].tolist()
+        if len(set(given)) > 1:
+            raise ValueError(f"{what.format(', '.join(map(str, given)))} on the ranks of the group, accepted is the same on all")
+
+
+def _all_gathered(group: str, part: Tensor) -> Tensor:  # [k] -> [ranks, k]
+    ranks = dist.get_world_size(group_named(group))
+    return _COLLECTIVES.wait_tensor(_COLLECTIVES.all_gather_into_tensor(part, ranks, group)).view(ranks, *part.shape)
+
+
+def group_named(name: str) -> Any:
+    """Return the process group of that name. A call has its name, for graphs that are traced hold no group."""
+    resolve: Any = dist.distributed_c10d._resolve_process_group
+    return resolve(name)
+
+
+def name_of(group: Any, weight: Any) -> str:
+    """Return the name of the group that a caller means. Raise unless it is a group that this rank is in, or a dimension of the mesh
+    that ``weight`` is sharded over."""
+    mesh: Any = getattr(weight, "device_mesh", None)
+    if isinstance(group, str):
+        names = () if mesh is None else mesh.mesh_dim_names or ()
+        if group not in names:
+            accepted = "a ProcessGroup" if mesh is None else f"a ProcessGroup, or one of the mesh's dimensions {names}"
+            raise ValueError(f"group: {group!r} given, accepted is {accepted}")
+        group = mesh.get_group(group)
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group: {type(group).__name__} given, accepted is a ProcessGroup that this rank is in")
+    return str(group.group_name)
+
+
+@contextmanager
+def telling(group: str, device: torch.device) -> Iterator[None]:
+    """Tell the ranks that wait for a :class:`Header` of this one where what is within, before it, raises; and raise it then. While
+    torch traces there is nobody to tell."""
+    try:
+        yield
+    except Exception:
+        if not torch.compiler.is_compiling():
+            tell(group, Header(failed=1), device)
+        raise
+
+
+def shard_of(name: str, parameter: Any, group: str) -> Any:
+    """Return what this rank has of a parameter: of a ``DTensor`` its local shard, with a gradient that is sharded as it is."""
+    if not hasattr(parameter, "full_tensor"):
+        return parameter
+    mesh, placements = parameter.device_mesh, parameter.placements
+    if mesh.ndim != 1:
+        raise TypeError(f"{name}: a DTensor on a {mesh.ndim}-dimensional mesh given, accepted is one dimension")
+    if mesh.get_group(0).group_name != group or not placements[0].is_shard(0):
+        raise TypeError(f"{name}: a DTensor of {placements[0]} given, accepted with this group is Shard(dim=0) over its ranks")
+    return parameter.to_local(grad_placements=placements)
