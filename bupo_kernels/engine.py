@@ -10,7 +10,8 @@ import functools
 import json
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,11 +20,11 @@ from torch import Tensor
 from bupo_kernels.backends import algebra
 from bupo_kernels.backends.algebra import Coefficients
 from bupo_kernels.backends.base import Cache, Operands, PolicyRows, Problem, is_aligned
-from bupo_kernels.backends.gradients import GradientSums, in_place_order
+from bupo_kernels.backends.gradients import GradientSums, GradientTile, in_place_order
 from bupo_kernels.backends.quantised import is_plain
-from bupo_kernels.dispatch import Plan, choose, make_plan
+from bupo_kernels.dispatch import Plan, make_plan
 from bupo_kernels.policy_losses import PolicyObjective, policy_terms
-from bupo_kernels.vocab_parallel import Header, Shard
+from bupo_kernels.vocab_parallel import Header, Shard, telling
 
 Flags = tuple[bool, bool, bool]  # one each for hidden, weight and bias
 
@@ -93,7 +94,7 @@ def problem_of(operands: Operands, active_rows: int, settings: Settings) -> Prob
     return Problem(
         rows=math.prod(hidden.shape[:-1]),  # numel() would make a number of a traced size
         active_rows=active_rows,
-        vocab=weight.shape[0],
+        vocab=max(weight.shape[0], 1),  # a shard without columns, of which nothing runs, is planned as one of one
         width=weight.shape[1],
         dtype=hidden.dtype,
         device=hidden.device,
@@ -104,6 +105,7 @@ def problem_of(operands: Operands, active_rows: int, settings: Settings) -> Prob
         memory_budget=settings.memory_budget,
         quantised=not is_plain(weight),
         aligned=not is_plain(weight) or is_aligned(weight),
+        sharded=settings.group != "",
     )
 
 
@@ -125,7 +127,7 @@ def on(device: torch.device) -> Iterator[None]:
 def shard_of(operands: Operands, active: Tensor, settings: Settings, call: str, chunk: int = 0, *, wait: bool = False) -> Shard:
     """Return what this rank has of the vocabulary, from what all ranks of the group tell of a ``call``; raise as
     :meth:`Shard.of` does."""
-    options = settings.ignore_index, settings.with_entropy, settings.planned[0], settings.objective
+    options = settings.ignore_index, settings.with_entropy, settings.planned, settings.needed, settings.objective
     return Shard.of(settings.group, Header.of(operands, active, f"{call} {options}", chunk), operands.hidden.device, wait=wait)
 
 
@@ -136,11 +138,10 @@ def _streamed(
     check_rows(operands, active, settings.ignore_index, shard)
     if shard is not None:
         operands = shard.local(operands)
-    if operands.weight.shape[0] == 0:
-        problem = problem_of(operands, 0, settings)
-        nothing = algebra.Statistics.of_no_columns(active.numel(), problem.statistics_dtype, active.device)
-        return nothing, choose(problem, settings.backend)[1].empty_cache(problem, 0)
     plan = plan_for(operands, active, settings)
+    if operands.weight.shape[0] == 0:
+        nothing = algebra.Statistics.of_no_columns(active.numel(), plan.problem.statistics_dtype, active.device)
+        return nothing, plan.implementation.empty_cache(plan.problem, plan.tile_plan.cached_rows)
     with on(operands.hidden.device):
         return plan.implementation.statistics(operands, active.flatten(), plan.tile_plan, settings.with_entropy)
 
@@ -181,8 +182,7 @@ def gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dH, dW and db from what :func:`statistics` left; [0] for those not needed."""
     active = saved[0] != -math.inf  # a NaN counts
-    plan = plan_for(operands, active, settings)
-    dtype = plan.problem.statistics_dtype
+    dtype = saved.dtype
     gs = [g if g is None else g.flatten().to(dtype) for g in upstream]
 
     # A row all of whose upstream gradients are exactly zero adds exactly nothing: it leaves before any product. But where a loss
@@ -191,21 +191,40 @@ def gradients(
     for g in gs:
         if g is not None:
             has_gradient |= g != 0
-    rows = (has_gradient & active).nonzero().squeeze(1)
+    has_gradient &= active
+    rows = has_gradient.nonzero().squeeze(1)
+    shard = None
+    if settings.group:
+        shard = shard_of(operands, has_gradient.view(operands.targets.shape), settings, "the backward of linear_logprobs")
+        operands = shard.local(operands)
     m, log_s, logprob, *entropy = (x[rows] for x in saved)
     g_logprob, g_entropy, g_logsumexp = (g if g is None else g[rows] for g in gs)
     targets = operands.targets.flatten()[rows]
     coefficients = algebra.coefficients(
         g_logprob, g_entropy, g_logsumexp, m, log_s, logprob, entropy[0] if entropy else None, targets
     )
-    coefficients, unscale = _product_coefficients(coefficients, operands, rows, plan)
-    # The cache lies in the order of the active rows.
-    cache_rows = None if cache.is_empty else (active.cumsum(0) - 1)[rows]
-    sums = GradientSums(operands.hidden, operands.weight, operands.bias, needed=settings.needed, dtype=dtype, parts=False)
     with on(operands.hidden.device):
-        tiles = plan.implementation.gradient_tiles(operands, rows, coefficients, plan.tile_plan, cache, cache_rows)
-        sums.add(tiles, rows, unscale=unscale, step=plan.tile_plan.tile.rows)
+        with _together(shard if settings.needed[0] else None):
+            plan = plan_for(operands, active, settings)
+            coefficients, unscale = _product_coefficients(coefficients, operands, rows, plan)
+            # The cache lies in the order of the active rows.
+            cache_rows = None if cache.is_empty else (active.cumsum(0) - 1)[rows]
+            sums = GradientSums(operands.hidden, operands.weight, operands.bias, needed=settings.needed, dtype=dtype, parts=False)
+            tiles = _gradient_tiles(plan, operands, rows, coefficients, cache, cache_rows)
+            rows_sum = sums.products(tiles, len(rows), unscale=unscale)
+        if shard is not None and rows_sum is not None:
+            shard.start_sum(rows_sum)
+            shard.wait_for(rows_sum)
+        sums.put(rows_sum, rows, plan.tile_plan.tile.rows)
     return sums.result()
+
+
+def _gradient_tiles(
+    plan: Plan, operands: Operands, rows: Tensor, coefficients: Coefficients, cache: Cache, cache_rows: Tensor | None
+) -> Iterator[GradientTile]:
+    if operands.weight.shape[0] == 0:
+        return iter(())
+    return plan.implementation.gradient_tiles(operands, rows, coefficients, plan.tile_plan, cache, cache_rows)
 
 
 def _product_coefficients(
@@ -270,27 +289,78 @@ def policy_loss(
     that cannot matter, being masked or of zero weight, never enter; rows on which a clip decides leave before the gradient
     products.
     """
-    objective = PolicyObjective(**json.loads(settings.objective))
-    check_rows(operands, active, settings.ignore_index)
-    all_rows = rows_that_matter(objective, active, tokens.weights, tokens.advantages).flatten().nonzero().squeeze(1)
-    problem = problem_of(operands, len(all_rows), settings)
-    plan = make_plan(problem, settings.backend, one_pass=True)
-    dtype, chunk = problem.statistics_dtype, plan.tile_plan.chunk_rows
-    device = operands.hidden.device
+    objective, device = PolicyObjective(**json.loads(settings.objective)), operands.hidden.device
+    matter = rows_that_matter(objective, active, tokens.weights, tokens.advantages)
+    all_rows = matter.flatten().nonzero().squeeze(1)
+    with telling(settings.group, device) if settings.group else nullcontext():
+        problem = problem_of(operands, len(all_rows), settings)
+        plan = make_plan(problem, settings.backend, one_pass=True)
+    dtype, chunk, shard = problem.statistics_dtype, plan.tile_plan.chunk_rows, None
+    if settings.group:
+        call = f"linear_policy_loss, in place: {plan.tile_plan.in_place}"  # which orders the rows of dH
+        shard = shard_of(operands, matter, settings, call, chunk, wait=True)
+        chunk = int(shard.chunk)
+    parts = len(all_rows) > chunk
+    with _together(shard):
+        check_rows(operands, active, settings.ignore_index, shard)
+        sums = GradientSums(operands.hidden, operands.weight, operands.bias, needed=settings.planned, dtype=dtype, parts=parts)
+    if shard is not None:
+        operands = shard.local(operands)
     loss = torch.zeros((), dtype=dtype, device=device)
     logprob, entropy = (torch.zeros(operands.targets.numel(), dtype=dtype, device=device) for _ in range(2))
-    parts = len(all_rows) > chunk
-    sums = GradientSums(operands.hidden, operands.weight, operands.bias, needed=settings.planned, dtype=dtype, parts=parts)
-    take = _fused_chunk if plan.tile_plan.fused_rows else _chunk
+    step, fused = plan.tile_plan.tile.rows, plan.tile_plan.fused_rows
+    summing: tuple[Tensor, Tensor] | None = None  # rows of dH, and which, that the ranks add while the next chunk is at hand
     with on(device):
         for rows in all_rows.split(chunk) if len(all_rows) else ():
-            found, unscale = take(objective, operands, rows, tokens.of_rows(rows, dtype), plan)
-            loss += found.loss.sum()
-            logprob[rows], entropy[rows] = found.logprob, found.entropy
-            if found.tiles is not None:
-                sums.add(found.tiles, rows[found.has_gradient], unscale=unscale, step=plan.tile_plan.tile.rows)
-            del found  # with the cache that its tiles hold
+            streamed = None if fused else _chunk_statistics(operands, rows, plan, shard)
+            with _together(shard):
+                of_rows, rows_sum = tokens.of_rows(rows, dtype), None
+                if streamed is None:
+                    found, unscale = _fused_chunk(objective, operands, rows, of_rows, plan)
+                else:
+                    found, unscale = _chunk(objective, operands, rows, of_rows, plan, *streamed)
+                del streamed
+                loss += found.loss.sum()
+                logprob[rows], entropy[rows] = found.logprob, found.entropy
+                if found.tiles is not None:
+                    positions = rows[found.has_gradient]
+                    rows_sum = sums.products(found.tiles, len(positions), unscale=unscale)
+                del found  # with the cache that its tiles hold
+            if summing is not None and shard is not None:
+                shard.wait_for(summing[0])
+                sums.put(*summing, step)
+                summing = None
+            if rows_sum is not None and shard is not None:
+                shard.start_sum(rows_sum)
+                summing = rows_sum, positions
+            elif rows_sum is not None:
+                sums.put(rows_sum, positions, step)
+        if summing is not None and shard is not None:
+            shard.wait_for(summing[0])
+            sums.put(*summing, step)
     return loss, logprob, entropy, sums.result()
+
+
+def _together(shard: Shard | None) -> AbstractContextManager[None]:
+    return nullcontext() if shard is None else shard.together()
+
+
+def _chunk_statistics(
+    operands: Operands, rows: Tensor, plan: Plan, shard: Shard | None
+) -> tuple[algebra.Statistics, Cache, int | Tensor]:
+    """Return the statistics of ``rows``, what they leave of the columns that are here, and how many columns there are."""
+    keep = plan.problem.needs_grad and plan.tile_plan.cached_rows > 0
+    stream = partial(plan.implementation.row_statistics, operands, rows, plan.tile_plan, with_entropy=True, keep=keep)
+    if shard is None:
+        return *stream(), plan.problem.vocab
+    dtype = plan.problem.statistics_dtype
+    with shard.telling((4, len(rows)), dtype):
+        if len(operands.weight):
+            streamed, cache = stream()
+        else:
+            streamed = algebra.Statistics.of_no_columns(len(rows), dtype, rows.device)
+            cache = plan.implementation.empty_cache(plan.problem, 0)
+    return shard.merged(streamed), cache, shard.vocab
 
 
 def _fused_chunk(
@@ -301,12 +371,19 @@ def _fused_chunk(
 
 
 def _chunk(
-    objective: PolicyObjective, operands: Operands, rows: Tensor, tokens: PolicyTokens, plan: Plan
+    objective: PolicyObjective,
+    operands: Operands,
+    rows: Tensor,
+    tokens: PolicyTokens,
+    plan: Plan,
+    streamed: algebra.Statistics,
+    cache: Cache,
+    columns: int | Tensor,
 ) -> tuple[PolicyRows, Tensor | None]:
-    """Return what a kernel from products to a policy loss would, and what undoes the scale of its dz."""
-    backend, problem, keep = plan.implementation, plan.problem, plan.problem.needs_grad and plan.tile_plan.cached_rows > 0
-    streamed, cache = backend.row_statistics(operands, rows, plan.tile_plan, with_entropy=True, keep=keep)
-    logprob, entropy, _, log_s = algebra.finish(streamed, problem.vocab, with_entropy=True)
+    """Return what a kernel from products to a policy loss would, and what undoes the scale of its dz; from the statistics over all
+    ``columns``, and from what they left of those that are here."""
+    problem = plan.problem
+    logprob, entropy, _, log_s = algebra.finish(streamed, columns, with_entropy=True)
     assert entropy is not None
     terms = policy_terms(
         objective,
@@ -335,6 +412,6 @@ def _chunk(
         operands.targets.flatten()[rows],
     )
     coefficients, unscale = _product_coefficients(coefficients, operands, rows, plan)
-    cache_rows = has_gradient if keep else None
-    tiles = backend.gradient_tiles(operands, rows, coefficients, plan.tile_plan, cache, cache_rows)
+    cache_rows = None if cache.is_empty else has_gradient
+    tiles = _gradient_tiles(plan, operands, rows, coefficients, cache, cache_rows)
     return PolicyRows(loss, logprob, entropy, has_gradient, tiles), unscale

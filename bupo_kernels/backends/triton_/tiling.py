@@ -224,4 +224,6 @@ def memory(problem: Problem, tile: Tile, cached: int, target: Target, *, in_plac
             backward += product_rows * problem.width * 4 * sixteen_bit * (problem.grad_hidden or problem.grad_weight)
         backward += tile.columns * 4 * 2 * problem.grad_bias
         accumulator = rows * problem.width * 4 if problem.grad_hidden and sixteen_bit else 0
+        if in_place and problem.sharded:  # the ranks add the sum of one chunk while the next one is at hand
+            accumulator += rows * problem.width * 4 * problem.grad_hidden
     return Memory(forward, backward, accumulator)
