@@ -94,6 +94,15 @@ class Prediction(NamedTuple):
     floor: Seconds  # the bare products
 
 
+class Columns(NamedTuple):
+    """The columns that are here of a vocabulary on several ranks."""
+
+    first: int
+    here: int
+    everywhere: int
+    ranks: int
+
+
 @dataclass(frozen=True)
 class Plan:
     """The plan of a call: what it will do, and why not otherwise; ``print`` it. FLOPs count multiply and add; the backward's are an
@@ -103,6 +112,7 @@ class Plan:
     implementation: Backend = field(repr=False)
     tile_plan: TilePlan
     why_not: dict[str, str] = field(default_factory=dict)  # backend -> reason, for those that cannot run this or were passed over
+    columns: Columns | None = None  # of a vocabulary on several ranks; all else is of those that are here
 
     @property
     def problem(self) -> Problem:
@@ -154,6 +164,17 @@ class Plan:
         recompute = (rows + vocab) if cached < p.active_rows else 0
         return rows + vocab + cached * e, recompute + cached * e + (p.grad_hidden + p.grad_weight) * (rows + vocab)
 
+    @property
+    def wire(self) -> tuple[float, float]:
+        """The bytes a row that this rank receives from others, and sends, in forward and backward: the four statistics of each
+        rank, and twice its dH in the dtype of the sums, but for this rank's part, as rings of ranks have it."""
+        if self.columns is None:
+            return 0, 0
+        problem, ranks = self.problem, self.columns.ranks
+        of_statistics = 4 * problem.statistics_dtype.itemsize * (ranks - 1)
+        of_hidden = 2 * problem.width * problem.statistics_dtype.itemsize * (ranks - 1) / ranks * problem.grad_hidden
+        return (of_statistics + of_hidden, 0) if self.tile_plan.chunk_rows else (of_statistics, of_hidden)
+
     def __str__(self) -> str:
         problem, tiles, mib = self.problem, self.tile_plan, 2**20
         sums = tiles.bytes_of_sums if problem.device.type != "cpu" else (0, 0)
@@ -163,6 +184,7 @@ class Plan:
             f"problem   {problem.active_rows} of {problem.rows} rows x {problem.vocab} columns x {problem.width}, "
             f"{str(problem.dtype).removeprefix('torch.')} on {problem.gpu.name if problem.gpu else problem.device.type}"
             + (f", no gradient for {' and '.join(frozen)}" if frozen else ""),
+            *self._ranks(),
             f"backend   {self.backend}: {tiles.strategy}{f' with {tiles.isa}' if tiles.isa else ''}, "
             f"tiles of {tiles.tile.rows} x {tiles.tile.columns}"
             + (f", E of {tiles.cached_rows} rows kept" if tiles.cached_rows and not tiles.chunk_rows else "")
@@ -182,6 +204,15 @@ class Plan:
             f"budget    {problem.memory_budget / mib:.2f} MiB of working memory",
         ]
         return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.why_not.items()])
+
+    def _ranks(self) -> list[str]:
+        if self.columns is None:
+            return []
+        (first, here, everywhere, ranks), (forward, backward) = self.columns, self.wire
+        return [
+            f"columns   {here} of {everywhere} are here, from {first} on, and all on {ranks} ranks",
+            f"wire      {forward:.0f} bytes a row forward, {backward:.0f} backward",
+        ]
 
     def _times(self) -> list[str]:
         found = self.prediction

@@ -68,7 +68,7 @@ def linear_logprobs(
     ignore_index: int = -100,
     support: tuple[Tensor, Tensor] | None = None,  # ids [M], offsets [N + 1], int64
     return_entropy: bool = True,
-    group: Any = None,  # a torch.distributed.ProcessGroup
+    group: torch.distributed.ProcessGroup | str | None = None,
     backend: str = "auto",
     memory_budget: int | None = None,
     check: bool = False,
@@ -140,7 +140,8 @@ def linear_logprobs(
         memory_budget=memory_budget,
     )
     if check:
-        request.check_values()
+        with request.telling():
+            request.check_values()
     return logprobs_of(request)
 
 
@@ -171,11 +172,12 @@ def linear_cross_entropy(
         fp32 (float64 for float64 inputs), a scalar or ``[...]``. Gradients, numerics and errors as in
         :func:`linear_logprobs`.
     """
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction: {reduction!r} given, accepted are 'mean', 'sum', 'none'")
     request = Request.of(hidden, weight, targets, return_entropy=False, **options)
-    if check:
-        request.check_values()
+    with request.telling():
+        if reduction not in ("mean", "sum", "none"):
+            raise ValueError(f"reduction: {reduction!r} given, accepted are 'mean', 'sum', 'none'")
+        if check:
+            request.check_values()
     losses = -logprobs_of(request).logprobs
     if reduction == "none":
         return losses
@@ -235,25 +237,26 @@ def linear_policy_loss(
     backward, which may run more than once, though not with ``create_graph``. Numerics and errors as there. Paper: with the hidden
     states of layer l and ``clip="ppo"`` this is InterGRPO of BuPO (arXiv 2512.19673, equation 9).
     """
-    if not isinstance(objective, PolicyObjective):
-        raise TypeError(f"objective: {type(objective).__name__} given, accepted is a PolicyObjective")
     request = Request.of(hidden, weight, targets, return_entropy=True, **options)
-    advantages = check_rows_of("advantages", advantages, targets, broadcast=True)
-    given = {"old_logprobs": old_logprobs, "reference_logprobs": reference_logprobs, "sampler_logprobs": sampler_logprobs}
-    given = {name: x if x is None else check_rows_of(name, x, targets) for name, x in given.items()}
-    check_constant("denominator", denominator)
-    objective.require_inputs(reference_logprobs=reference_logprobs, sampler_logprobs=sampler_logprobs)
-    check_constant("entropy_bound", entropy_bound)
-    if entropy_bound is not None and not objective.needs_batch:
-        raise ValueError("entropy_bound: given, accepted is None with an objective whose top_entropy_quantile is 1")
-    _check_lengths(lengths, targets, objective)
-    over_sequences = objective.aggregation != "token-mean" or (objective.needs_sequence and lengths is None)
-    if targets.dim() == 1 and over_sequences:
-        raise ValueError(f"hidden: shape {tuple(hidden.shape)} given, accepted is [..., S, D] for an objective over sequences")
-    active = active_tokens(advantages, request.active(), sampler_logprobs)
-    if check:
-        constants = {name: x for name, x in given.items() if name != "sampler_logprobs"}
-        request.check_values(active, **constants, advantages=advantages)
+    with request.telling():
+        if not isinstance(objective, PolicyObjective):
+            raise TypeError(f"objective: {type(objective).__name__} given, accepted is a PolicyObjective")
+        advantages = check_rows_of("advantages", advantages, targets, broadcast=True)
+        given = {"old_logprobs": old_logprobs, "reference_logprobs": reference_logprobs, "sampler_logprobs": sampler_logprobs}
+        given = {name: x if x is None else check_rows_of(name, x, targets) for name, x in given.items()}
+        check_constant("denominator", denominator)
+        objective.require_inputs(reference_logprobs=reference_logprobs, sampler_logprobs=sampler_logprobs)
+        check_constant("entropy_bound", entropy_bound)
+        if entropy_bound is not None and not objective.needs_batch:
+            raise ValueError("entropy_bound: given, accepted is None with an objective whose top_entropy_quantile is 1")
+        _check_lengths(lengths, targets, objective)
+        over_sequences = objective.aggregation != "token-mean" or (objective.needs_sequence and lengths is None)
+        if targets.dim() == 1 and over_sequences:
+            raise ValueError(f"hidden: shape {tuple(hidden.shape)} given, accepted is [..., S, D] for an objective over sequences")
+        active = active_tokens(advantages, request.active(), sampler_logprobs)
+        if check:
+            constants = {name: x for name, x in given.items() if name != "sampler_logprobs"}
+            request.check_values(active, **constants, advantages=advantages)
     weights = weights_of(objective, active, denominator, torch.promote_types(request.hidden.dtype, torch.float32))
 
     packed: dict[str, Any] = {"lengths": lengths, "entropy_bound": entropy_bound}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -104,6 +105,11 @@ class Request:
         budget = default_memory_budget(hidden.device) if memory_budget is None else int(memory_budget)
         return replace(request, hidden=hidden, weight=weight, memory_budget=budget)
 
+    def telling(self) -> AbstractContextManager[None]:
+        """Check within this what is checked of a request that stands. The other ranks of its group then hear of it where it raises
+        on one."""
+        return nullcontext() if self.group is None else vocab_parallel.telling(self.group, self.hidden.device)
+
     def active(self) -> Tensor:  # [...] bool
         """Return which rows count."""
         return engine.active_rows(self.targets, self.mask, self.ignore_index)
@@ -155,17 +161,25 @@ class Request:
         """Return the plan for the rows that are active, which are counted and checked for it. For a ``gpu`` it is as if they were
         there."""
         operands, active, settings = self.operands(), self.active(), self.settings()
-        engine.check_rows(operands, active, self.ignore_index)
+        if self.group is None:
+            engine.check_rows(operands, active, self.ignore_index)
         if self.support is not None:
             if gpu is not None:
                 raise ValueError(f"gpu: {gpu.name} given, accepted with a support is None: nothing is predicted of it")
             supports.check(self.support, len(self.weight))
             ids = int(self.support.sizes[active.flatten()].sum())
             return supports.plan_for(operands, ids, int(active.sum()), settings)
-        problem = engine.problem_of(operands, int(active.sum()), settings)
-        if gpu is not None:
-            problem = replace(problem, device=torch.device("cuda"), gpu=gpu, aligned=True)
-        return make_plan(problem, self.backend, one_pass)
+        with self.telling():
+            problem = engine.problem_of(operands, int(active.sum()), settings)
+            if gpu is not None:
+                problem = replace(problem, device=torch.device("cuda"), gpu=gpu, aligned=True)
+            plan = make_plan(problem, self.backend, one_pass)
+        if self.group is None:
+            return plan
+        shard = engine.shard_of(operands, active, settings, "explain", plan.tile_plan.chunk_rows, wait=True)
+        engine.check_rows(operands, active, self.ignore_index, shard)
+        tiles = plan.tile_plan._replace(chunk_rows=int(shard.chunk))
+        return replace(plan, tile_plan=tiles, columns=shard.columns())
 
     def statistics(self) -> RowStatistics:
         """Stream the statistics of all rows, or take them on their supports."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bupo_kernels.backends.algebra import LEAST_EXPONENT, Statistics
 from bupo_kernels.backends.base import Operands
+from bupo_kernels.dispatch import Columns
 
 _COLLECTIVES = torch.ops._c10d_functional  # which take a group by its name
 
@@ -109,6 +110,11 @@ class Shard(NamedTuple):
     def chunk(self) -> Tensor:  # []
         """The most rows that every rank takes at a time."""
         return self.headers[:, Header._fields.index("chunk")].amin()
+
+    def columns(self) -> Columns:
+        """Return what a plan says of them; it waits for the device."""
+        sizes: list[int] = self.sizes.tolist()
+        return Columns(sum(sizes[: self.rank]), sizes[self.rank], sum(sizes), len(sizes))
 
     def local(self, operands: Operands) -> Operands:
         """Return the operands with targets that count from this rank's first column, −1 for those that are on another rank."""

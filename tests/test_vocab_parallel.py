@@ -186,3 +186,85 @@ def rank_policy_losses() -> None:
 @pytest.mark.parametrize("what", ["logprobs", "policy_losses"])
 def test_shards_of_any_size_give_what_the_whole_does(ranks, what):
     on_ranks(f"test_vocab_parallel:rank_{what}", ranks)
+
+
+def rank_errors() -> None:
+    with world() as (rank, ranks):
+        case = random_case(6, 10 * ranks, 8)
+        shard = sharded(case, [10] * ranks, rank)
+
+        def losses_of(**options) -> Tensor:
+            advantages = torch.ones(6)
+            return linear_policy_loss(shard.hidden, shard.weight, shard.targets, advantages, **shard.options, **options)[0]
+
+        last = rank == ranks - 1
+        alone = {"match": "^group: rank 2 raises an error"} if not last else {}
+
+        def raised(kind: type[Exception], call: Callable[[], object], match: str) -> None:
+            """Have a call raise on the last rank alone: there what it is, on the others that it is."""
+            with pytest.raises(
+                kind if last else RuntimeError, match=match if last else f"^group: rank {ranks - 1} raises an error"
+            ):
+                call()
+
+        def differ(match: str, call: Callable[[], object]) -> None:
+            with pytest.raises(ValueError, match=match):
+                call()
+
+        wrong = -1.0 if last else 1.0
+        raised(ValueError, lambda: statistics(shard, temperature=wrong), "^temperature: -1.0 given")
+        raised(ValueError, lambda: losses_of(temperature=wrong), "^temperature: -1.0 given")
+        raised(ValueError, lambda: statistics(shard, temperature=torch.full((6,), wrong)), "^temperature: -1.0 given")
+        raised(ValueError, lambda: losses_of(temperature=torch.full((6,), wrong)), "^temperature: -1.0 given")
+        raised(ValueError, lambda: losses_of(denominator=torch.ones((), requires_grad=last)), "^denominator: requires a gradient")
+        raised(TypeError, lambda: losses_of(objective="ppo" if last else PolicyObjective()), "^objective: str given")
+        raised(ValueError, lambda: statistics(shard, memory_budget=1 if last else None, backend="torch"), "^memory_budget: 1 bytes")
+        raised(ValueError, lambda: losses_of(memory_budget=1 if last else None, backend="torch"), "^memory_budget: 1 bytes")
+        raised(
+            ValueError,
+            lambda: explain(shard.hidden, shard.weight, **shard.options, memory_budget=1 if last else None, backend="torch"),
+            "^memory_budget: 1",
+        )
+        with torch.no_grad():
+            nan = shard.weight.clone()
+        nan[0, 0] = torch.nan if last else 0
+        of_nan = Case(shard.hidden, nan, shard.targets, shard.options)
+        raised(ValueError, lambda: statistics(of_nan, check=True), "^weight: nan at index")
+        differ(
+            "^hidden: 6, .*5 rows given",
+            lambda: statistics(Case(shard.hidden[last:], shard.weight, shard.targets[last:], shard.options)),
+        )
+        differ(
+            "^targets: ids given whose sums",
+            lambda: statistics(
+                Case(shard.hidden, shard.weight, shard.targets if last else shard.targets.flip(0) // 2, shard.options)
+            ),
+        )
+        differ("^group: calls or options", lambda: statistics(shard, softcap=2.0 if last else 3.0))
+        differ("^group: calls or options", lambda: losses_of() if last else statistics(shard))
+        differ("^targets: 20", lambda: statistics(Case(shard.hidden, shard.weight, torch.full((6,), 10 * ranks), shard.options)))
+
+        # Where it is streamed, and where gradients are taken.
+        def failing(name: str):
+            def fail(*_, **__):
+                raise MemoryError("no memory")
+
+            return pytest.MonkeyPatch.context(), name, fail
+
+        for name, call in itertools.product(
+            ("row_statistics", "gradient_tiles"),
+            (lambda: weighted_sum(statistics(shard, backend="torch")).backward(), lambda: losses_of(backend="torch")),
+        ):
+
+            def failing(*_, **__):
+                raise MemoryError("no memory is left")
+
+            with pytest.MonkeyPatch.context() as patch:
+                if last:
+                    patch.setattr(TileLoop, name, failing)
+                raised(MemoryError, call, "^no memory")
+        assert_equal_on_all_ranks(*statistics(shard))  # nobody is a call behind
+
+
+def test_a_rank_that_raises_is_named_by_the_others_and_so_is_what_ranks_differ_in():
+    on_ranks("test_vocab_parallel:rank_errors", 2, timeout=60)
