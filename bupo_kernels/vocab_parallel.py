@@ -130,7 +130,7 @@ class Shard(NamedTuple):
             torch._assert_async(~failed.any(), RAISED.format("another"))
         elif failed.any():
             raise RuntimeError(RAISED.format(failed.nonzero()[0].item()))
-        return received[:, :-1].view(-1, *part.shape)
+        return received[:, :-1].view(len(received), *part.shape)
 
     @contextmanager
     def telling(self, shape: tuple[int, int], dtype: torch.dtype) -> Iterator[None]:

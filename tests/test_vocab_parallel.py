@@ -11,7 +11,7 @@ from problems import OPTIONS, Case, assert_same_gradients, assert_values, case_w
 from ranks import on_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from bupo_kernels import FusedLMHead, PolicyObjective, explain, linear_cross_entropy, linear_logprobs, linear_policy_loss
 from bupo_kernels.backends.tile_loop import TileLoop
@@ -174,7 +174,7 @@ def rank_policy_losses() -> None:
                 least = explain(case.hidden, case.weight, case.targets, **case.options, objective=objective).tile_plan
                 case.options["memory_budget"] = least.memory.working
             shard = sharded(case, sizes, rank)
-            (loss, metrics), (expected, wanted) = losses(shard, objective), losses(case, objective)
+            (loss, _), (expected, _) = losses(shard, objective), losses(case, objective)
             assert_equal_on_all_ranks(loss)
             assert bits(loss) == bits(losses(shard, objective)[0])
             rel = 1e-12 if dtype == torch.float64 else 1e-5
@@ -198,7 +198,6 @@ def rank_errors() -> None:
             return linear_policy_loss(shard.hidden, shard.weight, shard.targets, advantages, **shard.options, **options)[0]
 
         last = rank == ranks - 1
-        alone = {"match": "^group: rank 2 raises an error"} if not last else {}
 
         def raised(kind: type[Exception], call: Callable[[], object], match: str) -> None:
             """Have a call raise on the last rank alone: there what it is, on the others that it is."""
@@ -244,13 +243,7 @@ def rank_errors() -> None:
         differ("^group: calls or options", lambda: losses_of() if last else statistics(shard))
         differ("^targets: 20", lambda: statistics(Case(shard.hidden, shard.weight, torch.full((6,), 10 * ranks), shard.options)))
 
-        # Where it is streamed, and where gradients are taken.
-        def failing(name: str):
-            def fail(*_, **__):
-                raise MemoryError("no memory")
-
-            return pytest.MonkeyPatch.context(), name, fail
-
+        # Where statistics are streamed, and where gradients are taken.
         for name, call in itertools.product(
             ("row_statistics", "gradient_tiles"),
             (lambda: weighted_sum(statistics(shard, backend="torch")).backward(), lambda: losses_of(backend="torch")),
@@ -268,3 +261,139 @@ def rank_errors() -> None:
 
 def test_a_rank_that_raises_is_named_by_the_others_and_so_is_what_ranks_differ_in():
     on_ranks("test_vocab_parallel:rank_errors", 2, timeout=60)
+
+
+def rank_others() -> None:
+    with world() as (rank, ranks):
+        sizes = [10, 27, 0][:ranks]
+        case = case_with(OPTIONS["bias"], rows=6, dtype=torch.float32)
+
+        # Columns that are ruled out, on one rank all of them; and a NaN on one.
+        with torch.no_grad():
+            case.options["bias"][:10] = -torch.inf
+        shard = sharded(case, sizes, rank)
+        for backend in ("torch", "native"):
+            got, want = statistics(shard, backend=backend), statistics(case, backend=backend)
+            for a, b in zip(got, want, strict=True):
+                torch.testing.assert_close(a, b)
+            allowed = (case.targets >= 10).nonzero().squeeze(1)
+            assert len(allowed) > 1
+            assert_gradients(got[0][allowed].sum(), shard, want[0][allowed].sum(), case)
+            nowhere = torch.full_like(shard.options["bias"], -torch.inf)
+            options = shard.options | {"bias": nowhere, "backend": backend}
+            assert all(x.isnan().all() for x in linear_logprobs(shard.hidden, shard.weight, case.targets, **options))
+        with torch.no_grad():
+            case.options["bias"].fill_(0)
+            case.weight[36, 0] = torch.nan
+        shard = sharded(case, sizes, rank)
+        got = statistics(shard)
+        assert all(x.isnan().all() for x in got)
+        assert torch.autograd.grad(got[0].sum(), shard.hidden)[0].isnan().all()
+
+        # No row that counts, and no row.
+        case = case_with(OPTIONS["bias"], rows=6, dtype=torch.float32)
+        shard = sharded(case, sizes, rank)
+        for objective, rows in itertools.product((PolicyObjective(), PolicyObjective(top_entropy_quantile=0.5)), (0, 6)):
+            hidden, targets = shard.hidden[:rows], torch.full((rows,), -100)
+            loss, _ = linear_policy_loss(hidden, shard.weight, targets, torch.ones(rows), objective=objective, **shard.options)
+            found = linear_logprobs(hidden, shard.weight, targets, **shard.options)
+            assert loss.item() == 0
+            for gradient in torch.autograd.grad(loss + weighted_sum(found), leaves(shard)):
+                assert (gradient == 0).all()
+
+        # Cross entropy; frozen operands; a head as a module; a group of one rank.
+        for reduction in ("mean", "sum", "none"):
+            got, want = (
+                linear_cross_entropy(x.hidden, x.weight, x.targets, reduction=reduction, **x.options) for x in (shard, case)
+            )
+            torch.testing.assert_close(got, want)
+            assert_gradients(got.sum(), shard, want.sum(), case)
+        for name in ("hidden", "weight"):
+            both = [random_case(6, 37, 5) for _ in range(2)]
+            both[0] = sharded(both[0], sizes, rank)
+            for x in both:
+                getattr(x, name).requires_grad_(False)
+            ((got,), (want,)) = (torch.autograd.grad(weighted_sum(statistics(x)), leaves(x)) for x in both)
+            torch.testing.assert_close(got, part(want, sizes, rank) if name == "hidden" else want)
+        head = FusedLMHead(5, sizes[rank])
+        head.load_state_dict({"weight": shard.weight, "bias": shard.options["bias"]})
+        torch.testing.assert_close(head(shard.hidden, case.targets, group=dist.group.WORLD), statistics(case))
+        alone = dist.new_group([0])
+        if rank == 0:
+            got = linear_logprobs(case.hidden, case.weight, case.targets, group=alone, **case.options)
+            assert bits(*got) == bits(*statistics(case))
+        else:
+            with pytest.raises(TypeError, match=r"^group: .* given, accepted is a ProcessGroup that this rank is in"):
+                linear_logprobs(case.hidden, case.weight, case.targets, group=alone, **case.options)
+
+        # vmap, autocast, and what is refused.
+        many, frozen = torch.stack([case.hidden, -case.hidden]).detach(), shard.weight.detach()
+        got = torch.func.vmap(lambda h: linear_logprobs(h, frozen, case.targets, group=dist.group.WORLD).logprobs)(many)
+        torch.testing.assert_close(got, torch.stack([linear_logprobs(h, case.weight, case.targets).logprobs for h in many]))
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(statistics(shard), statistics(case))
+        for options, match in (
+            ({"support": (torch.arange(6), torch.arange(7))}, "^support: given with a group"),
+            ({"group": "tp"}, "^group: 'tp' given, accepted is a ProcessGroup"),
+        ):
+            with pytest.raises(ValueError, match=match):
+                linear_logprobs(shard.hidden, shard.weight, case.targets, **{"group": dist.group.WORLD} | options)
+
+        plan = explain(shard.hidden, shard.weight, group=dist.group.WORLD, backend="torch")
+        assert plan.columns == (sum(sizes[:rank]), sizes[rank], 37, ranks)
+        assert plan.wire == (16 * (ranks - 1), 8 * 5 * (ranks - 1) / ranks)
+        assert f"{sizes[rank]} of 37 are here, from {sum(sizes[:rank])} on, and all on {ranks} ranks" in str(plan)
+        plan = explain(shard.hidden, shard.weight, group=dist.group.WORLD, objective=PolicyObjective())
+        assert plan.wire == (16 * (ranks - 1) + 8 * 5 * (ranks - 1) / ranks, 0)
+
+
+def rank_tensors() -> None:
+    with world() as (_, ranks):
+        mesh = init_device_mesh("cpu", (ranks,), mesh_dim_names=("tp",))
+        for vocab in (37, 2):  # of which the second leaves the last of three ranks none
+            case = case_with(OPTIONS["bias"], rows=6, vocab=vocab, dtype=torch.float32)
+            parameters = case.weight, case.options["bias"]
+            weight, bias = (distribute_tensor(x.detach(), mesh, [Shard(0)]).requires_grad_() for x in parameters)
+            hidden = case.hidden.detach().clone().requires_grad_()
+            expected = statistics(case)
+            want = torch.autograd.grad(weighted_sum(expected), leaves(case))
+            for group in ("tp", mesh.get_group()):
+                got = linear_logprobs(hidden, weight, case.targets, bias=bias, group=group)
+                torch.testing.assert_close(got, expected)
+                of_hidden, *of_shards = torch.autograd.grad(weighted_sum(got), (hidden, weight, bias))
+                torch.testing.assert_close(of_hidden, want[0])
+                for a, b in zip(of_shards, want[1:], strict=True):
+                    assert isinstance(a, DTensor)
+                    assert a.placements == (Shard(0),)
+                    torch.testing.assert_close(a.full_tensor(), b)
+        for placement, called in ((Shard(1), r"S\(1\)|Shard\(dim=1\)"), (Replicate(), r"R|Replicate\(\)")):
+            with pytest.raises(TypeError, match=f"^weight: a DTensor of ({called}) given, accepted with this group is Shard"):
+                linear_logprobs(hidden, distribute_tensor(case.weight.detach(), mesh, [placement]), case.targets, group="tp")
+
+
+def rank_compiles() -> None:
+    with world() as (rank, ranks):
+        case = case_with(OPTIONS["everything"], rows=6, dtype=torch.float32)
+        shard, advantages, group = sharded(case, [10, 27, 0][:ranks], rank), torch.randn(6), dist.group.WORLD
+        weights = torch.randn(3, 6)
+
+        def both(hidden: Tensor, weight: Tensor, bias: Tensor, temperature: Tensor) -> Tensor:
+            options = {"bias": bias, "temperature": temperature, "group": group}
+            found = linear_logprobs(hidden, weight, case.targets, **options)
+            loss, _ = linear_policy_loss(hidden, weight, case.targets, advantages, **options)
+            return loss + (weights * torch.stack(found)).sum()
+
+        arguments = *leaves(shard), case.options["temperature"]
+        got, want = torch.compile(both, fullgraph=True, backend="aot_eager")(*arguments), both(*arguments)
+        assert bits(got) == bits(want)
+        assert bits(*torch.autograd.grad(got, leaves(shard))) == bits(*torch.autograd.grad(want, leaves(shard)))
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("what", ["others", "tensors"])
+def test_so_they_do_of_extremes_of_modules_and_of_sharded_tensors(ranks, what):
+    on_ranks(f"test_vocab_parallel:rank_{what}", ranks)
+
+
+def test_a_compiled_call_is_one_graph_and_gives_the_same_bits():
+    on_ranks("test_vocab_parallel:rank_compiles", 2)
