@@ -24,7 +24,7 @@ from bupo_kernels.backends.gradients import GradientSums, GradientTile, in_place
 from bupo_kernels.backends.quantised import is_plain
 from bupo_kernels.dispatch import Plan, make_plan
 from bupo_kernels.policy_losses import PolicyObjective, policy_terms
-from bupo_kernels.vocab_parallel import Header, Shard, telling
+from bupo_kernels.vocab_parallel import Header, Shard, is_at_hand, telling
 
 Flags = tuple[bool, bool, bool]  # one each for hidden, weight and bias
 
@@ -73,9 +73,9 @@ def check_rows(operands: Operands, active: Tensor, ignore_index: int, shard: Sha
     vocab: int | Tensor = operands.weight.shape[0] if shard is None else shard.vocab
     outside = active & ((targets < 0) | (targets >= vocab))
     impossible = active & ~(temperature.isfinite() & (temperature > 0)) if isinstance(temperature, Tensor) else None
-    bound = vocab if targets.device.type == "cpu" or shard is None else "V"  # which to look at would wait for the device
+    bound = "V" if isinstance(vocab, Tensor) and not is_at_hand(vocab) else vocab
     accepted = f"accepted are ids in [0, {bound}) and ignore_index ({ignore_index})"
-    if targets.device.type != "cpu":
+    if not is_at_hand(targets):
         torch._assert_async(~outside.any(), f"targets: {accepted}")
         if impossible is not None:
             torch._assert_async(~impossible.any(), "temperature: accepted are positive numbers on rows that count")

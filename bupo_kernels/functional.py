@@ -93,6 +93,11 @@ def linear_logprobs(
             through, row i has ``ids[offsets[i]:offsets[i + 1]]``, in any order. The policy is renormalised on them,
             ``p_j = e^(z_j) / Σ e^(z_k)`` over the row's ids, as if all other logits were −inf, and every result is of that policy.
             The work is that of M logits instead of N·V; see below.
+        group: the ranks that the vocabulary lies on, a ``torch.distributed.ProcessGroup``. ``weight``, ``[V_r, D]``, and ``bias``,
+            ``[V_r]``, are then those of this rank's columns, any number of them and also none; shards lie side by side in the order
+            of the ranks, and ``V`` is the sum of their ``V_r``. All else is the same on every rank: hidden states, ``targets`` in
+            ``[0, V)``, options. A ``DTensor`` that is ``Shard(0)`` over these ranks stands for its shard, and its gradient is
+            sharded like it; with one, the name of its mesh's dimension is accepted too. See below.
         return_entropy: False skips the entropy; the field is then None.
         backend: ``"auto"``, ``"triton"``, ``"native"`` (C++ and CUDA) or ``"torch"``, or one with its strategy:
             ``"triton:recompute"``, ``"triton:cached"``, or an instruction set, as in ``"native:avx2"``; :func:`explain` says which
@@ -111,6 +116,16 @@ def linear_logprobs(
     and no gradient. An id that stands twice in a row counts as two, of which the first is the target. Masked rows may have any ids,
     or none. dW is dense, and each of its rows is summed in one order: repeatable bit for bit, on a GPU too. It runs on ``native``
     in fp32 and bf16 on a CPU, on ``torch`` anywhere, and on ``triton`` where that is asked for; a quantised weight is refused.
+
+    With a ``group`` each rank streams its own columns, on any backend. One all-gather of four numbers a row (16 bytes; 32 of
+    float64) makes the statistics those of all columns: they are merged in the order of the ranks, so that results are the same on
+    every rank, and from run to run, bit for bit. In the backward one all-reduce sums dH over the ranks, in fp32 (float64), before
+    it is rounded; gradients of ``weight`` and ``bias`` are this rank's, and nothing is sent for them. Upstream gradients are the
+    same on all ranks, as of a loss that each takes of the results. Padding is left out by ``weight[:n]`` on the rank that has it,
+    or by a bias of −inf. All ranks make the same calls in the same order. Before each they tell each other its sizes and options:
+    what they differ in raises ``ValueError`` on all, and where one raises the others raise ``RuntimeError`` and name it, here or in
+    the backward. Off the CPU, where that would be to wait for the device, it is a device-side assert (but for a one-pass loss,
+    which waits). While ``torch.compile`` traces, a rank that raises cannot tell. It cannot be combined with a ``support``.
 
     Returns:
         :class:`LinearLogprobs`. All three are differentiable, alone or together, with respect to ``hidden``, ``weight`` and
@@ -431,6 +446,9 @@ def explain(
     """Return the plan that :func:`linear_logprobs` would follow for the same arguments, or, given an ``objective``,
     :func:`linear_policy_loss` with no row of zero advantage, or, given ``teacher_hidden`` or ``teacher_top``,
     :func:`linear_divergence`; no product is formed. ``print`` it.
+
+    With a ``group`` the plan is of the columns that are here; ``plan.columns`` says which, ``plan.wire`` how many bytes of a row
+    this rank receives, and sends. Every rank calls this then, for they ask each other.
 
     Without ``targets`` every row counts. Which gradients are planned follows ``requires_grad`` of the operands and
     ``torch.is_grad_enabled()``. Under autocast the copies that it casts come on top of the stated bytes. Raises what

@@ -126,7 +126,7 @@ class Shard(NamedTuple):
         """Return what each rank has in the place of ``part``. A rank that raises within :meth:`telling` takes part in this."""
         received = self._gathered(part.shape, part.dtype, part)
         failed = received[:, -1] != 0
-        if part.device.type != "cpu":
+        if not is_at_hand(part):
             torch._assert_async(~failed.any(), RAISED.format("another"))
         elif failed.any():
             raise RuntimeError(RAISED.format(failed.nonzero()[0].item()))
@@ -188,16 +188,19 @@ def _in_order(parts: Tensor) -> Tensor:  # [ranks, n] -> [n]
 
 def tell(group: str, header: Header, device: torch.device) -> Tensor:
     """Return the headers of all ranks [ranks, len(Header)], which all give theirs."""
-    mine = torch.empty(len(header), dtype=torch.int64, device=device)
-    for place, fact in zip(mine, header, strict=True):  # a tensor of the facts would be copied to the device, and wait
-        place.copy_(fact) if isinstance(fact, Tensor) else place.fill_(fact)
+    mine = torch.zeros(len(header), dtype=torch.int64, device=device)
+    for i, fact in enumerate(header):  # a tensor made of the facts would be copied to the device, and wait
+        if isinstance(fact, Tensor):
+            mine[i].copy_(fact)
+        elif fact:
+            mine[i].fill_(fact)
     return _all_gathered(group, mine)
 
 
 def _check(headers: Tensor, wait: bool) -> None:
     """Raise where a rank has raised, or ranks differ in what they may not differ in."""
     of = {name: headers[:, i] for i, name in enumerate(Header._fields)}
-    if headers.device.type != "cpu" and not wait:
+    if not wait and not is_at_hand(headers):
         same = torch.stack([of[name] == of[name][0] for name in SAME]).all()
         torch._assert_async(same & (of["failed"] == 0).all(), "group: a rank raises, or the ranks differ in shapes or options")
         return
@@ -207,6 +210,11 @@ def _check(headers: Tensor, wait: bool) -> None:
         given = of[name].tolist()
         if len(set(given)) > 1:
             raise ValueError(f"{what.format(', '.join(map(str, given)))} on the ranks of the group, accepted is the same on all")
+
+
+def is_at_hand(x: Tensor) -> bool:
+    """Tell whether to look at ``x`` would not be to wait for a device."""
+    return x.device.type == "cpu"
 
 
 def _all_gathered(group: str, part: Tensor) -> Tensor:  # [k] -> [ranks, k]

@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+from ranks import on_ranks
 
 import bupo_kernels
 
@@ -25,6 +26,16 @@ def test_every_public_function_has_an_example():
 @pytest.mark.parametrize("path", sorted((EXAMPLES / "api").glob("*.py")), ids=lambda path: path.stem)
 def test_an_example_of_the_reference_runs(path):
     runpy.run_path(str(path), run_name="__main__")
+
+
+def run_vocab_parallel() -> None:
+    losses = runpy.run_path(str(EXAMPLES / "vocab_parallel.py"))["main"]()
+    assert losses[-1] < losses[0] / 10
+
+
+def test_a_head_on_two_ranks_learns():
+    printed, _ = on_ranks("test_examples:run_vocab_parallel", 2)
+    assert "501 of 1001 are here" in printed
 
 
 @pytest.mark.broad

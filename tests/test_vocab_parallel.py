@@ -13,7 +13,16 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from bupo_kernels import FusedLMHead, PolicyObjective, explain, linear_cross_entropy, linear_logprobs, linear_policy_loss
+from bupo_kernels import (
+    FusedLMHead,
+    PolicyObjective,
+    engine,
+    explain,
+    linear_cross_entropy,
+    linear_logprobs,
+    linear_policy_loss,
+    vocab_parallel,
+)
 from bupo_kernels.backends.tile_loop import TileLoop
 
 # ---- on the ranks
@@ -188,14 +197,14 @@ def test_shards_of_any_size_give_what_the_whole_does(ranks, what):
     on_ranks(f"test_vocab_parallel:rank_{what}", ranks)
 
 
+def losses_of(case: Case, **options) -> Tensor:
+    return linear_policy_loss(case.hidden, case.weight, case.targets, torch.ones(6), **case.options, **options)[0]
+
+
 def rank_errors() -> None:
     with world() as (rank, ranks):
         case = random_case(6, 10 * ranks, 8)
         shard = sharded(case, [10] * ranks, rank)
-
-        def losses_of(**options) -> Tensor:
-            advantages = torch.ones(6)
-            return linear_policy_loss(shard.hidden, shard.weight, shard.targets, advantages, **shard.options, **options)[0]
 
         last = rank == ranks - 1
 
@@ -212,13 +221,17 @@ def rank_errors() -> None:
 
         wrong = -1.0 if last else 1.0
         raised(ValueError, lambda: statistics(shard, temperature=wrong), "^temperature: -1.0 given")
-        raised(ValueError, lambda: losses_of(temperature=wrong), "^temperature: -1.0 given")
+        raised(ValueError, lambda: losses_of(shard, temperature=wrong), "^temperature: -1.0 given")
         raised(ValueError, lambda: statistics(shard, temperature=torch.full((6,), wrong)), "^temperature: -1.0 given")
-        raised(ValueError, lambda: losses_of(temperature=torch.full((6,), wrong)), "^temperature: -1.0 given")
-        raised(ValueError, lambda: losses_of(denominator=torch.ones((), requires_grad=last)), "^denominator: requires a gradient")
-        raised(TypeError, lambda: losses_of(objective="ppo" if last else PolicyObjective()), "^objective: str given")
+        raised(ValueError, lambda: losses_of(shard, temperature=torch.full((6,), wrong)), "^temperature: -1.0 given")
+        raised(
+            ValueError,
+            lambda: losses_of(shard, denominator=torch.ones((), requires_grad=last)),
+            "^denominator: requires a gradient",
+        )
+        raised(TypeError, lambda: losses_of(shard, objective="ppo" if last else PolicyObjective()), "^objective: str given")
         raised(ValueError, lambda: statistics(shard, memory_budget=1 if last else None, backend="torch"), "^memory_budget: 1 bytes")
-        raised(ValueError, lambda: losses_of(memory_budget=1 if last else None, backend="torch"), "^memory_budget: 1 bytes")
+        raised(ValueError, lambda: losses_of(shard, memory_budget=1 if last else None, backend="torch"), "^memory_budget: 1 bytes")
         raised(
             ValueError,
             lambda: explain(shard.hidden, shard.weight, **shard.options, memory_budget=1 if last else None, backend="torch"),
@@ -240,13 +253,13 @@ def rank_errors() -> None:
             ),
         )
         differ("^group: calls or options", lambda: statistics(shard, softcap=2.0 if last else 3.0))
-        differ("^group: calls or options", lambda: losses_of() if last else statistics(shard))
+        differ("^group: calls or options", lambda: losses_of(shard) if last else statistics(shard))
         differ("^targets: 20", lambda: statistics(Case(shard.hidden, shard.weight, torch.full((6,), 10 * ranks), shard.options)))
 
         # Where statistics are streamed, and where gradients are taken.
         for name, call in itertools.product(
             ("row_statistics", "gradient_tiles"),
-            (lambda: weighted_sum(statistics(shard, backend="torch")).backward(), lambda: losses_of(backend="torch")),
+            (lambda: weighted_sum(statistics(shard, backend="torch")).backward(), lambda: losses_of(shard, backend="torch")),
         ):
 
             def failing(*_, **__):
@@ -338,6 +351,17 @@ def rank_others() -> None:
         ):
             with pytest.raises(ValueError, match=match):
                 linear_logprobs(shard.hidden, shard.weight, case.targets, **{"group": dist.group.WORLD} | options)
+
+        # Where nothing may wait for a device.
+        expected = bits(*statistics(shard)), bits(losses_of(shard))
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (engine, vocab_parallel):
+                patch.setattr(module, "is_at_hand", lambda _: False)
+            assert (bits(*statistics(shard)), bits(losses_of(shard))) == expected
+            with pytest.raises(RuntimeError, match="^group: a rank raises, or the ranks differ"):
+                statistics(shard, softcap=2.0 + rank)
+            with pytest.raises(RuntimeError, match=r"^targets: accepted are ids in \[0, V\)"):
+                linear_logprobs(shard.hidden, shard.weight, torch.full((6,), 37), **shard.options)
 
         plan = explain(shard.hidden, shard.weight, group=dist.group.WORLD, backend="torch")
         assert plan.columns == (sum(sizes[:rank]), sizes[rank], 37, ranks)
