@@ -7,8 +7,10 @@ beside it once results/ has a file of that GPU.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,14 +19,26 @@ from benchmarks.records import Record, Results, fastest, machines, read_results
 from benchmarks.text import GIB, digits, table, times
 from bupo.output import replace_file
 from bupo_kernels.backends.base import Problem
-from bupo_kernels.backends.machine import GPUS, Gpu, Seconds
-from bupo_kernels.dispatch import Plan, default_memory_budget, make_plan
+from bupo_kernels.backends.machine import GPUS, Gpu, Seconds, named
+from bupo_kernels.dispatch import Columns, Plan, default_memory_budget, make_plan
 
 HERE = Path(__file__).parent
 PAGE = HERE / "predicted.md"
 ROWS, VOCAB, WIDTHS = 32768, 151936, (1024, 2560, 4096)
 PREDICTED = ("forward", "forward+backward", "one-pass loss")  # of contenders.GROUPS
 
+# What several ranks of H100 SXM have in one box, none of it measured here. NVLink 4 moves 450 GB/s each way; nccl-tests are said to
+# reach 0.8 of it and more in long all-reduces on eight GPUs. A small collective is taken to last LATENCY.
+LINK_RATE, LINK_SHARE, LATENCY = 450e9, 0.8, 20e-6
+# Collectives of a call: headers and statistics, in the backward two headers and dH; of a one-pass loss, in each chunk.
+COLLECTIVES = {"forward": 2, "forward+backward": 5, "one-pass loss": 3}
+ON_RANKS = f"""\
+## A vocabulary on several ranks
+
+`group=` on H100 SXM GPUs in one box: N = {ROWS:,}, bfloat16, even shards. NVLink moves {LINK_RATE / 1e9:.0f} GB/s each way, of
+which collectives are taken to reach {LINK_SHARE}, after {1e6 * LATENCY:.0f} µs each. **Sent** is the time of all of them as if
+nothing hid it; in a one-pass loss the products of a chunk hide the sum of dH of the chunk before. With as large a budget a shard
+keeps E of more rows, and forms fewer products again: so a speed-up can be above the number of ranks."""
 INTRODUCTION = f"""\
 <!-- Written by `python -m benchmarks.predicted` from bupo_kernels/backends/machine.py and benchmarks/results/*.json. -->
 
@@ -63,6 +77,8 @@ def page(results: Results) -> str:
     """Return benchmarks/predicted.md."""
     header = ["GPU", "D:", "this library", "ms:", "× floor:", "native:", "naive:", "floor:", "memory:", "naive's:", "measured"]
     found = [f"## {group.capitalize()}\n\n{table(header, _rows(group, results))}" for group in PREDICTED]
+    of_ranks = ["", "V:", "D:", "ranks:", "ms:", "sent:", "share:", "speed-up:", "bytes a row, forward:", "backward:"]
+    found.append(f"{ON_RANKS}\n\n{table(of_ranks, _rows_on_ranks())}")
     return "\n\n".join([INTRODUCTION, *found]) + "\n"
 
 
@@ -82,6 +98,35 @@ def _rows(group: str, results: Results) -> Iterator[list[str]]:
                 *(digits(n, GIB) if n <= gpu.memory else f"({digits(n, GIB)})" for n in used),
                 measured(results, gpu, width, group),
             ]
+
+
+def _rows_on_ranks() -> Iterator[list[str]]:
+    gpu = named("H100")
+    for group, (vocab, width) in itertools.product(PREDICTED, ((151936, 4096), (262144, 8192))):
+        alone = None
+        for ranks in (1, 2, 4, 8):
+            here = -(-vocab // ranks)
+            of_ranks = replace(problem(gpu, width, gradients=group != "forward"), vocab=here, sharded=ranks > 1)
+            found = make_plan(of_ranks, "auto", one_pass=group == "one-pass loss")
+            found = replace(found, columns=Columns(0, here, vocab, ranks) if ranks > 1 else None)
+            assert found.prediction is not None
+            products, sent = _time(found.prediction.ours, group), sent_seconds(found, group)
+            alone = products if alone is None else alone
+            total = products + sent
+            yield [
+                *(group, f"{vocab:,}", f"{width:,}", str(ranks), _ms(total), _ms(sent) if sent else "0"),
+                *(f"{sent / total:.1%}", times(alone / total), *(f"{x:,.0f}" for x in found.wire)),
+            ]
+
+
+def sent_seconds(found: Plan, group: str) -> float:
+    """Return the seconds of the collectives of a plan, one after the other, of a call with that many bytes a row."""
+    if found.columns is None:
+        return 0.0
+    rows, chunk = found.problem.active_rows, found.tile_plan.chunk_rows
+    forward, backward = found.wire
+    count = COLLECTIVES[group] * (-(-rows // chunk) if chunk else 1)
+    return rows * (forward + backward) / (LINK_SHARE * LINK_RATE) + count * LATENCY
 
 
 def _time(seconds: Seconds | None, group: str) -> float:

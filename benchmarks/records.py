@@ -25,6 +25,9 @@ divergence
 lens
     ``model``, ``layers``, ``rows`` (of each layer), ``vocab``, ``width``, ``dtype``, ``name`` (of the outputs), ``ms`` and
     ``ms_of_rounds``, ``ratio`` (median time over that of the bare products)
+vocab_parallel
+    beside the rows ``ranks``; ``model``, ``vocab``, ``width``, ``rows``, ``dtype``, ``call``, ``name``, ``ms`` and
+    ``ms_of_rounds``, ``of_shards`` (median of the rounds' ratios to the call on shards)
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-SECTIONS = ("kernels", "step", "scaling", "support", "divergence", "lens")
+SECTIONS = ("kernels", "step", "scaling", "support", "divergence", "lens", "vocab_parallel")
 ORDER = ("floor", "naive", "ours", "peer")
 KERNEL = ("group", "model", "layers", "rows", "vocab", "width", "dtype", "active", "distribution")  # these tell tables apart
 STEP = ("model", "phase", "layer", "layers", "sequences", "length", "dtype", "checkpointing")

@@ -19,7 +19,7 @@ if not __package__:  # run as a file: those beside it would hide the packages of
 
 from benchmarks.readme import fill, unbacked
 from benchmarks.records import Machine, Record, Results, machines, read_results
-from benchmarks.sections import divergence, kernels, lens, scaling, step, support
+from benchmarks.sections import divergence, kernels, lens, scaling, step, support, vocab_parallel
 from benchmarks.text import rates, table
 from bupo.output import replace_file
 from bupo.plots import write_figure
@@ -47,7 +47,10 @@ IN_SHORT = """\
 Of every model and call: in bfloat16, with all rows active, the most rows (tokens) that naive logits took too; the fastest of each
 kind that computes the same. × floor, useful TFLOP/s, peak memory."""
 NOTHING = "Nothing is measured yet."
-SECTIONS = {"kernels": kernels, "step": step, "scaling": scaling, "support": support, "divergence": divergence, "lens": lens}
+SECTIONS = {
+    **{"kernels": kernels, "step": step, "scaling": scaling, "support": support, "divergence": divergence, "lens": lens},
+    "vocab_parallel": vocab_parallel,
+}
 PLACES = {"speed": "kernels", "step": "step", "support": "support"}  # of README.md, and the section whose headlines stand there
 PICTURES = {"time": "time in units of the floor", "memory": "peak memory", "errors": "errors against float64", "scaling": "scaling"}
 

@@ -118,10 +118,11 @@ BACKENDS = [
 ]
 
 
-def rank_logprobs() -> None:
+def rank_logprobs(every: str) -> None:
     with world() as (rank, ranks):
         kinds = itertools.cycle(splits(37, ranks))
-        for (backend, dtype), (name, options) in itertools.product(BACKENDS, OPTIONS.items()):
+        cases = list(itertools.product(BACKENDS, OPTIONS.items()))
+        for (backend, dtype), (name, options) in cases[:: int(every)]:
             interpreted = backend.startswith("triton")
             if interpreted and name not in ("bias", "everything"):
                 continue
@@ -167,10 +168,11 @@ def losses(case: Case, objective: PolicyObjective) -> tuple[Tensor, object]:
     )
 
 
-def rank_policy_losses() -> None:
+def rank_policy_losses(every: str) -> None:
     with world() as (rank, ranks):
         kinds = itertools.cycle(splits(37, ranks))
-        for objective, (backend, dtype), name in itertools.product(OBJECTIVES, BACKENDS, ("bias", "everything")):
+        cases = list(itertools.product(OBJECTIVES, BACKENDS, ("bias", "everything")))
+        for objective, (backend, dtype), name in cases[:: int(every)]:
             interpreted = backend.startswith("triton")
             if interpreted and (objective is not OBJECTIVES[1] or name != "bias"):
                 continue
@@ -191,10 +193,11 @@ def rank_policy_losses() -> None:
             assert_gradients(loss, shard, expected, case)
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+# Ranks, and of the product of options every how-manyth case they take.
+@pytest.mark.parametrize(("ranks", "every"), [(2, 5), (3, 8), *(pytest.param(n, 1, marks=pytest.mark.broad) for n in (2, 3))])
 @pytest.mark.parametrize("what", ["logprobs", "policy_losses"])
-def test_shards_of_any_size_give_what_the_whole_does(ranks, what):
-    on_ranks(f"test_vocab_parallel:rank_{what}", ranks)
+def test_shards_of_any_size_give_what_the_whole_does(ranks, every, what):
+    on_ranks(f"test_vocab_parallel:rank_{what}", ranks, str(every))
 
 
 def losses_of(case: Case, **options) -> Tensor:
@@ -358,7 +361,7 @@ def rank_others() -> None:
             for module in (engine, vocab_parallel):
                 patch.setattr(module, "is_at_hand", lambda _: False)
             assert (bits(*statistics(shard)), bits(losses_of(shard))) == expected
-            with pytest.raises(RuntimeError, match="^group: a rank raises, or the ranks differ"):
+            with pytest.raises(RuntimeError, match=r"^group: a rank raises, or the ranks differ"):
                 statistics(shard, softcap=2.0 + rank)
             with pytest.raises(RuntimeError, match=r"^targets: accepted are ids in \[0, V\)"):
                 linear_logprobs(shard.hidden, shard.weight, torch.full((6,), 37), **shard.options)
@@ -413,8 +416,7 @@ def rank_compiles() -> None:
         assert bits(*torch.autograd.grad(got, leaves(shard))) == bits(*torch.autograd.grad(want, leaves(shard)))
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-@pytest.mark.parametrize("what", ["others", "tensors"])
+@pytest.mark.parametrize(("ranks", "what"), [(2, "others"), (3, "others"), (3, "tensors")])
 def test_so_they_do_of_extremes_of_modules_and_of_sharded_tensors(ranks, what):
     on_ranks(f"test_vocab_parallel:rank_{what}", ranks)
 
