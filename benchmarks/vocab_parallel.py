@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> int:
         if (number := getattr(options, name)) is not None and number < 1:
             parser.error(f"--{name}: {number} given, accepted are 1 and more")
     section: dict[str, Any] = {"machine": machine(CPU, options.commit), "rates": rates(CPU), "ranks": options.ranks}
-    multiprocessing.set_forkserver_preload(["benchmarks.vocab_parallel"])
+    multiprocessing.set_forkserver_preload(["benchmarks.inputs", "bupo_kernels"])
     with tempfile.TemporaryDirectory() as folder, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
