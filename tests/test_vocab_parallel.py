@@ -182,7 +182,7 @@ def least_budget(case: Case, objective: PolicyObjective) -> int:
 
 def rank_policy_losses(every: str) -> None:
     with world() as (rank, ranks):
-        kinds, in_chunks = itertools.cycle(splits(37, ranks)), 0
+        kinds = itertools.cycle(splits(37, ranks))
         cases = list(itertools.product(OBJECTIVES, BACKENDS, ("bias", "everything")))
         for objective, (backend, dtype), name in cases[:: int(every)]:
             interpreted = backend.startswith("triton")
@@ -196,16 +196,12 @@ def rank_policy_losses(every: str) -> None:
             if case.hidden.dtype != torch.bfloat16 and not interpreted:
                 case.options["memory_budget"] = least_budget(case, objective)
             shard = sharded(case, sizes, rank)
-            if not (objective.needs_sequence or objective.needs_batch):
-                plan = explain(shard.hidden, shard.weight, shard.targets, **shard.options, objective=objective)
-                in_chunks += plan.tile_plan.chunk_rows < plan.problem.active_rows
             (loss, _), (expected, _) = losses(shard, objective), losses(case, objective)
             assert_equal_on_all_ranks(loss)
             assert bits(loss) == bits(losses(shard, objective)[0])
             rel = 1e-12 if dtype == torch.float64 else 1e-5
             torch.testing.assert_close(loss, expected, rtol=rel, atol=rel)
             assert_gradients(loss, shard, expected, case)
-        assert in_chunks > 1
 
 
 # Ranks, and of the product of options every how-manyth case they take.
@@ -332,7 +328,22 @@ def rank_others() -> None:
             for gradient in torch.autograd.grad(loss + weighted_sum(found), leaves(shard)):
                 assert (gradient == 0).all()
 
+        # Several chunks of rows, of which the narrowest plan decides.
+        for dtype in (torch.float32, torch.bfloat16):
+            case = case_with(OPTIONS["everything"], rows=100, vocab=500, dtype=dtype)
+            case.options["backend"] = "torch"
+            case.options["memory_budget"] = least_budget(case, PolicyObjective())
+            shard = sharded(case, [100, 400, 0][:ranks], rank)
+            plan = explain(shard.hidden, shard.weight, shard.targets, **shard.options, objective=PolicyObjective())
+            assert plan.tile_plan.chunk_rows < plan.problem.active_rows // 3
+            assert_equal_on_all_ranks(torch.tensor(plan.tile_plan.chunk_rows))
+            (loss, _), (expected, _) = losses(shard, PolicyObjective()), losses(case, PolicyObjective())
+            torch.testing.assert_close(loss, expected)
+            assert_gradients(loss, shard, expected, case)
+
         # Cross entropy; frozen operands; a head as a module; a group of one rank.
+        case = case_with(OPTIONS["bias"], rows=6, dtype=torch.float32)
+        shard = sharded(case, sizes, rank)
         for reduction in ("mean", "sum", "none"):
             got, want = (
                 linear_cross_entropy(x.hidden, x.weight, x.targets, reduction=reduction, **x.options) for x in (shard, case)
