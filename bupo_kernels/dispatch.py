@@ -102,6 +102,13 @@ class Columns(NamedTuple):
     everywhere: int
     ranks: int
 
+    def lines(self, wire: tuple[float, float]) -> list[str]:
+        """Return what a plan prints of them, with the bytes a row on the ``wire``."""
+        return [
+            f"columns   {self.here} of {self.everywhere} are here, from {self.first} on, and all on {self.ranks} ranks",
+            f"wire      {wire[0]:.0f} bytes a row forward, {wire[1]:.0f} backward",
+        ]
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -184,7 +191,7 @@ class Plan:
             f"problem   {problem.active_rows} of {problem.rows} rows x {problem.vocab} columns x {problem.width}, "
             f"{str(problem.dtype).removeprefix('torch.')} on {problem.gpu.name if problem.gpu else problem.device.type}"
             + (f", no gradient for {' and '.join(frozen)}" if frozen else ""),
-            *self._ranks(),
+            *([] if self.columns is None else self.columns.lines(self.wire)),
             f"backend   {self.backend}: {tiles.strategy}{f' with {tiles.isa}' if tiles.isa else ''}, "
             f"tiles of {tiles.tile.rows} x {tiles.tile.columns}"
             + (f", E of {tiles.cached_rows} rows kept" if tiles.cached_rows and not tiles.chunk_rows else "")
@@ -204,15 +211,6 @@ class Plan:
             f"budget    {problem.memory_budget / mib:.2f} MiB of working memory",
         ]
         return "\n".join(lines + [f"not {name}: {reason}" for name, reason in self.why_not.items()])
-
-    def _ranks(self) -> list[str]:
-        if self.columns is None:
-            return []
-        (first, here, everywhere, ranks), (forward, backward) = self.columns, self.wire
-        return [
-            f"columns   {here} of {everywhere} are here, from {first} on, and all on {ranks} ranks",
-            f"wire      {forward:.0f} bytes a row forward, {backward:.0f} backward",
-        ]
 
     def _times(self) -> list[str]:
         found = self.prediction

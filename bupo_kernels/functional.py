@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bupo_kernels import engine, ops
+from bupo_kernels import engine, ops, vocab_parallel
 from bupo_kernels.backends import machine
 from bupo_kernels.dispatch import Plan, default_memory_budget
 from bupo_kernels.divergence import DivergencePlan
@@ -383,8 +383,8 @@ def linear_divergence(
             is the student's, and none where ``teacher_weight`` is given.
         check: look for NaN and inf in the inputs of both first, as in :func:`linear_logprobs`.
         options: ``bias``, ``temperature``, ``logit_scale`` and ``softcap`` of the student, ``mask``, ``return_entropy``,
-            ``backend`` and ``memory_budget``, as in :func:`linear_logprobs`; and its ``support``, on which both policies are
-            renormalised: 2·M·(D + D') FLOP.
+            ``group``, ``backend`` and ``memory_budget``, as in :func:`linear_logprobs`; and its ``support``, on which both policies
+            are renormalised: 2·M·(D + D') FLOP.
 
     Returns:
         :class:`LinearDivergence`. ``divergence`` is differentiable with respect to hidden states, weight and bias of the student,
@@ -396,31 +396,40 @@ def linear_divergence(
     in the backward, of the rows whose upstream gradient is not zero. ``memory_budget`` holds the logits of both sides of as many
     rows as it has room for, at least one; :func:`explain` says how many.
 
+    With a ``group``, each rank of which has some of the rows of both weights and biases, those of one id on one rank
+    (:func:`linear_logprobs`), all pass the same rows, ids of ``teacher_top`` that count all columns, and the same upstream
+    gradients; and all get the same results and gradients of hidden states, bit for bit. It runs on ``torch``. In each pass over the
+    logits a rank tells the others of every row 6 numbers for a KL, 7 for Jensen and Shannon's, k + 3 for a top of k, of 4 bytes (8
+    of float64): maxima and sums before the divergence, and what its columns add to it before the gradients. The gradients of hidden
+    states, of 4·D (4·D') bytes a row, are summed over the ranks once, before they are rounded; all else stays where it is.
+
     Numerics: as :func:`linear_logprobs`. With ε the bound on a log-prob's error there, a divergence D is within
     ``ε (2 + D + √(2 D))`` of float64 on the same inputs. Differentiable once, in reverse mode. Errors as there.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: {reduction!r} given, accepted are {', '.join(map(repr, REDUCTIONS))}")
-    if denominator is not None and reduction != "mean":
-        raise ValueError(f"denominator: given with reduction={reduction!r}, accepted with 'mean'")
-    check_constant("denominator", denominator)
-    request = DivergenceRequest.of(
-        student_hidden,
-        student_weight,
-        teacher_hidden,
-        teacher_weight,
-        kind=kind,
-        beta=beta,
-        row_weights=row_weights,
-        teacher_top=teacher_top,
-        teacher_bias=teacher_bias,
-        teacher_temperature=teacher_temperature,
-        teacher_logit_scale=teacher_logit_scale,
-        teacher_softcap=teacher_softcap,
-        **options,
-    )
-    if check:
-        request.check_values()
+    group, options = vocab_parallel.group_of(options, student_weight)
+    with vocab_parallel.telling(group, student_hidden):
+        if reduction not in REDUCTIONS:
+            raise ValueError(f"reduction: {reduction!r} given, accepted are {', '.join(map(repr, REDUCTIONS))}")
+        if denominator is not None and reduction != "mean":
+            raise ValueError(f"denominator: given with reduction={reduction!r}, accepted with 'mean'")
+        check_constant("denominator", denominator)
+        request = DivergenceRequest.of(
+            student_hidden,
+            student_weight,
+            teacher_hidden,
+            teacher_weight,
+            kind=kind,
+            beta=beta,
+            row_weights=row_weights,
+            teacher_top=teacher_top,
+            teacher_bias=teacher_bias,
+            teacher_temperature=teacher_temperature,
+            teacher_logit_scale=teacher_logit_scale,
+            teacher_softcap=teacher_softcap,
+            **options,
+        )
+        if check:
+            request.check_values()
     weights = request.weights
     if reduction == "none":
         per_row, entropy = request.values()
@@ -447,8 +456,8 @@ def explain(
     :func:`linear_policy_loss` with no row of zero advantage, or, given ``teacher_hidden`` or ``teacher_top``,
     :func:`linear_divergence`; no product is formed. ``print`` it.
 
-    With a ``group`` the plan is of the columns that are here; ``plan.columns`` says which, ``plan.wire`` how many bytes of a row
-    this rank receives, and sends. Every rank calls this then, for they ask each other.
+    With a ``group`` the plan is of the columns that are here; ``plan.columns`` (of a divergence ``plan.columns_here``) says
+    which, ``plan.wire`` how many bytes of a row this rank receives, and sends. Every rank calls this then, for they ask each other.
 
     Without ``targets`` every row counts. Which gradients are planned follows ``requires_grad`` of the operands and
     ``torch.is_grad_enabled()``. Under autocast the copies that it casts come on top of the stated bytes. Raises what

@@ -79,8 +79,7 @@ class Request:
         if options.get("group") is None:
             return Request._checked(hidden, weight, targets, memory_budget, options)
         options["group"] = vocab_parallel.name_of(options["group"], weight)
-        device = hidden.device if isinstance(hidden, Tensor) else torch.device("cpu")
-        with vocab_parallel.telling(options["group"], device):
+        with vocab_parallel.telling(options["group"], hidden):
             return Request._checked(hidden, weight, targets, memory_budget, options)
 
     @staticmethod
@@ -224,6 +223,23 @@ class DivergenceRequest:
         **options: Any,
     ) -> DivergenceRequest:
         """Return the request of a call, whose ``options`` are those of both sides. Raise as :meth:`Request.of` does."""
+        name, options = vocab_parallel.group_of(options, student_weight)
+        with vocab_parallel.telling(name, student_hidden):
+            operands = student_hidden, student_weight, teacher_hidden, teacher_weight
+            return DivergenceRequest._checked(*operands, kind, beta, teacher_top, row_weights, options)
+
+    @staticmethod
+    def _checked(
+        student_hidden: Tensor,
+        student_weight: Tensor,
+        teacher_hidden: Tensor | None,
+        teacher_weight: Tensor | None,
+        kind: str,
+        beta: float,
+        teacher_top: tuple[Tensor, Tensor] | None,
+        row_weights: Tensor | None,
+        options: dict[str, Any],
+    ) -> DivergenceRequest:
         if kind not in KINDS:
             raise ValueError(f"kind: {kind!r} given, accepted are {', '.join(map(repr, KINDS))}")
         _check_number("beta", beta, "numbers from 0 (forward KL) to 1 (reverse KL)", positive=False)
@@ -323,8 +339,9 @@ class DivergenceRequest:
             for side in (self.student, self.teacher)
         )
         assert isinstance(student, divergences.Policy)
-        divergences.check(student, teacher, self.active)
-        return divergences.plan_for(student, teacher, int(self.active.sum()), one_pass)
+        plan, shard = divergences.planned(student, teacher, int(self.active.sum()), self.beta, one_pass)
+        divergences.check(student, teacher, self.active, shard)
+        return plan
 
 
 def _teacher_of(student: Request, hidden: Any, weight: Tensor | None, options: dict[str, Any], own: dict[str, Any]) -> Request:

@@ -21,7 +21,7 @@ from bupo_kernels.backends import algebra
 from bupo_kernels.backends.algebra import LEAST_EXPONENT, Statistics
 from bupo_kernels.backends.base import Operands, Problem, Readout, is_captured
 from bupo_kernels.backends.compiled import present
-from bupo_kernels.backends.divergences import Policies, Sums, compare, entropy_of
+from bupo_kernels.backends.divergences import Policies, Sums, compare, entropy_of, value_of
 from bupo_kernels.backends.gathers import Gathers, Segments
 from bupo_kernels.backends.torch_ import to_logits_
 from bupo_kernels.dispatch import GATHERS, choose_among
@@ -230,7 +230,8 @@ def divergence(
     sums = Sums(total, lambda of_rows: of_rows[rows])
     log_p, log_q = log_policy(z), log_policy(u)
     policies = Policies(log_p, log_q, log_p.exp(), log_q.exp())
-    value, by_z, by_u = compare(policies, beta, sums, gradients=(True, True))
+    parts, by_z, by_u = compare(policies, beta, sums, gradients=(True, True))
+    value = value_of(parts, beta)
     entropy, of_entropy = entropy_of(log_p, policies.p, sums, gradient=True)
 
     def through(by: Tensor | None, logits: Tensor) -> Tensor:

@@ -13,15 +13,16 @@ Elsewhere, where that would be a wait for the device, it is a device-side assert
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bupo_kernels.backends.algebra import LEAST_EXPONENT, Statistics
+from bupo_kernels.backends.algebra import LEAST_EXPONENT, Statistics, in_order
 from bupo_kernels.backends.base import Operands
 from bupo_kernels.dispatch import Columns
 
@@ -139,8 +140,12 @@ class Shard(NamedTuple):
         try:
             yield
         except Exception:
-            self._gathered(shape, dtype, None)
+            self.tell_failure(shape, dtype)
             raise
+
+    def tell_failure(self, shape: tuple[int, int], dtype: torch.dtype) -> None:
+        """Take the part of this rank, which raises, in the :meth:`gathered` of the others."""
+        self._gathered(shape, dtype, None)
 
     def _gathered(self, shape: tuple[int, ...], dtype: torch.dtype, part: Tensor | None) -> Tensor:  # -> [ranks, k · n + 1]
         sent = torch.zeros(shape[0] * shape[1] + 1, dtype=dtype, device=self.headers.device)
@@ -157,7 +162,7 @@ class Shard(NamedTuple):
         below = (m - largest).clamp_(min=LEAST_EXPONENT)
         scale = below.exp()
         # A target is a column of one rank, and 0 on all others.
-        return Statistics(largest, _in_order(scale * s), _in_order(scale * (t + below * s)), _in_order(z_y))
+        return Statistics(largest, in_order(scale * s), in_order(scale * (t + below * s)), in_order(z_y))
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -176,14 +181,48 @@ class Shard(NamedTuple):
         _COLLECTIVES.wait_tensor(total)
 
 
+class Exchanges:
+    """The exchanges of a call that has several, one after the other. All ranks know their ``shapes`` beforehand: what raises within
+    this context on one of them takes that rank's part in the next one, where the others raise too."""
+
+    def __init__(self, shard: Shard, dtype: torch.dtype, shapes: Iterable[tuple[int, int]]) -> None:
+        self._shard, self._dtype, self._shapes = shard, dtype, iter(shapes)
+        self._told = False  # whether the others know that this rank raises, or it raises since one of them does
+        self.sizes: list[int] = shard.sizes.tolist()
+        self.first, self.vocab = sum(self.sizes[: shard.rank]), sum(self.sizes)
+
+    def gathered(self, part: Tensor) -> Tensor:  # [k, n] -> [ranks, k, n]
+        """Return what each rank has in the place of ``part``, in the order of the ranks."""
+        self._next(part.shape)
+        found = self._shard.gathered(part)
+        self._told = False
+        return found
+
+    def sum_(self, total: Tensor) -> None:  # [n, D]
+        """Make ``total`` its sum over the ranks, where none of them raises. It has the place of an exchange of shape (0, 0)."""
+        self._next((0, 0))
+        self._shard.gathered(total.new_empty(0, 0))
+        self._shard.start_sum(total)
+        self._shard.wait_for(total)
+        self._told = False
+
+    def _next(self, shape: Sequence[int]) -> None:
+        expected = next(self._shapes, None)
+        if expected != tuple(shape):
+            raise RuntimeError(f"group: an exchange of shape {tuple(shape)}, expected on all ranks is {expected}")
+        self._told = True
+
+    def __enter__(self) -> Exchanges:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and issubclass(kind, Exception) and not self._told:
+            shape = next(self._shapes, None)
+            if shape is not None:
+                self._shard.tell_failure(shape, self._dtype)
+
+
 RAISED = "group: rank {} raises an error, so this call has no result here either; what it is, that rank says"
-
-
-def _in_order(parts: Tensor) -> Tensor:  # [ranks, n] -> [n]
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return total
 
 
 def tell(group: str, header: Header, device: torch.device) -> Tensor:
@@ -222,6 +261,11 @@ def _all_gathered(group: str, part: Tensor) -> Tensor:  # [k] -> [ranks, k]
     return _COLLECTIVES.wait_tensor(_COLLECTIVES.all_gather_into_tensor(part, ranks, group)).view(ranks, *part.shape)
 
 
+def ranks_of(group: str) -> int:
+    """Return how many ranks the group of that name has."""
+    return dist.get_world_size(group_named(group))
+
+
 def group_named(name: str) -> Any:
     """Return the process group of that name. A call has its name, for graphs that are traced hold no group."""
     resolve: Any = dist.distributed_c10d._resolve_process_group
@@ -243,16 +287,36 @@ def name_of(group: Any, weight: Any) -> str:
     return str(group.group_name)
 
 
+_TELLING: ContextVar[str | None] = ContextVar("telling", default=None)
+
+
 @contextmanager
-def telling(group: str, device: torch.device) -> Iterator[None]:
-    """Tell the ranks that wait for a :class:`Header` of this one where what is within, before it, raises; and raise it then. While
-    torch traces there is nobody to tell."""
+def telling(group: str | None, device: Any) -> Iterator[None]:
+    """Tell the ranks that wait for a :class:`Header` of this one where what is within, before it, raises; and raise it then. Of one
+    within another the outer one tells. While torch traces there is nobody to tell, nor without a group. The ``device`` may be that
+    of a tensor."""
+    if group is None or torch.compiler.is_compiling() or _TELLING.get() == group:
+        yield
+        return
+    outside = _TELLING.set(group)
     try:
         yield
     except Exception:
-        if not torch.compiler.is_compiling():
-            tell(group, Header(failed=1), device)
+        device = getattr(device, "device", device)
+        tell(group, Header(failed=1), device if isinstance(device, torch.device) else torch.device("cpu"))
         raise
+    finally:
+        _TELLING.reset(outside)
+
+
+def group_of(options: dict[str, Any], weight: Any) -> tuple[str | None, dict[str, Any]]:
+    """Return the name of the group among the ``options`` of a call, None for none, and the options with that group itself. Raise as
+    :func:`name_of` does."""
+    group = options.get("group")
+    if group is None:
+        return None, options
+    name = name_of(group, weight)
+    return name, options | {"group": group_named(name)} if isinstance(group, str) else options
 
 
 def shard_of(name: str, parameter: Any, group: str) -> Any:

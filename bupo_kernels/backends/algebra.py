@@ -63,6 +63,14 @@ def of_active_rows(part: Statistics, active: Tensor) -> Statistics:  # [N] each,
     return Statistics(*(torch.where(active, some, none) for some, none in zip(part, idle, strict=True)))
 
 
+def in_order(parts: Tensor) -> Tensor:  # [ranks, ...] -> [...]
+    """Return the sum over the ranks in their order, which is the same, bit for bit, on each of them."""
+    total = parts[0].clone()
+    for part in parts[1:]:
+        total += part
+    return total
+
+
 class Results(NamedTuple):
     """The results of N rows, [N] each; 0 on rows that are not active."""
 

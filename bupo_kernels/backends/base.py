@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -111,6 +111,29 @@ class Problem:
         """Raise :class:`TooSmall` where the memory budget is below ``least`` bytes."""
         if least > self.memory_budget:
             raise TooSmall(f"memory_budget: {self.memory_budget} bytes given, accepted are at least {least} for this many rows")
+
+
+class Exchange(Protocol):
+    """The columns that this rank has of the vocabulary of several, and how it comes by what the others have."""
+
+    @property
+    def first(self) -> int:
+        """The id of the first column of this rank."""
+        ...
+
+    @property
+    def vocab(self) -> int:
+        """The number of columns of all ranks."""
+        ...
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many columns each rank has."""
+        ...
+
+    def gathered(self, part: Tensor) -> Tensor:  # [k, n] -> [ranks, k, n]
+        """Return what each rank has in the place of ``part``, in the order of the ranks."""
+        ...
 
 
 class Tile(NamedTuple):
