@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bupo_kernels import derivatives, dispatch, engine
+from bupo_kernels import derivatives, dispatch, engine, vocab_parallel
 from bupo_kernels.backends import lens_loop
 from bupo_kernels.backends.base import Operands
 from bupo_kernels.request import Request, check_plain
@@ -65,7 +65,7 @@ def logit_lens(
             ``kl_from_final`` and ``jsd``.
         top_k: how many of the most probable ids, with their log-probs; up to V.
         outputs: names of the fields of :class:`LensStatistics` wanted, except ``top_…``; others stay None and cost nothing.
-        options: ``bias``, ``temperature``, ``logit_scale``, ``softcap``, ``mask``, ``ignore_index``, ``backend`` and
+        options: ``bias``, ``temperature``, ``logit_scale``, ``softcap``, ``mask``, ``ignore_index``, ``group``, ``backend`` and
             ``memory_budget`` of :func:`bupo_kernels.linear_logprobs`. All policies share them.
 
     Returns:
@@ -81,6 +81,14 @@ def logit_lens(
     products: divergences from the final policy with the top 10 0.94, ``pairwise_kl`` 1.03, ``rank`` 1.10, ``jsd`` 1.21; in bf16
     1.11, 1.33, 1.52 and 1.65.
 
+    With a ``group``, each rank of which has some of the rows of ``weight`` and ``bias`` (:func:`bupo_kernels.linear_logprobs`), all
+    pass the same hidden states, targets and options, and all get the same results, bit for bit. Each looks at its own columns; of
+    equal logits the lowest rank's come first. Between the looks ranks tell one another numbers of every row, each of 4 bytes (8 of
+    float64): of a policy 2, and one more for each of entropy or any KL, ``logprobs`` or ``rank``, and ``argmax``; 2 for each of the
+    top; 2 for KLs with the final policy, and one for each policy that it is compared with in ``pairwise_kl``; after the second look
+    one each for ``rank`` and ``jsd``. (What runs on any backend takes 4 of a policy.) So 31 layers with entropy and rank
+    are 31 · 20 bytes a row, their KLs to the final policy with the top 10 are 32 · 100.
+
     Numerics: as :func:`bupo_kernels.linear_logprobs`; a KL or ``jsd`` is within ``4e-6 · (1 + max|z|)`` of float64 on the same
     inputs. ``rank`` compares fp32 logits exactly: those within rounding of the target's may fall on either side.
 
@@ -88,6 +96,46 @@ def logit_lens(
         TypeError, ValueError: naming the argument, what was given and what is accepted.
     """
     outputs = (outputs,) if isinstance(outputs, str) else tuple(outputs)
+    group, options = vocab_parallel.group_of(options, weight)
+    with vocab_parallel.telling(group, weight):
+        states, request = _checked(hidden_states, weight, targets, norm, final, top_k, outputs, options)
+        operands, active = request.operands(), request.active()
+        rows = active.flatten().nonzero().squeeze(1)
+        if group is None:
+            engine.check_rows(operands, active, request.ignore_index)
+    if not top_k and set(outputs) <= OUTPUTS_OF_ANY_BACKEND:
+        parts = _by_any_backend(states, request, lens_loop.checked_norm(norm), operands, rows, outputs)
+    else:
+        with vocab_parallel.telling(group, weight), engine.on(operands.hidden.device):
+            problem = engine.problem_of(operands, len(rows), request.settings())
+            _, kernels, strategy, _ = dispatch.choose_among(dispatch.LENSES, problem, request.backend)
+            wanted = (outputs, top_k, request.memory_budget)
+            ranks = 0 if group is None else vocab_parallel.ranks_of(group)
+            loop = lens_loop.LensLoop(states, final, norm, operands, len(rows), *wanted, kernels, strategy, ranks)
+        if group is None:
+            with engine.on(operands.hidden.device):
+                parts = [loop.run(some) for some in rows.split(loop.rows)]
+        else:
+            parts = _on_ranks(loop, request, active, rows)
+    found = {}
+    for name in parts[0]:
+        place = 2 if name == "pairwise_kl" else 1
+        found[name] = _on_all_rows(torch.cat([part[name] for part in parts], place), rows, active, place)
+    return LensStatistics(**found)
+
+
+def _checked(
+    hidden_states: Tensor | Sequence[Tensor],
+    weight: Tensor,
+    targets: Tensor | None,
+    norm: Callable[[Tensor], Tensor] | None,
+    final: Tensor | None,
+    top_k: int,
+    outputs: tuple[str, ...],
+    options: dict[str, Any],
+) -> tuple[list[Tensor], Request]:
+    """Return the hidden states layer by layer, and the request of the first one with what all share. Raise for what a lens does not
+    accept."""
     if unknown := [name for name in outputs if name not in LENS_OUTPUTS]:
         raise ValueError(f"outputs: {unknown[0]!r} given, accepted are {', '.join(map(repr, LENS_OUTPUTS))}")
     if "return_entropy" in options:
@@ -110,27 +158,38 @@ def logit_lens(
     if options.get("support") is not None:
         raise ValueError("support: given, accepted is None: the policies of a lens are whole")
     request = Request.of(states[0], weight, targets, return_entropy="entropy" in outputs, **options)
-    vocab = len(request.weight)
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k <= vocab:
-        raise ValueError(f"top_k: {top_k!r} given, accepted are 0 to {vocab}, the size of the vocabulary")
-    by_any_backend = not top_k and set(outputs) <= OUTPUTS_OF_ANY_BACKEND
-    operands, active = request.operands(), request.active()
-    engine.check_rows(operands, active, request.ignore_index)
-    rows = active.flatten().nonzero().squeeze(1)
-    if by_any_backend:
-        parts = _by_any_backend(states, request, lens_loop.checked_norm(norm), operands, rows, outputs)
-    else:
-        problem = engine.problem_of(operands, len(rows), request.settings())
-        _, kernels, strategy, _ = dispatch.choose_among(dispatch.LENSES, problem, request.backend)
-        with engine.on(weight.device):
-            wanted = (outputs, top_k, request.memory_budget)
-            loop = lens_loop.LensLoop(states, final, norm, operands, len(rows), *wanted, kernels, strategy)
-            parts = [loop.run(some) for some in rows.split(loop.rows)]
-    found = {}
-    for name in parts[0]:
-        place = 2 if name == "pairwise_kl" else 1
-        found[name] = _on_all_rows(torch.cat([part[name] for part in parts], place), rows, active, place)
-    return LensStatistics(**found)
+    _check_top(top_k, len(request.weight) if request.group is None else None)
+    return states, request
+
+
+def _check_top(top_k: int, vocab: int | None) -> None:
+    """Raise for a number that no top can have, of so many columns; for None, of any number of them."""
+    accepted = "0 and above" if vocab is None else f"0 to {vocab}, the size of the vocabulary"
+    if isinstance(top_k, bool) or not isinstance(top_k, int) or not 0 <= top_k <= (top_k if vocab is None else vocab):
+        raise ValueError(f"top_k: {top_k!r} given, accepted are {accepted}")
+
+
+def _on_ranks(
+    loop: lens_loop.LensLoop,
+    request: Request,
+    active: Tensor,  # [...] bool
+    rows: Tensor,  # [n]
+) -> list[dict[str, Tensor]]:
+    """Return what the ``loop`` gives of all ranks' columns, for some of the rows after the other: on each rank those of the rank
+    with the smallest room."""
+    shard = _shard_of(loop.operands, request, f"{loop.policies} {loop.outputs} {loop.top_k}", loop.rows)
+    at_once = rows.split(int(shard.chunk))
+    shapes = ((numbers, len(some)) for some in at_once for numbers in loop.exchanged())
+    with engine.on(rows.device), vocab_parallel.Exchanges(shard, loop.dtype, shapes) as exchange:
+        engine.check_rows(loop.operands, active, request.ignore_index, shard)
+        _check_top(loop.top_k, exchange.vocab)
+        return [loop.run(some, exchange) for some in at_once]
+
+
+def _shard_of(operands: Operands, request: Request, wanted: str, at_once: int) -> vocab_parallel.Shard:
+    """Return what this rank has of a vocabulary, from what all ranks tell of the results that are ``wanted``."""
+    header = vocab_parallel.Header.of(operands, request.active(), f"logit_lens {wanted} {request.ignore_index}", at_once)
+    return vocab_parallel.Shard.of(str(request.group), header, operands.hidden.device, wait=True)
 
 
 def _on_all_rows(values: Tensor, rows: Tensor, active: Tensor, place: int) -> Tensor:
@@ -154,13 +213,17 @@ def _by_any_backend(
     layers, width = len(states), request.weight.shape[1]
     per_row = layers * (4 * width * states[0].element_size() + 64)  # gathered, normed, stacked, cast; statistics
     at_once = max(request.memory_budget // 2 // per_row, 1)
+    if request.group is not None:
+        at_once = int(_shard_of(operands, request, f"{layers} {outputs}", at_once).chunk)
     parts = []
     for some in rows.split(at_once):
         index = operands.coordinates(some)
         temperature = request.temperature
+        with vocab_parallel.telling(request.group, request.hidden):
+            hidden = torch.stack([norm(state[index]) for state in states]).to(request.hidden.dtype)
         stacked = replace(
             request,
-            hidden=torch.stack([norm(state[index]) for state in states]).to(request.hidden.dtype),
+            hidden=hidden,
             targets=request.targets[index].expand(layers, -1),
             mask=None,
             temperature=temperature[index].expand(layers, -1) if isinstance(temperature, Tensor) else temperature,

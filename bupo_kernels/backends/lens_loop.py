@@ -7,6 +7,12 @@ W is read once for all of them, and what compares two policies is at hand togeth
 * entropy ``ln s_l − c_ll / s_l``
 * ``KL(π^l ‖ π^k) = (c_ll − c_lk) / s_l − ln s_l + ln s_k``
 
+Of columns that several ranks have, each with maxima m_r and sums of its own, those of all are
+
+* ``m = max m_r`` and, with ``a_r = e^(m_r−m)``, ``s = Σ_r a_r s_r``
+* ``c_lk = Σ_r a_r^l (c_r,lk + (m_r^k − m^k) s_r^l)``, since ``z^k − m^k = (z^k − m_r^k) + (m_r^k − m^k)``; with k = l that is
+  the t of ``algebra.py``
+
 ``c`` of all pairs takes P/D of the work of the logits themselves. What needs the target's logit, or the normalised policies,
 beforehand (the rank; Jensen and Shannon's mixture) takes a second pass over the tiles: over those of the first one, where the row
 kernels leave logits and the budget has room for all tiles of enough rows, else over products that are formed again.
@@ -25,8 +31,8 @@ import torch
 from torch import Tensor
 
 from bupo_kernels.backends import algebra
-from bupo_kernels.backends.algebra import Statistics
-from bupo_kernels.backends.base import Candidate, Operands, Readout, Tile
+from bupo_kernels.backends.algebra import Statistics, in_order
+from bupo_kernels.backends.base import Candidate, Exchange, Operands, Readout, Tile
 from bupo_kernels.backends.compiled import present
 from bupo_kernels.backends.cpu_arguments import PANEL
 from bupo_kernels.backends.gradients import accumulate_, product_dtype
@@ -139,7 +145,8 @@ def checked_norm(norm: Callable[[Tensor], Tensor] | None) -> Callable[[Tensor], 
 class LensLoop:
     """The statistics of the L policies of ``states``, and of that of ``final`` where it is not None, on rows of ``operands``.
 
-    ``operands.hidden`` lends its shape and dtype; ``norm`` is applied to rows of ``states`` as they are used. At most ``rows`` may
+    ``operands.hidden`` lends its shape and dtype; ``norm`` is applied to rows of ``states`` as they are used. ``ranks`` says how
+    many there are where each has some of the columns. At most ``rows`` may
     be asked for at a time: fewer than ``count`` where the budget does not hold what all of them need.
     """
 
@@ -155,9 +162,10 @@ class LensLoop:
         memory_budget: int,
         kernels: LensRows,
         strategy: str | None,
+        ranks: int = 0,
     ) -> None:
         self.states, self.norm, self.operands, self.outputs, self.top_k = states, checked_norm(norm), operands, outputs, top_k
-        self.kernels, self.strategy = kernels, strategy
+        self.kernels, self.strategy, self.ranks = kernels, strategy, ranks
         self.final = final if set(outputs) & set(COMPARED) else None
         self.policies = len(states) + (self.final is not None)
         self.pairs = "pairwise_kl" in outputs
@@ -181,6 +189,8 @@ class LensLoop:
         # and its hidden vectors.
         per_row = policies * (10 * size + 2 * 8 + 2 * k * (size + 8)) + policies**2 * size * self.compares + 64
         per_row += policies * width * of_product
+        # What ranks exchange is sent, received from each of them, and received again as what it is merged to.
+        per_row += (1 + 3 * self.ranks) * max(self.exchanged()) * size * (self.ranks > 0)
         second, scratch = bool(set(self.outputs) & set(SECOND_PASS)), self.kernels.needs_scratch(self.pairs)
         keeps = self.kernels.keeps(self.pairs)
         temporary = 3 * size * ("jsd" in self.outputs) * (not keeps)
@@ -194,7 +204,7 @@ class LensLoop:
             return rows * per_row + logits + all_logits + hidden + merged + 2 * columns * width * size * copies
 
         most_rows, most_columns = CPU_TILE if self.operands.weight.device.type == "cpu" else DEVICE_TILE
-        tokens, columns = max(min(most_rows // policies, count), 1), min(most_columns, vocab)
+        tokens, columns = max(min(most_rows // policies, count), 1), max(min(most_columns, vocab), 1)
         if second and keeps and count:
             room = memory_budget - needed(0, tokens, columns, True)
             rows = min(room // (per_row + policies * vocab * size), count)
@@ -228,15 +238,16 @@ class LensLoop:
             blocks.append((tokens, operand, self.operands.readout.rows(index, self.dtype)))
         return blocks
 
-    def _tiles(self, rows: Tensor, blocks: list[tuple[slice, Tensor, Readout]], kept: Tensor | None) -> Iterator[LensTile]:
-        """Yield tiles of products; each overwrites the one before, unless all are ``kept``, side by side."""
-        _, weight, bias, targets, _ = self.operands
-        vocab, device, y = len(weight), weight.device, targets.flatten()[rows]
+    def _tiles(self, y: Tensor, blocks: list[tuple[slice, Tensor, Readout]], kept: Tensor | None) -> Iterator[LensTile]:  # [n]
+        """Yield tiles of products on rows with the targets ``y``; each overwrites the one before, unless all are ``kept``, side by
+        side."""
+        _, weight, bias, _, _ = self.operands
+        vocab, device = len(weight), weight.device
         of_tile = self.policies * self.tile.rows * self.tile.columns
         room = torch.empty(of_tile if kept is None else 0, dtype=self.dtype, device=device)
         scratch = torch.empty(of_tile if self.kernels.needs_scratch(self.pairs) else 0, dtype=self.dtype, device=device)
         at = 0
-        for start in range(0, vocab if len(rows) else 0, self.tile.columns):
+        for start in range(0, vocab if len(y) else 0, self.tile.columns):
             columns = slice(start, min(start + self.tile.columns, vocab))
             w = rows_of(weight, columns)
             w = self.kernels.pack_weight(w, self.strategy) if self.packs else w.to(self.product_dtype)
@@ -253,17 +264,26 @@ class LensLoop:
                 free = scratch[:count].view(shape) if len(scratch) else None
                 yield LensTile(columns, tokens, z, free, False, b, readout, y[tokens])
 
-    def run(self, rows: Tensor) -> dict[str, Tensor]:  # [n]
-        """Return [L, n] for each of the outputs, [L, n, k] for ``top_ids`` and ``top_logprobs``, [L, L, n] for ``pairwise_kl``."""
+    def run(self, rows: Tensor, exchange: Exchange | None = None) -> dict[str, Tensor]:  # [n]
+        """Return [L, n] for each of the outputs, [L, n, k] for ``top_ids`` and ``top_logprobs``, [L, L, n] for ``pairwise_kl``.
+
+        By way of an ``exchange`` they are of the columns of all ranks: these tell one another what :meth:`exchanged` says.
+        """
         layers, vocab, outputs = len(self.states), len(self.operands.weight), set(self.outputs)
-        blocks, memory = self._blocks(rows), None
+        blocks, memory, y = self._blocks(rows), None, self.operands.targets.flatten()[rows]
+        if exchange is not None:
+            y, vocab = y - exchange.first, exchange.vocab
+            y.masked_fill_((y < 0) | (y >= len(self.operands.weight)), -1)
         kept: list[LensTile] = []
         if self.keeps:
-            memory = present(torch.empty(self.policies * len(rows) * vocab, dtype=self.dtype, device=rows.device))
-        tiles = self._tiles(rows, blocks, memory)
+            elements = self.policies * len(rows) * len(self.operands.weight)
+            memory = present(torch.empty(elements, dtype=self.dtype, device=rows.device))
+        tiles = self._tiles(y, blocks, memory)
         running = self._first_pass(tiles, kept, len(rows), self.kernels.multiplies and self.rules_out)
         if self.kernels.multiplies and not self.rules_out and running.cross is not None and not running.cross.isfinite().all():
-            running = self._first_pass(self._tiles(rows, blocks, None), [], len(rows), True)  # a product was −inf
+            running = self._first_pass(self._tiles(y, blocks, None), [], len(rows), True)  # a product was −inf
+        if exchange is not None:
+            running = self._merged(running, exchange)
         statistics, cross = running.statistics, running.cross
         logprob, entropy, logsumexp, log_s = algebra.finish(statistics, vocab, with_entropy=True)
         assert entropy is not None
@@ -271,7 +291,7 @@ class LensLoop:
         if running.argmax is not None:
             found["argmax"] = running.argmax
         if self.top_k:
-            top_z, order = running.top_z.sort(-1, descending=True)
+            top_z, order = running.top_z.sort(dim=-1, descending=True, stable=True)
             found["top_ids"] = running.top_ids.gather(2, order)
             found["top_logprobs"] = top_z.sub_(statistics.m.unsqueeze(-1)).sub_(log_s.unsqueeze(-1)).clamp_(max=0)
 
@@ -287,7 +307,7 @@ class LensLoop:
             kl.sub_(log_s.T.unsqueeze(2)).add_(log_s.T.unsqueeze(1)).clamp_(min=0)
             found["pairwise_kl"] = kl.permute(1, 2, 0)[:layers, :layers]
         if outputs & set(SECOND_PASS):
-            found |= self._second_pass(kept if self.keeps else self._tiles(rows, blocks, None), statistics, log_s)
+            found |= self._second_pass(kept if self.keeps else self._tiles(y, blocks, None), statistics, log_s, exchange)
         return {name: found[name][:layers] for name in (*self.outputs, *(("top_ids", "top_logprobs") if self.top_k else ()))}
 
     def _first_pass(self, tiles: Iterator[LensTile], kept: list[LensTile], count: int, rules_out: bool) -> Running:
@@ -313,7 +333,87 @@ class LensLoop:
             cross.masked_fill_(running.ruled_out > 0, -math.inf)
         return running
 
-    def _second_pass(self, tiles: Iterable[LensTile], statistics: Statistics, log_s: Tensor) -> dict[str, Tensor]:  # [P, n] each
+    def exchanged(self) -> list[int]:
+        """Return how many numbers, of the dtype of results, a rank tells the others of each row in one exchange after the other."""
+        policies, outputs = self.policies, set(self.outputs)
+        first = policies * (2 + self._needs_t + self._needs_target + ("argmax" in outputs) + 2 * self.top_k)
+        first += (policies if self.pairs else 2) * policies * self.compares
+        second = policies * len(outputs & set(SECOND_PASS))
+        return [first, second] if second else [first]
+
+    @property
+    def _needs_t(self) -> bool:
+        return self.compares or "entropy" in self.outputs
+
+    @property
+    def _needs_target(self) -> bool:
+        return bool({"logprobs", "rank"} & set(self.outputs))
+
+    def _merged(self, own: Running, exchange: Exchange) -> Running:
+        """Return the results of the columns of all ranks, with ids that count these, from those of this rank's."""
+        (m, s, t, z_y), (policies, count), k = own.statistics, own.statistics.m.shape, self.top_k
+        sent = {"m": m, "s": s}
+        if self._needs_t:
+            sent["t"] = t
+        if self._needs_target:
+            sent["z_y"] = z_y
+        if own.argmax is not None:
+            sent["argmax"] = as_numbers(own.argmax + exchange.first, self.dtype)
+        if k:
+            sent["top_z"] = own.top_z.transpose(1, 2).flatten(0, 1)
+            sent["top_ids"] = as_numbers((own.top_ids + exchange.first).transpose(1, 2).flatten(0, 1), self.dtype)
+        if own.cross is not None:
+            pairs = own.cross.permute(1, 2, 0)  # [P, P, n]
+            sent["cross"] = pairs.flatten(0, 1) if self.pairs else torch.cat([pairs[:, -1], pairs[-1]])
+        gathered = exchange.gathered(torch.cat(list(sent.values()))).split([len(x) for x in sent.values()], 1)
+        found = dict(zip(sent, gathered, strict=True))  # [ranks, …, n] each
+
+        m, s = found["m"].amax(0), found["s"]
+        moved = found["m"] - m
+        shrink = moved.exp()
+        moved = torch.where(s > 0, moved, 0)  # how far it is from nothing to a maximum does not matter
+        if self._needs_t:
+            t = in_order(shrink * (found["t"] + moved * s))
+        if self._needs_target:
+            z_y = in_order(found["z_y"])  # that of one rank, and 0 on the others
+        argmax, cross = own.argmax, own.cross
+        if argmax is not None:
+            argmax, best = torch.zeros_like(argmax), torch.full_like(m, algebra.lowest(self.dtype))
+            for largest, ids in zip(found["m"], as_ids(found["argmax"]), strict=True):
+                argmax, best = torch.where(largest > best, ids, argmax), torch.maximum(largest, best)
+        top_z, top_ids = own.top_z, own.top_ids
+        if k:
+            # Of fewer columns than k a rank has as many candidates.
+            shape, some = (len(s), policies, k, count), [min(k, size) for size in exchange.sizes]
+            values, ids = found["top_z"].reshape(shape), as_ids(found["top_ids"]).view(shape)
+            top_z, order = _side_by_side(values, some).sort(dim=-1, descending=True, stable=True)
+            top_z, top_ids = top_z[:, :, :k], _side_by_side(ids, some).gather(2, order[:, :, :k])
+        if cross is not None:
+
+            def whole(c: Tensor, of: Tensor | slice, other: Tensor | slice) -> Tensor:
+                """Return c of all columns, of pairs of policies."""
+                a = shrink[:, of]
+                return in_order(torch.where(a == 0, 0, a * (c + moved[:, other] * s[:, of])))  # 0 · −inf is 0
+
+            first, last = torch.arange(policies, device=m.device), torch.full((policies,), policies - 1, device=m.device)
+            if self.pairs:
+                pairs = whole(found["cross"], first.repeat_interleave(policies), first.repeat(policies))
+                cross = pairs.view(policies, policies, count).permute(2, 0, 1).contiguous()
+            else:
+                pairs = whole(found["cross"], torch.cat([first, last]), torch.cat([last, first]))
+                cross[:, :, -1], cross[:, -1] = pairs[:policies].T, pairs[policies:].T
+        # In their memory, for row kernels take them as parts of one tensor.
+        for mine, of_all in zip(own.statistics, (m, in_order(shrink * s), t, z_y), strict=True):
+            mine.copy_(of_all)
+        return Running(own.statistics, argmax, cross, own.pairs, own.ruled_out, top_z, top_ids)
+
+    def _second_pass(
+        self,
+        tiles: Iterable[LensTile],
+        statistics: Statistics,  # [P, n] each
+        log_s: Tensor,  # [P, n]
+        exchange: Exchange | None,
+    ) -> dict[str, Tensor]:
         """Return rank and jsd, [P, n] each."""
         rank = torch.zeros_like(log_s, dtype=torch.int64) if "rank" in self.outputs else None
         jsd = torch.zeros_like(log_s) if "jsd" in self.outputs else None
@@ -321,8 +421,28 @@ class LensLoop:
             t = tile.tokens
             into = Comparison(*(None if x is None else x[:, t] for x in (rank, jsd)))
             self.kernels.compare(tile, Statistics(*(x[:, t] for x in statistics)), log_s[:, t], into, self.strategy)
+        if exchange is not None:
+            own = [x for x in (None if rank is None else as_numbers(rank, self.dtype), jsd) if x is not None]
+            gathered = list(exchange.gathered(torch.cat(own)).split(self.policies, 1))
+            rank = None if rank is None else as_ids(gathered.pop(0)).sum(0)
+            jsd = None if jsd is None else in_order(gathered.pop(0))
         found = {} if rank is None else {"rank": rank}
         if jsd is not None:
             jsd += 0 * (log_s + log_s[-1])  # NaN where one of the two is no policy
             found["jsd"] = jsd.clamp_(0, math.log(2))
         return found
+
+
+def as_numbers(ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return integers below 2^31 in memory that is said to be of ``dtype``, so that they travel with numbers."""
+    return ids.contiguous().view(dtype) if dtype.itemsize == ids.itemsize else ids.int().contiguous().view(dtype)
+
+
+def as_ids(numbers: Tensor) -> Tensor:
+    """Return the integers of :func:`as_numbers`."""
+    return numbers.contiguous().view(torch.int64 if numbers.itemsize == 8 else torch.int32).long()
+
+
+def _side_by_side(x: Tensor, some: list[int]) -> Tensor:  # [ranks, P, k, n] -> [P, n, Σ some]
+    """Return the first ``some`` of the k places of each rank."""
+    return torch.cat([of_rank[:, :count] for of_rank, count in zip(x, some, strict=True)], 1).transpose(1, 2)
