@@ -402,8 +402,8 @@ def _of_side(side: str, call: Callable[[], Any]) -> Any:
 
 def gathered(name: str, parameter: Any, hidden: Tensor, group: str | None = None) -> Any:
     """Return a sharded parameter whole, with a gradient that is averaged over the ranks of its mesh, of as many dimensions as that
-    has, and sharded again: what FSDP does to those it gathers itself. Under autocast it is in the dtype it will be used in. Over the
-    ranks of a ``group`` it stays sharded."""
+    has, and sharded again: what FSDP does to those it gathers itself. Under autocast it is in the dtype it will be used in. Over
+    the ranks of a ``group`` it stays sharded."""
     if hasattr(parameter, "ds_id") and not parameter.numel():
         raise ValueError(
             f"{name}: partitioned by DeepSpeed ZeRO-3, accepted is a gathered one; call the head as a module, head(hidden, ...), "

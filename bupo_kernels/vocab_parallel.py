@@ -256,16 +256,16 @@ def telling(group: str, device: torch.device) -> Iterator[None]:
 
 
 def shard_of(name: str, parameter: Any, group: str) -> Any:
-    """Return the columns that this rank has of a ``DTensor``. It stays sharded over the dimension of its mesh that the group is, and
-    is gathered over the others, along which ranks have rows of their own: its gradient is averaged over those."""
+    """Return the columns that this rank has of a ``DTensor``. It stays sharded over the dimension of its mesh that the group is,
+    and is gathered over the others, along which ranks have rows of their own: its gradient is averaged over those."""
     from torch.distributed.tensor import Partial, Replicate, Shard
 
     mesh, placements = parameter.device_mesh, parameter.placements
     own = [mesh.get_group(dimension).group_name == group for dimension in range(mesh.ndim)]
     found = [placement for placement, is_own in zip(placements, own, strict=True) if is_own]
     if found != [Shard(0)]:
-        given = f"{found[0]} over the ranks of the group" if found else f"{placements} over none of the group's ranks alone"
-        raise TypeError(f"{name}: a DTensor of {given} given, accepted with a group is Shard(dim=0) over its ranks")
+        given = f"a DTensor of {found[0]!r}" if found else "a DTensor on a mesh without such a dimension"
+        raise TypeError(f"{name}: {given} given, accepted with a group is Shard(dim=0) over its ranks")
     whole = [Shard(0) if is_own else Replicate() for is_own in own]
     averaged = [Shard(0) if is_own else Partial("avg") for is_own in own]
     return parameter.redistribute(placements=whole).to_local(grad_placements=averaged)

@@ -87,6 +87,45 @@ def test_a_weight_is_gathered_over_every_dimension_of_its_mesh_and_its_gradient_
     assert [out.split()[-1] for out in on_ranks("test_meshes:rank_gathers", 4)] == ["held"] * 4
 
 
+def rank_stays_sharded() -> None:
+    """Rows of its own for each rank of one dimension of the mesh, columns of its own along the other: both at once."""
+    with process_group(Hardware(device="cpu")):
+        mesh = dist.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        case = random_case(13, 29, 6, dtype=torch.float64)
+        bias, advantages = torch.randn(29, dtype=torch.float64), torch.randn(13, dtype=torch.float64)
+        leaves = case.hidden, case.weight, bias.requires_grad_()
+
+        def loss_of(hidden, weight, rows, **options):
+            objective = PolicyObjective(entropy_coefficient=0.1)
+            return linear_policy_loss(hidden, weight, case.targets[rows], advantages[rows], objective=objective, **options)[0]
+
+        want = torch.autograd.grad(loss_of(*leaves[:2], slice(None), bias=bias), leaves)
+        mine = slice(0, 4) if mesh.get_local_rank("dp") == 0 else slice(4, 13)
+        hidden = case.hidden.detach()[mine].requires_grad_()
+        of_bias = placed(Replicate(), Shard(0))(bias, mesh)
+        options = {"bias": of_bias, "row_group": mesh.get_group("dp"), "group": "tp"}
+        for name, group, given in (
+            ("replicated", "tp", r"a DTensor of Replicate\(\)"),
+            ("sharded over vocabulary and width", "tp", r"a DTensor of Shard\(dim=1\)"),
+            ("FSDP2 over tensor parallelism", "dp", r"a DTensor of _StridedShard\(dim=0, sf=2\)"),
+            ("HSDP", dist.group.WORLD, "a DTensor on a mesh without such a dimension"),
+        ):
+            with pytest.raises(TypeError, match=f"weight: {given} given, accepted with a group is Shard"):
+                linear_logprobs(hidden, MESHES[name](case.weight, mesh), case.targets[mine], group=group)
+        for name in ("FSDP2 over tensor parallelism", "sharded over both", "HSDP"):
+            weight = MESHES[name](case.weight, mesh)
+            got = torch.autograd.grad(loss_of(hidden, weight, rows=mine, **options), (hidden, weight, of_bias))
+            assert got[1].placements == weight.placements, name
+            parts = got[0], 2 * got[1].full_tensor(), 2 * got[2].full_tensor()
+            for x, y in zip(parts, (want[0][mine], *want[1:]), strict=True):
+                torch.testing.assert_close(x, y, **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+        print("held")
+
+
+def test_a_weight_stays_sharded_over_the_group_and_is_gathered_over_the_other_dimension():
+    assert [out.split()[-1] for out in on_ranks("test_meshes:rank_stays_sharded", 4)] == ["held"] * 4
+
+
 # ---- rows that are spread over ranks
 
 SEQUENCES = ((0, 2), (2, 2), (2, 5))  # of each of three ranks; one has none
