@@ -119,6 +119,12 @@ def rank_stays_sharded() -> None:
             parts = got[0], 2 * got[1].full_tensor(), 2 * got[2].full_tensor()
             for x, y in zip(parts, (want[0][mine], *want[1:]), strict=True):
                 torch.testing.assert_close(x, y, **TOLERANCE, msg=lambda m, n=name: f"{n}: {m}")
+        for failing in range(4):  # its error goes along a row of the mesh, and from there along the columns
+            wrong, expected = {}, (RuntimeError, "group: rank [01] raises an error")
+            if dist.get_rank() == failing:
+                wrong, expected = {"softcap": -1.0}, (ValueError, "softcap: -1.0 given")
+            with pytest.raises(expected[0], match=expected[1]):
+                loss_of(hidden, weight, rows=mine, **options, **wrong)
         print("held")
 
 
