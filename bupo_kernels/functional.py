@@ -88,8 +88,8 @@ def linear_logprobs(
     Args:
         hidden: ``[..., D]``, fp32, bf16, fp16 or float64; any view, also a non-contiguous one.
         weight: the unembedding, ``[V, D]``, dtype of ``hidden``. Under autocast both are cast to its dtype, as
-            ``F.linear`` would. A ``DTensor`` sharded over one mesh dimension (FSDP2) is gathered, and its gradient averaged over
-            the ranks, each of which brings rows of its own. A frozen weight that is quantised, of any dtype and class of which
+            ``F.linear`` would. A ``DTensor`` (FSDP2, HSDP) is gathered over its mesh, and its gradient averaged over the ranks of
+            that, each of which brings rows of its own. A frozen weight that is quantised, of any dtype and class of which
             ``weight[a:b].dequantize()`` gives numbers (torchao's int8 and float8), stands for these: the ``torch`` backend reads
             it a slice at a time, outside of ``torch.compile``. A view of its first rows, ``weight[:n]``, leaves the padding of a
             vocabulary out, and costs n columns instead of V; autograd copies its gradient into one of all V rows.
@@ -107,7 +107,8 @@ def linear_logprobs(
             ``[V_r]``, are then those of this rank's columns, any number of them and also none; shards lie side by side in the order
             of the ranks, and ``V`` is the sum of their ``V_r``. All else is the same on every rank: hidden states, ``targets`` in
             ``[0, V)``, options. A ``DTensor`` that is ``Shard(0)`` over these ranks stands for its shard, and its gradient is
-            sharded like it; with one, the name of its mesh's dimension is accepted too. See below.
+            sharded like it; with one, the name of its mesh's dimension is accepted too, and over the other dimensions it is
+            gathered as without a group. See below.
         return_entropy: False skips the entropy; the field is then None.
         backend: ``"auto"``, ``"triton"``, ``"native"`` (C++ and CUDA) or ``"torch"``, or one with its strategy:
             ``"triton:recompute"``, ``"triton:cached"``, or an instruction set, as in ``"native:avx2"``; :func:`explain` says which

@@ -265,7 +265,7 @@ def shard_of(name: str, parameter: Any, group: str) -> Any:
     found = [placement for placement, is_own in zip(placements, own, strict=True) if is_own]
     if found != [Shard(0)]:
         given = f"a DTensor of {found[0]!r}" if found else "a DTensor on a mesh without such a dimension"
-        raise TypeError(f"{name}: {given} given, accepted with a group is Shard(dim=0) over its ranks")
+        raise TypeError(f"{name}: {given} given, accepted with this group is Shard(dim=0) over its ranks")
     whole = [Shard(0) if is_own else Replicate() for is_own in own]
     averaged = [Shard(0) if is_own else Partial("avg") for is_own in own]
     return parameter.redistribute(placements=whole).to_local(grad_placements=averaged)

@@ -110,7 +110,7 @@ def rank_stays_sharded() -> None:
             ("FSDP2 over tensor parallelism", "dp", r"a DTensor of _StridedShard\(dim=0, sf=2\)"),
             ("HSDP", dist.group.WORLD, "a DTensor on a mesh without such a dimension"),
         ):
-            with pytest.raises(TypeError, match=f"weight: {given} given, accepted with a group is Shard"):
+            with pytest.raises(TypeError, match=f"weight: {given} given, accepted with this group is Shard"):
                 linear_logprobs(hidden, MESHES[name](case.weight, mesh), case.targets[mine], group=group)
         for name in ("FSDP2 over tensor parallelism", "sharded over both", "HSDP"):
             weight = MESHES[name](case.weight, mesh)
