@@ -148,7 +148,7 @@ class Shard(NamedTuple):
             sent[-1:].fill_(1)
         else:
             sent[:-1].view(shape).copy_(part)
-        return all_gathered(self.group, sent)
+        return _all_gathered(self.group, sent)
 
     def merged(self, part: Statistics) -> Statistics:  # [n] each
         """Return the statistics of all columns of rows that are active, from those of this rank's."""
@@ -194,7 +194,7 @@ def tell(group: str, header: Header, device: torch.device) -> Tensor:
             mine[i].copy_(fact)
         elif fact:
             mine[i].fill_(fact)
-    return all_gathered(group, mine)
+    return _all_gathered(group, mine)
 
 
 def _check(headers: Tensor, wait: bool) -> None:
@@ -217,8 +217,7 @@ def is_at_hand(x: Tensor) -> bool:
     return x.device.type == "cpu"
 
 
-def all_gathered(group: str, part: Tensor) -> Tensor:  # [k] -> [ranks, k]
-    """Return what each rank of the group has in the place of ``part``, in their order."""
+def _all_gathered(group: str, part: Tensor) -> Tensor:  # [k] -> [ranks, k]
     ranks = dist.get_world_size(group_named(group))
     return _COLLECTIVES.wait_tensor(_COLLECTIVES.all_gather_into_tensor(part, ranks, group)).view(ranks, *part.shape)
 
