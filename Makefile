@@ -71,7 +71,7 @@ test-trl test-verl: test-%: install
 	test -x .venv-$*/bin/pip || $(PYTHON) -m venv .venv-$*
 	.venv-$*/bin/pip install --quiet --disable-pip-version-check "$(TORCH)"
 	BUPO_BUILD_CUDA=0 .venv-$*/bin/pip install --quiet --disable-pip-version-check ".[$*]" pytest pytest-benchmark hypothesis
-	.venv-$*/bin/pytest tests/test_$*.py
+	.venv-$*/bin/pytest tests/test_$**.py
 
 kernels: install ## compile every Triton configuration, and the CUDA kernels where there is an nvcc, for every target, and print what came of it
 	$(BIN)/python -m bupo_kernels.backends.triton_.compile

@@ -42,8 +42,18 @@ from bupo_kernels import engine, ops, vocab_parallel
 from bupo_kernels.backends import machine
 from bupo_kernels.dispatch import Plan, default_memory_budget
 from bupo_kernels.divergence import DivergencePlan
-from bupo_kernels.policy_losses import PolicyMetrics, PolicyObjective, active_tokens, policy_metrics, policy_terms, token_weights
+from bupo_kernels.policy_losses import (
+    PolicyMetrics,
+    PolicyObjective,
+    active_tokens,
+    batch_denominator,
+    policy_metrics,
+    policy_terms,
+    token_weights,
+    top_entropy_bound,
+)
 from bupo_kernels.request import REDUCTIONS, DivergenceRequest, Request, check_constant, check_rows_of
+from bupo_kernels.row_parallel import Rows, together
 from bupo_kernels.support import SupportPlan
 
 
@@ -78,8 +88,8 @@ def linear_logprobs(
     Args:
         hidden: ``[..., D]``, fp32, bf16, fp16 or float64; any view, also a non-contiguous one.
         weight: the unembedding, ``[V, D]``, dtype of ``hidden``. Under autocast both are cast to its dtype, as
-            ``F.linear`` would. A ``DTensor`` sharded over one mesh dimension (FSDP2) is gathered, and its gradient averaged over
-            the ranks, each of which brings rows of its own. A frozen weight that is quantised, of any dtype and class of which
+            ``F.linear`` would. A ``DTensor`` (FSDP2, HSDP) is gathered over its mesh, and its gradient averaged over the ranks of
+            that, each of which brings rows of its own. A frozen weight that is quantised, of any dtype and class of which
             ``weight[a:b].dequantize()`` gives numbers (torchao's int8 and float8), stands for these: the ``torch`` backend reads
             it a slice at a time, outside of ``torch.compile``. A view of its first rows, ``weight[:n]``, leaves the padding of a
             vocabulary out, and costs n columns instead of V; autograd copies its gradient into one of all V rows.
@@ -97,7 +107,8 @@ def linear_logprobs(
             ``[V_r]``, are then those of this rank's columns, any number of them and also none; shards lie side by side in the order
             of the ranks, and ``V`` is the sum of their ``V_r``. All else is the same on every rank: hidden states, ``targets`` in
             ``[0, V)``, options. A ``DTensor`` that is ``Shard(0)`` over these ranks stands for its shard, and its gradient is
-            sharded like it; with one, the name of its mesh's dimension is accepted too. See below.
+            sharded like it; with one, the name of its mesh's dimension is accepted too, and over the other dimensions it is
+            gathered as without a group. See below.
         return_entropy: False skips the entropy; the field is then None.
         backend: ``"auto"``, ``"triton"``, ``"native"`` (C++ and CUDA) or ``"torch"``, or one with its strategy:
             ``"triton:recompute"``, ``"triton:cached"``, or an instruction set, as in ``"native:avx2"``; :func:`explain` says which
@@ -166,12 +177,14 @@ def logprobs_of(request: Request) -> LinearLogprobs:
     return LinearLogprobs(found.logprobs, found.entropy, found.logsumexp)
 
 
+@together
 def linear_cross_entropy(
     hidden: Tensor,  # [..., D]
     weight: Tensor,  # [V, D]
     targets: Tensor,  # [...] int64
     *,
     reduction: str = "mean",
+    row_group: Any = None,
     check: bool = False,
     **options: Any,
 ) -> Tensor:
@@ -180,6 +193,8 @@ def linear_cross_entropy(
     Args:
         reduction: ``"mean"`` over the rows that count (0.0 when none does, where ``F.cross_entropy`` gives NaN), ``"sum"``,
             or ``"none"`` for the shape of ``targets`` with 0.0 on masked rows.
+        row_group: for ``"mean"``, the ranks that have the rows of a batch, as in :func:`linear_policy_loss`: this is then the part
+            of this rank in the mean over the rows of all.
         check: as in :func:`linear_logprobs`.
         options: those of :func:`linear_logprobs`, except ``return_entropy``.
 
@@ -191,14 +206,23 @@ def linear_cross_entropy(
     with request.telling():
         if reduction not in ("mean", "sum", "none"):
             raise ValueError(f"reduction: {reduction!r} given, accepted are 'mean', 'sum', 'none'")
+        rows = _rows_of_mean(row_group, hidden, reduction)
         if check:
             request.check_values()
     losses = -logprobs_of(request).logprobs
     if reduction == "none":
         return losses
-    return losses.sum() / (request.active().sum().clamp(min=1) if reduction == "mean" else 1)
+    return losses.sum() / (rows.sum(request.active().sum()).clamp(min=1) if reduction == "mean" else 1)
 
 
+def _rows_of_mean(row_group: Any, hidden: Any, reduction: str) -> Rows:
+    """Return the ranks over whose rows a mean is taken. Raise where none is."""
+    if row_group is not None and reduction != "mean":
+        raise ValueError(f"row_group: given with reduction={reduction!r}, accepted with 'mean'")
+    return Rows(row_group, hidden)
+
+
+@together
 def linear_policy_loss(
     hidden: Tensor,  # [..., D]
     weight: Tensor,  # [V, D]
@@ -212,6 +236,7 @@ def linear_policy_loss(
     denominator: float | Tensor | None = None,
     lengths: Tensor | None = None,  # [n] int64
     entropy_bound: float | Tensor | None = None,
+    row_group: Any = None,
     check: bool = False,
     **options: Any,
 ) -> tuple[Tensor, PolicyMetrics]:
@@ -240,6 +265,12 @@ def linear_policy_loss(
         entropy_bound: the entropy at which ``objective.top_entropy_quantile`` divides the whole batch
             (:func:`bupo_kernels.policy_losses.top_entropy_bound`), so that it can span micro-batches and ranks; None takes that of
             the call. A token counts at the bound and above.
+        row_group: the ``ProcessGroup`` of the ranks that have the rows of the batch, each its own: of data, context or Ulysses
+            sequence parallelism. What is not given of denominator and entropy bound is then that of all their rows, and so are the
+            metrics; the loss is this rank's part: losses and gradients of the ranks add up to those of one that has all rows.
+            Where gradients are averaged instead (FSDP2, DDP, a DTensor weight), multiply the loss by the number of ranks. Every
+            rank calls this, one without rows too, and where one raises all do. Sequences, where the objective or its aggregation
+            is over them, lie whole on a rank; of token ratios with ``"token-mean"`` any rank may have any rows.
         check: as in :func:`linear_logprobs`, for the other inputs too.
         options: those of :func:`linear_logprobs`, except ``return_entropy``.
 
@@ -272,7 +303,8 @@ def linear_policy_loss(
         if check:
             constants = {name: x for name, x in given.items() if name != "sampler_logprobs"}
             request.check_values(active, **constants, advantages=advantages)
-    weights = weights_of(objective, active, denominator, torch.promote_types(request.hidden.dtype, torch.float32))
+        # This is a message to the row group, and raises where one of it does: the ranks of the other columns hear of that too.
+        weights = weights_of(objective, active, denominator, torch.promote_types(request.hidden.dtype, torch.float32), row_group)
 
     packed: dict[str, Any] = {"lengths": lengths, "entropy_bound": entropy_bound}
     if objective.needs_sequence or objective.needs_batch or request.support is not None:
@@ -281,6 +313,8 @@ def linear_policy_loss(
         found = logprobs_of(replace(request, mask=active & ~request.settled()))
         assert found.entropy is not None
         logprob, entropy = found.logprobs.detach(), found.entropy.detach()
+        if objective.needs_batch and entropy_bound is None:
+            packed["entropy_bound"] = top_entropy_bound(entropy, active, objective.top_entropy_quantile, row_group)
         terms = policy_terms(objective, logprob, entropy, advantages, mask=active, **given, **packed)
         # This has the value Σ w · loss, and its gradient: what is added to the loss is exactly zero, of a log-prob of −inf too.
         through = torch.where(terms.d_logprob == 0, 0, terms.d_logprob * (found.logprobs - logprob))
@@ -295,16 +329,23 @@ def linear_policy_loss(
         )
         active = engine.rows_that_matter(objective, active, weights, advantages)
         terms = policy_terms(objective, logprob, entropy, advantages, mask=active, **given)
-    metrics = policy_metrics(terms, logprob, entropy, given["old_logprobs"], given["sampler_logprobs"], mask=active)
-    return loss, metrics
+    old, sampler = given["old_logprobs"], given["sampler_logprobs"]
+    return loss, policy_metrics(terms, logprob, entropy, old, sampler, mask=active, row_group=row_group)
 
 
 def weights_of(
-    objective: PolicyObjective, active: Tensor, denominator: float | Tensor | None, dtype: torch.dtype
-) -> Tensor:  # [...] bool -> [...]
-    """Return the weight of each token's loss in the whole; a sequence is the last dimension."""
+    objective: PolicyObjective,
+    active: Tensor,  # [...] bool
+    denominator: float | Tensor | None,
+    dtype: torch.dtype,
+    row_group: Any = None,
+) -> Tensor:  # [...]
+    """Return the weight of each token's loss in the whole, of a ``row_group`` where one is given; a sequence is the last
+    dimension."""
     sequences = active.reshape(math.prod(active.shape[:-1]), active.shape[-1])  # of no token either, where -1 would be any number
     aggregation, longest = objective.aggregation, objective.max_length
+    if denominator is None:
+        denominator = batch_denominator(sequences, aggregation, row_group).clamp(min=1)
     return token_weights(sequences, aggregation, denominator=denominator, max_length=longest, dtype=dtype).view(active.shape)
 
 
@@ -336,6 +377,7 @@ class LinearDivergence(NamedTuple):
     per_row: Tensor  # [...], without weights, at least 0; no gradient
 
 
+@together
 def linear_divergence(
     student_hidden: Tensor,  # [..., D]
     student_weight: Tensor,  # [V, D]
@@ -352,6 +394,7 @@ def linear_divergence(
     teacher_temperature: float | Tensor | None = None,  # or [...]
     teacher_logit_scale: float | None = None,
     teacher_softcap: float | None = None,
+    row_group: Any = None,
     check: bool = False,
     **options: Any,
 ) -> LinearDivergence:
@@ -378,6 +421,8 @@ def linear_divergence(
         reduction: ``"none"``: the values of rows, times their weights. ``"sum"``, or ``"mean"`` over the rows that ``mask`` leaves
             (0.0 when there are none).
         denominator: replaces that number of rows in ``"mean"``, so that it can span micro-batches and ranks.
+        row_group: for ``"mean"`` without a ``denominator``, the ranks that have the rows of a batch, as in
+            :func:`linear_policy_loss`: ``divergence`` is then the part of this rank in the mean over the rows of all.
         teacher_temperature: the student's, if not given: both policies are softened alike.
         teacher_logit_scale, teacher_softcap, teacher_bias: those of the teacher's head. If not given: the student's where the head
             is the student's, and none where ``teacher_weight`` is given.
@@ -413,6 +458,9 @@ def linear_divergence(
         if denominator is not None and reduction != "mean":
             raise ValueError(f"denominator: given with reduction={reduction!r}, accepted with 'mean'")
         check_constant("denominator", denominator)
+        rows = _rows_of_mean(row_group, student_hidden, reduction)
+        if row_group is not None and denominator is not None:
+            raise ValueError("row_group: given with a denominator, accepted is one of the two")
         request = DivergenceRequest.of(
             student_hidden,
             student_weight,
@@ -437,9 +485,11 @@ def linear_divergence(
     else:
         if weights is None:
             weights = torch.ones(request.active.shape, dtype=request.dtype, device=request.active.device)
-        if reduction == "mean":
+        if reduction == "mean" and row_group is None:
             weights = weights / (request.student.active().sum().clamp(min=1) if denominator is None else denominator)
         divergence, per_row, entropy = request.total(weights)
+        if row_group is not None:
+            divergence = divergence / rows.sum(request.student.active().sum()).clamp(min=1)
     return LinearDivergence(divergence, entropy if request.student.return_entropy else None, per_row.detach())
 
 

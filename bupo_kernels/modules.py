@@ -9,9 +9,11 @@ from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from bupo_kernels.functional import LinearDivergence, LinearLogprobs, linear_divergence, linear_logprobs, linear_policy_loss
 from bupo_kernels.lens import LensStatistics, logit_lens
+from bupo_kernels.parallel_heads import check_parallel, is_parallel, take_parallel
 from bupo_kernels.policy_losses import PolicyMetrics
 
 # Arguments that ask the head for more than logits.
@@ -44,6 +46,10 @@ class FusedLMHead(nn.Linear):
     still gives logits, so generation and saving work unchanged. The weight is only ever read inside :meth:`forward`, which is
     what sharded training needs (FSDP2 gathers a module's parameters around its forward).
 
+    Where a framework puts its vocabulary on several ranks (torch's ``ColwiseParallel``, before or after :meth:`adopt`, and
+    transformers' ``tp_plan``), statistics are those of all of it, the same on every rank of the group, of the hidden states of all
+    rows; logits are what the framework makes of them. Below FSDP2 too.
+
     ``readout`` holds what the model goes on to do with these logits, as ``logit_scale`` and ``softcap``: statistics are those of
     the model's logits. Either of the two, given in a call, stands in its place and is not applied on top.
     """
@@ -61,8 +67,22 @@ class FusedLMHead(nn.Linear):
             return linear
         if type(linear) is not nn.Linear:
             raise TypeError(f"linear: {type(linear).__name__} given, accepted is a plain nn.Linear")
+        check_parallel("linear", linear)
         check_forward("linear", linear)
+        take_parallel(linear)
         return change_class(linear, cls)
+
+    def register_forward_pre_hook(self, hook: Callable, **options: Any) -> RemovableHandle:
+        """Register a hook as any module does, but one of tensor parallelism for logits alone."""
+        handle = super().register_forward_pre_hook(hook, **options)
+        take_parallel(self)
+        return handle
+
+    def register_forward_hook(self, hook: Callable, **options: Any) -> RemovableHandle:
+        """Register a hook as any module does, but one of tensor parallelism for logits alone."""
+        handle = super().register_forward_hook(hook, **options)
+        take_parallel(self)
+        return handle
 
     @overload
     def forward(self, hidden: Tensor) -> Tensor: ...
@@ -104,10 +124,15 @@ class FusedLMHead(nn.Linear):
         answer = ANSWERS.get(tuple(given))
         if answer is None or (options and not given):
             raise TypeError(_refusal(given, options))
+        around = vars(self).get("around")
         if given:
             options = getattr(self, "readout", {}) | options
             if not torch.compiler.is_compiling():
                 _check_caller(self)
+            if around is not None:
+                hidden, options["group"] = around.operands(self, hidden)
+        elif around is not None:
+            return around.logits(self, hidden)
         return answer(hidden, self.weight, bias=self.bias, **given, **options)
 
 
@@ -133,6 +158,8 @@ def change_class(module: nn.Module, kind: type[Kind]) -> Kind:
 def check_forward(argument: str, module: nn.Module) -> None:
     """Raise ValueError where ``module`` has a ``forward`` of its own that :func:`change_class` would not reach."""
     forward = vars(module).get("forward")
+    if forward is not None and is_parallel(forward):
+        return
     # The hooks of accelerate call the former.
     hooked = vars(module).get("_old_forward") if "_hf_hook" in vars(module) else forward
     if forward is not None and not _is_of_its_class(module, hooked):

@@ -37,11 +37,13 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bupo_kernels.row_parallel import Rows
 
 # |ln ratio| is clamped before exp: e^20 is far outside any clip range and far inside fp32's.
 MAX_LOG_RATIO = 20.0
@@ -268,7 +270,12 @@ def _sum_of_sequences(lengths: Tensor | None) -> Callable[[Tensor], Tensor]:  # 
     return of_packed
 
 
-def top_entropy_bound(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:  # [...], [...] bool -> []
+def top_entropy_bound(
+    entropy: Tensor,  # [...]
+    mask: Tensor,  # [...] bool
+    quantile: float,
+    row_group: Any = None,
+) -> Tensor:  # []
     """Return the entropy that the share ``quantile`` of the tokens in ``mask`` have or exceed, without a wait for the device.
 
     Of n tokens these are ``1 + floor(quantile · (n − 1))``, and those that have exactly that of the last: as many as lie at or
@@ -276,11 +283,13 @@ def top_entropy_bound(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
 
     It is for a batch whose loss is taken in parts, given the entropies of the whole batch; where these are known before the loss,
     as with old log-probs, zero advantages for the tokens below the bound have the same gradient in one pass, and cost no product.
+    With a ``row_group`` it is of the tokens of all its ranks, which all call this; this waits for the device, once.
     """
-    values = torch.where(mask, entropy.detach(), -math.inf).flatten()
+    rows = Rows(row_group, entropy)
+    values = rows.joined(torch.where(mask, entropy.detach(), -math.inf).flatten())
     if values.numel() == 0:
         return values.new_full((), math.inf)
-    count = mask.sum()
+    count = rows.sum(mask.sum())
     last = ((count - 1).clamp(min=0).double() * quantile).floor().long()
     bound = values.sort(descending=True).values.gather(0, last.view(1)).squeeze(0)
     return torch.where(count > 0, bound, math.inf)
@@ -406,9 +415,10 @@ def token_weights(
     return torch.where(mask, mask.to(dtype) / within / denominator, 0)
 
 
-def batch_denominator(mask: Tensor, aggregation: str) -> Tensor:  # [B, S] bool -> []
-    """Count the tokens of a whole batch that count, or its sequences that have one: for :func:`token_weights` of its parts."""
-    return mask.sum() if aggregation == "token-mean" else mask.any(1).sum()
+def batch_denominator(mask: Tensor, aggregation: str, row_group: Any = None) -> Tensor:  # [B, S] bool -> []
+    """Count the tokens of a whole batch that count, or its sequences that have one: for :func:`token_weights` of its parts. Of a
+    batch whose sequences lie on the ranks of a ``row_group``, this rank has those of ``mask``, and all of them call this."""
+    return Rows(row_group, mask).sum(mask.sum() if aggregation == "token-mean" else mask.any(1).sum())
 
 
 def _check_max_length(aggregation: str, max_length: int | None):
@@ -442,30 +452,46 @@ def policy_metrics(
     old_logprobs: Tensor | None = None,  # [...]
     sampler_logprobs: Tensor | None = None,  # [...]
     mask: Tensor | None = None,  # [...] bool, all of the active tokens if not given
+    row_group: Any = None,
 ) -> PolicyMetrics:
-    """Return the metrics of a step, for its log. Nothing here waits for the device."""
+    """Return the metrics of a step, for its log. Nothing here waits for the device. With a ``row_group`` they are of the tokens of
+    all its ranks, which all call this."""
     rows = terms.active if mask is None else terms.active & mask
-    count = rows.sum()
 
-    def mean(x: Tensor | None) -> Tensor:
-        if x is None:
-            return logprobs.new_full((), math.nan)
-        return torch.where(rows, x, 0).sum(dtype=logprobs.dtype) / count.clamp(min=1)
+    def total(x: Tensor | None) -> Tensor:
+        return logprobs.new_full((), math.nan) if x is None else torch.where(rows, x, 0).sum(dtype=logprobs.dtype)
 
     def extreme(sign: int) -> Tensor:
         values = torch.where(rows, sign * terms.ratio, -math.inf)
-        return torch.where(count > 0, sign * F.pad(values.flatten(), (0, 1), value=-math.inf).amax(), 1.0)
+        return F.pad(values.flatten(), (0, 1), value=-math.inf).amax()
 
+    count, extremes = rows.sum(), torch.stack([extreme(-1), extreme(1)])
+    totals = torch.stack(
+        [
+            total(terms.ratio),
+            total(terms.clipped_low),
+            total(terms.clipped_high),
+            total(torch.zeros_like(logprobs) if old_logprobs is None else _kl("k3", logprobs - old_logprobs)[0]),
+            total(terms.kl),
+            total(entropy),
+            total(None if sampler_logprobs is None else (logprobs - sampler_logprobs).abs()),
+        ]
+    )
+    if row_group is not None:
+        parts = Rows(row_group, logprobs).gathered(torch.cat([count.view(1), totals, extremes]))  # [ranks, 10]
+        count = parts[:, 0].sum().to(count.dtype)
+        totals, extremes = parts[:, 1:8].sum(0).to(totals.dtype), parts[:, 8:].amax(0).to(extremes.dtype)
+    ratio, low, high, kl_old, kl_reference, mean_entropy, gap = (totals / count.clamp(min=1)).unbind()
     return PolicyMetrics(
-        ratio_mean=torch.where(count > 0, mean(terms.ratio), 1.0),
-        ratio_min=extreme(-1),
-        ratio_max=extreme(1),
-        clipped_low=mean(terms.clipped_low),
-        clipped_high=mean(terms.clipped_high),
-        kl_old=mean(torch.zeros_like(logprobs) if old_logprobs is None else _kl("k3", logprobs - old_logprobs)[0]),
-        kl_reference=mean(terms.kl),
-        entropy=mean(entropy),
-        sampler_gap=mean(None if sampler_logprobs is None else (logprobs - sampler_logprobs).abs()),
+        ratio_mean=torch.where(count > 0, ratio, 1.0),
+        ratio_min=torch.where(count > 0, -extremes[0], 1.0),
+        ratio_max=torch.where(count > 0, extremes[1], 1.0),
+        clipped_low=low,
+        clipped_high=high,
+        kl_old=kl_old,
+        kl_reference=kl_reference,
+        entropy=mean_entropy,
+        sampler_gap=gap,
         active_rows=count,
     )
 

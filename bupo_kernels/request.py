@@ -418,9 +418,9 @@ def _of_side(side: str, call: Callable[[], Any]) -> Any:
 
 
 def gathered(name: str, parameter: Any, hidden: Tensor, group: str | None = None) -> Any:
-    """Return a sharded parameter whole, with a gradient that is averaged over the ranks and sharded again: what FSDP does to those
-    it gathers itself. Under autocast it is in the dtype it will be used in. One whose shards a ``group`` works on is left as it
-    is on this rank."""
+    """Return a sharded parameter whole, with a gradient that is averaged over the ranks of its mesh, of as many dimensions as that
+    has, and sharded again: what FSDP does to those it gathers itself. Under autocast it is in the dtype it will be used in. Over
+    the ranks of a ``group`` it stays sharded."""
     if hasattr(parameter, "ds_id") and not parameter.numel():
         raise ValueError(
             f"{name}: partitioned by DeepSpeed ZeRO-3, accepted is a gathered one; call the head as a module, head(hidden, ...), "
@@ -428,17 +428,15 @@ def gathered(name: str, parameter: Any, hidden: Tensor, group: str | None = None
         )
     if not hasattr(parameter, "full_tensor"):
         return parameter
-    if group is not None:
-        return vocab_parallel.shard_of(name, parameter, group)
-    if parameter.device_mesh.ndim != 1:
-        raise TypeError(f"{name}: a DTensor on a {parameter.device_mesh.ndim}-dimensional mesh given, accepted is one dimension")
-    if parameter.placements[0].is_partial():
-        raise TypeError(f"{name}: a DTensor of {parameter.placements[0]} given, accepted are Shard and Replicate")
+    if partial := [placement for placement in parameter.placements if placement.is_partial()]:
+        raise TypeError(f"{name}: a DTensor of {partial[0]} given, accepted are Shard and Replicate")
     if torch.is_autocast_enabled(hidden.device.type) and parameter.dtype != torch.float64:
         parameter = parameter.to(torch.get_autocast_dtype(hidden.device.type))
+    if group is not None:
+        return vocab_parallel.shard_of(name, parameter, group)
     from torch.distributed.tensor import Partial  # half a second, which only those who shard should wait
 
-    return parameter.full_tensor(grad_placements=[Partial("avg")])
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
 
 
 def _autocast(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -119,7 +119,8 @@ def self_distillation_loss(
     ignored, mask = options.get("ignore_index", -100), options.get("mask")
     active = active_tokens(targets, (targets != ignored) if mask is None else mask & (targets != ignored), sampler_logprobs)
     dtype = torch.promote_types(final.dtype, torch.float32)
-    weights = weights_of(objective, active, denominator, dtype) * torch.where(active, advantages.to(dtype), 0)
+    weights = weights_of(objective, active, denominator, dtype, options.get("row_group"))
+    weights = weights * torch.where(active, advantages.to(dtype), 0)
     loss, metrics = read_head(
         model,
         final,
@@ -134,7 +135,7 @@ def self_distillation_loss(
         entropy_bound=entropy_bound,
         **options,
     )
-    for_both = {name: value for name, value in options.items() if name not in ("mask", "ignore_index")}
+    for_both = {name: value for name, value in options.items() if name not in ("mask", "ignore_index", "row_group")}
     found = read_head(
         model,
         student,

@@ -320,12 +320,16 @@ def group_of(options: dict[str, Any], weight: Any) -> tuple[str | None, dict[str
 
 
 def shard_of(name: str, parameter: Any, group: str) -> Any:
-    """Return what this rank has of a parameter: of a ``DTensor`` its local shard, with a gradient that is sharded as it is."""
-    if not hasattr(parameter, "full_tensor"):
-        return parameter
+    """Return the columns that this rank has of a ``DTensor``. It stays sharded over the dimension of its mesh that the group is,
+    and is gathered over the others, along which ranks have rows of their own: its gradient is averaged over those."""
+    from torch.distributed.tensor import Partial, Replicate, Shard
+
     mesh, placements = parameter.device_mesh, parameter.placements
-    if mesh.ndim != 1:
-        raise TypeError(f"{name}: a DTensor on a {mesh.ndim}-dimensional mesh given, accepted is one dimension")
-    if mesh.get_group(0).group_name != group or not placements[0].is_shard(0):
-        raise TypeError(f"{name}: a DTensor of {placements[0]} given, accepted with this group is Shard(dim=0) over its ranks")
-    return parameter.to_local(grad_placements=placements)
+    own = [mesh.get_group(dimension).group_name == group for dimension in range(mesh.ndim)]
+    found = [placement for placement, is_own in zip(placements, own, strict=True) if is_own]
+    if found != [Shard(0)]:
+        given = f"a DTensor of {found[0]!r}" if found else "a DTensor on a mesh without such a dimension"
+        raise TypeError(f"{name}: {given} given, accepted with this group is Shard(dim=0) over its ranks")
+    whole = [Shard(0) if is_own else Replicate() for is_own in own]
+    averaged = [Shard(0) if is_own else Partial("avg") for is_own in own]
+    return parameter.redistribute(placements=whole).to_local(grad_placements=averaged)

@@ -38,6 +38,7 @@ SHARED = {
     "test_kernels.py": "kernels",
     "test_trl.py": "trl",
     "test_verl.py": "verl",
+    "test_verl_ulysses.py": "ulysses",
 }
 
 

@@ -85,12 +85,12 @@ def make_engine(folder: str, case: dict, **settings):
     from bupo_kernels.integrations.verl import BuPOEngineConfig
 
     model = HFModelConfig(
-        path=f"{folder}/{'tied' if case['tied'] else 'untied'}",
+        path=f"{folder}/{case.get('model', 'tied' if case['tied'] else 'untied')}",
         load_tokenizer=False,
         use_remove_padding=case["packed"],
         use_fused_kernels=case["backend"] is not None,
         fused_kernel_options={"impl_backend": case["backend"]},
-        override_config={"attn_implementation": "sdpa"},
+        override_config={"attn_implementation": case.get("attention", "sdpa")},
         enable_gradient_checkpointing=case.get("checkpointing", False),
         **settings.get("model", {}),
     )
@@ -113,7 +113,8 @@ def make_batch(case: dict):
     from tensordict import TensorDict
     from verl.utils import tensordict_utils
 
-    rank, sequences = dist.get_rank(), the_sequences(dist.get_rank())
+    rank = dist.get_rank() // case.get("sequence_parallel", 1)  # the ranks of one Ulysses group have the same batch
+    sequences = the_sequences(rank)
     nested = partial(torch.nested.as_nested_tensor, layout=torch.jagged)
     fields = {
         "input_ids": sequences,
@@ -134,11 +135,14 @@ def make_batch(case: dict):
         micro_batch_size_per_gpu=2,
         temperature=TEMPERATURE,
         calculate_entropy=True,
-        global_batch_size=len(LENGTHS) * dist.get_world_size(),
+        global_batch_size=len(LENGTHS) * dist.get_world_size() // case.get("sequence_parallel", 1),
         pad_token_id=0,
         max_prompt_len=7,
         max_response_len=6,
     )
+    if "vl" in case.get("model", ""):  # of the text, of time, height and width
+        positions = data["position_ids"].values().expand(4, -1)
+        data["position_ids"] = torch.nested.nested_tensor_from_jagged(positions, data["input_ids"].offsets(), jagged_dim=2)
     return data
 
 

@@ -16,6 +16,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from bupo_kernels.integrations.readout import Unmeasured, measure_readout
 from bupo_kernels.modules import QUESTIONS, FusedLMHead, change_class, check_forward
+from bupo_kernels.parallel_heads import check_parallel, put_back, take_parallel
 
 if TYPE_CHECKING:
     from peft.tuners.lora import Linear as LoRALinear
@@ -82,6 +83,7 @@ def remove_fused_head(model: nn.Module) -> nn.Module:
         if issubclass(kind, (FusedLMHead, _FusedLoRA)):
             change_class(module, _like(kind, nn.Linear if issubclass(kind, FusedLMHead) else _plain(kind).__bases__[1]))
             vars(module).pop("readout", None)
+            put_back(module)
     if isinstance(vars(_base(model)).get("set_output_embeddings"), _SetFusedHead):
         del vars(_base(model))["set_output_embeddings"]
     return model
@@ -160,8 +162,6 @@ def _checked_modules(model: PreTrainedModel) -> list[nn.Module]:
     if (release := version("transformers")).split(".")[0] != "5":
         raise ImportError(f"transformers {release} is installed, accepted is 5 (pip install 'transformers>=5,<6')")
     modules = _parts(_head(model))
-    if (size := getattr(model, "tp_size", None)) not in (None, 1):
-        raise ValueError(f"model: split over {size} ranks by tensor parallelism, accepted is a model whose head is whole")
     _check_parts(modules)
     return modules
 
@@ -170,6 +170,8 @@ def _check_parts(modules: list[nn.Module]) -> None:
     """Raise unless each module of a head is a linear or a LoRA that can be fused."""
     for module in modules:
         _check_lora(module) if _is_lora(module) else _check_linear(module)
+        if _is_lora(module) and check_parallel("model", module.get_submodule("base_layer")):
+            raise ValueError("model: its head has an adapter and is split by tensor parallelism, accepted is one of the two")
         if not isinstance(module, (FusedLMHead, _FusedLoRA)):
             check_forward("model", module)
 
@@ -210,6 +212,8 @@ def _fuse(modules: list[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
     for module in modules:
         kind = type(module)
         if not issubclass(kind, (FusedLMHead, _FusedLoRA)):
+            if isinstance(module, nn.Linear):
+                take_parallel(module)
             change_class(module, _like(kind, _fused_lora(_plain(kind)) if _is_lora(module) else FusedLMHead))
             yield module, kind.__name__
 
@@ -274,8 +278,11 @@ def _check_linear(linear: nn.Module) -> None:
             f"model: the weight of its head is a {type(weight).__name__} of {weight.dtype}, accepted is a Parameter of floating "
             f"point; {remedy}"
         )
-    if sharded and not getattr(linear, "_is_fsdp_managed_module", False):
-        raise ValueError("model: the weight of its head is a DTensor, accepted are those that FSDP2 gathers, and whole weights")
+    if not check_parallel("model", linear) and sharded and not getattr(linear, "_is_fsdp_managed_module", False):
+        raise ValueError(
+            "model: the weight of its head is a DTensor, accepted are those that FSDP2 gathers or ColwiseParallel calls, and whole "
+            "weights"
+        )
 
 
 def _plain(kind: type) -> type:
