@@ -31,7 +31,7 @@ TRITON, CPU_BF16, NATIVE_CPU, NATIVE_CUDA, TORCH = Triton(), CpuBf16(), NativeCp
 def _native(problem: Problem) -> Backend:
     if problem.device.type != "cpu":
         return NATIVE_CUDA
-    return CPU_BF16 if problem.dtype == torch.bfloat16 else NATIVE_CPU
+    return CPU_BF16 if problem.dtype.itemsize == 2 else NATIVE_CPU
 
 
 # The names a caller may ask for, in order of preference, and the backend that each stands for with a problem.
