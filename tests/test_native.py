@@ -28,7 +28,7 @@ from problems import (
 from torch import Tensor
 
 from bupo_kernels import PolicyObjective, explain, linear_logprobs, linear_policy_loss, reference
-from bupo_kernels.backends import compiled, cpu_bf16, lens_loop, native_rows, tile_loop
+from bupo_kernels.backends import compiled, cpu_panels, lens_loop, native_rows, tile_loop
 from bupo_kernels.backends.compiled import MULTIPLY_BF16, address
 from bupo_kernels.backends.native_lens import NativeLens
 
@@ -83,8 +83,8 @@ def threads(count):
 def tiles_of(rows, columns):
     """At most this many at a time, in both paths."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_bf16, "MOST_ROWS", rows)
-        patch.setattr(cpu_bf16, "MOST_COLUMNS", columns)
+        patch.setattr(cpu_panels, "MOST_ROWS", rows)
+        patch.setattr(cpu_panels, "MOST_COLUMNS", columns)
         patch.setattr(tile_loop, "CPU_TILE", (rows, columns))
         yield
 
@@ -902,7 +902,7 @@ def test_other_instruction_sets_are_refused(monkeypatch):
         run(case, "nope")
     with pytest.raises(ValueError, match=r"isa: 'nope' given, which this build or this machine does not have"):
         compiled.built.cpu.Kernels("nope")
-    for module in (native_rows, cpu_bf16):
+    for module in (native_rows, cpu_panels):
         monkeypatch.setattr(module, "isas", lambda: ("avx2", "portable"))
     with pytest.raises(ValueError, match=r"instruction set: amx given, .* does not have; it has avx2, portable"):
         run(case, "amx")
@@ -911,12 +911,12 @@ def test_other_instruction_sets_are_refused(monkeypatch):
 
 def test_fp16_takes_the_fastest_instruction_set_that_does_not_multiply_bf16(monkeypatch):
     case = random_case(4, 20, 8, dtype=FP16)
-    for module in (native_rows, cpu_bf16):
+    for module in (native_rows, cpu_panels):
         monkeypatch.setattr(module, "isas", lambda: compiled.ISAS)
-    accepted = cpu_bf16.isas_for(FP16)
+    accepted = cpu_panels.isas_for(FP16)
     assert accepted[0] == "avx512"
     assert set(accepted) == set(compiled.ISAS) - set(MULTIPLY_BF16)
-    assert cpu_bf16.isas_for(BF16) == compiled.ISAS
+    assert cpu_panels.isas_for(BF16) == compiled.ISAS
     for isa in MULTIPLY_BF16:
         with pytest.raises(ValueError, match=f"{isa} given, which multiplies bf16; accepted for fp16 are {', '.join(accepted)}"):
             run(case, isa)
@@ -944,7 +944,7 @@ def test_without_the_module_torch_runs_and_explain_says_why(monkeypatch):
 
 def test_the_least_budget_is_enough_and_less_is_left_to_torch(isa):
     case = random_case(100, 300, 40, dtype=BF16)
-    least = cpu_bf16.least_budget(explain(case.hidden, case.weight).problem, isa)
+    least = cpu_panels.least_budget(explain(case.hidden, case.weight).problem, isa)
     check(case, isa, memory_budget=least)
     reason = f"memory_budget: {least - 1} bytes given, accepted are at least {least} with {torch.get_num_threads()} threads"
     with pytest.raises(ValueError, match=reason):

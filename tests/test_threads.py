@@ -16,7 +16,7 @@ from test_native import same, threads
 
 from bupo.measurement import peak_bytes
 from bupo_kernels import PolicyObjective, explain, linear_divergence, linear_logprobs, linear_policy_loss
-from bupo_kernels.backends import compiled, cpu_bf16
+from bupo_kernels.backends import compiled, cpu_panels
 from bupo_kernels.backends.compiled import MULTIPLY_BF16, isas
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -108,7 +108,7 @@ def test_where_threads_take_of_a_tight_budget_tiles_shrink_and_log_probs_stay(dt
     case = random_case(300, 2200, 40, dtype=dtype)
     upstream = [torch.randn(300) for _ in range(3)]
     with threads(7):
-        budget = cpu_bf16.least_budget(explain(case.hidden, case.weight, case.targets).problem, cpu_bf16.isas_for(dtype)[0])
+        budget = cpu_panels.least_budget(explain(case.hidden, case.weight, case.targets).problem, cpu_panels.isas_for(dtype)[0])
     tiles, found = [], []
     for count in THREADS:
         with threads(count):
@@ -134,7 +134,7 @@ def test_the_panels_of_every_thread_are_in_the_memory_that_is_stated(dtype):
         assert 0.67 * memory.forward <= forward <= memory.forward + 3 * 4 * 64
         assert 0.67 * (memory.backward + memory.accumulator) <= backward <= memory.backward + memory.accumulator + results
         stated.append(memory)
-    k = compiled.kernels(cpu_bf16.isas_for(dtype)[0])
+    k = compiled.kernels(cpu_panels.isas_for(dtype)[0])
     assert stated[3].forward - stated[0].forward == k.left_bytes(512, 7) - k.left_bytes(512, 1)
     assert 2**19 < k.left_bytes(512, 1) <= 768 * 1024
 

@@ -1,5 +1,5 @@
 """The row kernels of a lens in C++ (csrc/cpu), for any dtype but float64 on a CPU. Where it multiplies bf16, bf16 operands have the
-product of packed panels that ``cpu_bf16.py`` has; all others have the library's, in fp32."""
+product of packed panels that ``cpu_panels.py`` has; all others have the library's, in fp32."""
 
 from __future__ import annotations
 

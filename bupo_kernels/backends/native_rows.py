@@ -2,7 +2,7 @@
 
 On a CPU they run with the best instruction set that was built and that it has; ``backend="native:avx2"`` asks for another. On a GPU
 one more kernel takes whole rows from products to a policy loss and its dz. bf16 and fp16 on a CPU have kernels of their own, in
-``cpu_bf16.py``.
+``cpu_panels.py``.
 """
 
 from __future__ import annotations

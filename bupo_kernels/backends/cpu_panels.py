@@ -26,7 +26,7 @@ MOST_ROWS, MOST_COLUMNS = 8192, 2048
 SMALLEST = Tile(PANEL, PANEL)
 
 
-class CpuBf16(Backend):
+class CpuPanels(Backend):
     """Fused C++ kernels for bf16 and fp16 on a CPU."""
 
     strategies = ISAS
