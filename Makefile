@@ -97,13 +97,16 @@ lint: install
 docs: install ## the pages of docs/ and the API reference, into build/docs; a reference that leads nowhere is an error
 	$(BIN)/sphinx-build -q -W --keep-going -n -E docs build/docs
 
-bench: ## everything in benchmarks/results/<device>.json and docs/benchmarks.md, peers included; an hour and a half on two cores
+# What a part of `make bench` gets of the MINUTES that were asked for.
+minutes_of = $(if $(filter command line environment,$(origin MINUTES)),--minutes $(shell awk 'BEGIN { print $(MINUTES) * $(1) }'))
+
+bench: ## everything in benchmarks/results/<device>.json and docs/benchmarks.md, peers included; an hour and a half on two cores, or MINUTES=20
 	test -x .venv-bench/bin/pip || $(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check "$(TORCH)" $(if $(TRITON),"$(TRITON)")
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check --editable ".[peers]"
-	.venv-bench/bin/python -m benchmarks.kernels --out $(RESULTS)
-	.venv-bench/bin/python -m benchmarks.scaling --out $(RESULTS)
-	.venv-bench/bin/bupo bench --out $(RESULTS)
+	.venv-bench/bin/python -m benchmarks.kernels --out $(RESULTS) $(call minutes_of,0.6)
+	.venv-bench/bin/python -m benchmarks.scaling --out $(RESULTS) $(call minutes_of,0.15)
+	.venv-bench/bin/bupo bench --out $(RESULTS) $(call minutes_of,0.25)
 	.venv-bench/bin/python -m benchmarks.report
 
 # On a machine with a GPU, from a checkout and with what is installed there; nothing from the network. Logs, the summary and JUnit XML

@@ -35,7 +35,10 @@ CSRC = Path("csrc")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 ISAS = {
     "portable": ((), ""),
-    "avx2": (("-mavx2", "-mfma"), "auto x = _mm256_setzero_ps(); x = _mm256_fmadd_ps(x, x, x);"),
+    "avx2": (
+        ("-mavx2", "-mfma", "-mf16c"),
+        "auto x = _mm256_setzero_ps(); x = _mm256_fmadd_ps(x, x, x); (void)_mm256_cvtps_ph(x, 0);",
+    ),
     "avx512": (AVX512, "auto x = _mm512_setzero_ps(); x = _mm512_fmadd_ps(x, x, x);"),
     "avx512_bf16": ((*AVX512, "-mavx512bf16"), "auto x = _mm512_cvtne2ps_pbh(_mm512_setzero_ps(), _mm512_setzero_ps()); (void)x;"),
     "amx": ((*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"), "_tile_dpbf16ps(0, 1, 2);"),

@@ -37,6 +37,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from bupo.measurement import instruction_set
+
 SECTIONS = ("kernels", "step", "scaling", "support", "divergence", "lens", "vocab_parallel")
 ORDER = ("floor", "naive", "ours", "peer")
 KERNEL = ("group", "model", "layers", "rows", "vocab", "width", "dtype", "active", "distribution")  # these tell tables apart
@@ -66,7 +68,8 @@ DEFAULTS = {"active": 1.0, "layers": 1} | {name: Record() for name in OBJECTS} |
 
 
 class Machine(NamedTuple):
-    """A file of results: its name, the device in words, and those of :data:`SECTIONS` that have rows."""
+    """A file of results: its name; the device in words, of a CPU with instruction set and threads; and those of :data:`SECTIONS`
+    that have rows."""
 
     name: str
     device: str
@@ -98,8 +101,9 @@ def machines(results: Results) -> list[Machine]:
         if sections:
             machine = next((section["machine"] for section in sections.values() if section["machine"]), Record())
             threads = machine["threads"]
-            device = machine.get("device", name) + (f", {threads} thread{'s' * (threads > 1)}" if threads else "")
-            found.append(Machine(name, device, sections))
+            words = [machine.get("device", name), instruction_set(machine["instruction_sets"])]
+            words += [f"{threads} thread{'s' * (threads > 1)}" if threads else ""]
+            found.append(Machine(name, ", ".join(filter(None, words)), sections))
     return found
 
 

@@ -18,7 +18,7 @@ if not __package__:  # run as a file: those beside it would hide the packages of
     sys.path[0] = str(Path(__file__).parent.parent)
 
 from benchmarks.readme import fill, unbacked
-from benchmarks.records import Machine, Record, Results, machines, read_results
+from benchmarks.records import STEP, Machine, Record, Results, machines, read_results, tables_of
 from benchmarks.sections import divergence, kernels, lens, scaling, step, support, vocab_parallel
 from benchmarks.text import rates, table
 from bupo.output import replace_file
@@ -46,6 +46,15 @@ IN_SHORT = """\
 
 Of every model and call: in bfloat16, with all rows active, the most rows (tokens) that naive logits took too; the fastest of each
 kind that computes the same. × floor, useful TFLOP/s, peak memory."""
+BESIDE = """\
+### Machines side by side
+
+× floor of the fastest of this library / of naive logits / of the peers, each machine in units of its own bare products."""
+LOST = """\
+## Where another is faster
+
+What a naive program or a peer computes in less time than the fastest backend of this library, in any table of this page, and what
+the records have to explain it: products that are formed again rather than kept, memory, what the other rounds."""
 NOTHING = "Nothing is measured yet."
 SECTIONS = {
     **{"kernels": kernels, "step": step, "scaling": scaling, "support": support, "divergence": divergence, "lens": lens},
@@ -60,6 +69,7 @@ def page(results: Results) -> str:
     measured, pictures = machines(results), figures(results)
     speed, steps = (_in_short(measured, name, every_model=True) for name in ("kernels", "step"))
     paragraphs = [INTRODUCTION, IN_SHORT if measured else NOTHING, speed, steps and f"### Training step\n\n{steps}"]
+    paragraphs += [_side_by_side(measured), _lost(measured)]
     for machine in measured:
         first = next(iter(machine.sections.values()))["machine"]
         paragraphs += [f"## {machine.device}", _setting(first)]
@@ -91,6 +101,30 @@ def _in_short(measured: list[Machine], name: str, every_model: bool) -> str:
             note = f"{rates(machine.sections[name])}.{section.SHORT_NOTE}"
             found.append(f"**{machine.device}**. {note}\n\n{table(section.SHORT_HEADER, lines)}")
     return "\n\n".join(found)
+
+
+def _side_by_side(measured: list[Machine]) -> str:
+    """Return a table with a column for each machine; empty where there are fewer than two with a kernel section."""
+    columns = {m.device: dict(kernels.beside(m.sections["kernels"]["rows"])) for m in measured if "kernels" in m.sections}
+    if len(columns) < 2:
+        return ""
+    cases = dict.fromkeys(case for column in columns.values() for case in column)
+    lines = [[*case, *(column.get(case, "–") for column in columns.values())] for case in cases]
+    return f"{BESIDE}\n\n{table(['', 'computes', *columns], lines)}"
+
+
+def _lost(measured: list[Machine]) -> str:
+    """Return, for each machine, what another computes faster there; empty where nothing was compared."""
+    found = []
+    for machine in measured:
+        of_kernels = machine.sections.get("kernels", Record())["rows"]
+        steps = tables_of(machine.sections.get("step", Record())["rows"], STEP).values()
+        lines, sentences = list(kernels.lost(of_kernels)), [line for sides in steps for line in step.losses(sides)]
+        if lines or sentences:
+            found += [f"**{machine.device}**", table(kernels.LOST_HEADER, lines) if lines else "", *sentences]
+        elif of_kernels or steps:
+            found.append(f"**{machine.device}**: nothing of what was measured.")
+    return "\n\n".join(filter(None, [LOST, *found])) if found else ""
 
 
 def _setting(machine: Record) -> str:

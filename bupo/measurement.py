@@ -10,7 +10,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -105,9 +105,28 @@ def rates(device: torch.device) -> dict[str, Any]:
     return {"gemm_tflops": products, "copy_gb_per_s": 2 * source.nbytes / median(lambda: target.copy_(source)) / 1e9}
 
 
+# Flags of CPUs that decide how fast they multiply, the fastest first, and what a machine with them is called.
+MULTIPLIERS = {
+    "amx_bf16": "AMX",
+    "avx512_bf16": "AVX512-BF16",
+    "avx512f": "AVX512",
+    "avx2": "AVX2",
+    "bf16": "NEON-BF16",
+    "asimd": "NEON",
+    "neon": "NEON",
+}
+
+
+def instruction_set(flags: Sequence[str]) -> str:
+    """Return the best of the instruction sets that a machine's record lists; empty where it lists none that is known."""
+    return next((name for flag, name in MULTIPLIERS.items() if flag in flags), "")
+
+
 def results_path(folder: Path, about: dict[str, Any]) -> Path:
-    """Return ``<folder>/<device>.json``, the device and its threads as a file's name."""
-    name = about["device"] + (f" {about['threads']} threads" if about["threads"] else "")
+    """Return ``<folder>/<device>.json``: the device, of a CPU its best instruction set and the threads, as a file's name. Machines
+    that a cloud rents under one name differ in what they multiply with, and their numbers must not mix."""
+    name = " ".join([about["device"], instruction_set(about["instruction_sets"])])
+    name += f" {about['threads']} threads" if about["threads"] else ""
     return folder / (re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-") + ".json")
 
 

@@ -12,7 +12,7 @@ import torch
 
 from bupo_kernels.backends import machine
 from bupo_kernels.backends.base import Backend, Candidate, Problem, TilePlan, TooSmall
-from bupo_kernels.backends.cpu_bf16 import CpuBf16
+from bupo_kernels.backends.cpu_panels import CpuPanels
 from bupo_kernels.backends.divergences import DivergenceRows, TorchDivergence
 from bupo_kernels.backends.gathers import Gathers, TorchGathers
 from bupo_kernels.backends.lens_loop import LensRows
@@ -25,13 +25,13 @@ from bupo_kernels.backends.torch_ import Torch
 from bupo_kernels.backends.torch_lens import TorchLens
 from bupo_kernels.backends.triton_ import Triton, TritonDivergence, TritonGathers, TritonLens
 
-TRITON, CPU_BF16, NATIVE_CPU, NATIVE_CUDA, TORCH = Triton(), CpuBf16(), NativeCpu(), NativeCuda(), Torch()
+TRITON, CPU_PANELS, NATIVE_CPU, NATIVE_CUDA, TORCH = Triton(), CpuPanels(), NativeCpu(), NativeCuda(), Torch()
 
 
 def _native(problem: Problem) -> Backend:
     if problem.device.type != "cpu":
         return NATIVE_CUDA
-    return CPU_BF16 if problem.dtype == torch.bfloat16 else NATIVE_CPU
+    return CPU_PANELS if problem.dtype.itemsize == 2 else NATIVE_CPU
 
 
 # The names a caller may ask for, in order of preference, and the backend that each stands for with a problem.

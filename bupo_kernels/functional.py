@@ -13,9 +13,9 @@ rounded logit; 16-bit inputs are exact. Against float64 on the same inputs
 ``|Δlogprob| ≤ (2e-6 + c · D/16 · 2⁻²⁴) · (1 + max|z|)``, with c = 0 on a CPU, 1 on the tensor cores of Hopper and newer, 2 on those
 before, which truncate their fp32 sum after every 16 (8) terms (:func:`bupo_kernels.numerics.contract`). dH and dW are summed in
 fp32 and rounded once, to the dtype of their tensor. The gradient of a logit is rounded once to a 16-bit input's dtype where tensor
-cores (AMX, AVX512-BF16) multiply it, on every backend (fp16: scaled by a power of two first), and stays fp32 elsewhere. ``triton``
-with its ``cached`` strategy takes p from a bf16 value: another 2⁻⁸ relative in p and 0.004 nat in log p, never on the target.
-float64 inputs are computed in float64 throughout. fp32 products follow torch's own precision setting
+cores multiply that (on a CPU AMX and AVX512-BF16, bf16 alone), on every backend (fp16: scaled by a power of two first), and stays
+fp32 elsewhere. ``triton`` with its ``cached`` strategy takes p from a bf16 value: another 2⁻⁸ relative in p and 0.004 nat in log p,
+never on the target. float64 inputs are computed in float64 throughout. fp32 products follow torch's own precision setting
 (``torch.set_float32_matmul_precision``); the bound is for its default, ``"highest"``.
 
 Under ``torch.compile`` a call is one node, whatever the number of rows, and gives bit for bit what it gives without. Off the CPU
@@ -126,7 +126,7 @@ def linear_logprobs(
     the backward; its logsumexp is still that logit, and costs the forward one dot product. A row without an id has no policy: NaN,
     and no gradient. An id that stands twice in a row counts as two, of which the first is the target. Masked rows may have any ids,
     or none. dW is dense, and each of its rows is summed in one order: repeatable bit for bit, on a GPU too. It runs on ``native``
-    in fp32 and bf16 on a CPU, on ``torch`` anywhere, and on ``triton`` where that is asked for; a quantised weight is refused.
+    on a CPU (but in float64), on ``torch`` anywhere, and on ``triton`` where that is asked for; a quantised weight is refused.
 
     With a ``group`` each rank streams its own columns, on any backend. One all-gather of four numbers a row (16 bytes; 32 of
     float64) makes the statistics those of all columns: they are merged in the order of the ranks, so that results are the same on

@@ -55,16 +55,22 @@ cpu::Readout readout(Address bias, Address outer, float inner, bool softcap) {
   return {at_or_null<const float>(bias), at_or_null<const float>(outer), inner, softcap};
 }
 
-cpu::Matrix matrix(Address data, std::int64_t stride, std::int64_t rows, std::int64_t width) {
-  require(rows >= 1 && width >= 1 && stride >= 0, "matrices of 1 row and column and more");
-  return {at<const cpu::Bf16>(data), stride, rows, width};
+cpu::Dtype dtype_of(const std::string& name) {
+  if (name == "float32") return cpu::Dtype::fp32;
+  if (name == "bfloat16") return cpu::Dtype::bf16;
+  if (name == "float16") return cpu::Dtype::fp16;
+  throw py::value_error("dtype: '" + name + "' given, accepted are 'float32', 'bfloat16' and 'float16'");
+}
+
+// Returns the address of elements of this dtype.
+void* elements(Address address, cpu::Dtype dtype) {
+  return dtype == cpu::Dtype::fp32 ? static_cast<void*>(at<float>(address)) : at<std::uint16_t>(address);
 }
 
 // Returns rows that may be read in any order.
-cpu::Rows rows_of(Address data, std::int64_t stride, std::int64_t width, bool bf16) {
+cpu::Rows rows_of(Address data, std::int64_t stride, std::int64_t width, const std::string& dtype) {
   require(stride >= 0, "strides of 0 and more");
-  const void* first = bf16 ? static_cast<const void*>(at<const cpu::Bf16>(data)) : at<const float>(data);
-  return {first, stride, width, bf16};
+  return {elements(data, dtype_of(dtype)), stride, width, dtype_of(dtype)};
 }
 
 // Returns the rows of a matrix [4, rows] with this stride.
@@ -106,6 +112,14 @@ struct Cpu {
     if (!kernels) throw py::value_error("isa: '" + name + "' given, which this build or this machine does not have");
   }
   const cpu::Kernels* kernels = nullptr;
+
+  cpu::Matrix matrix(Address data, std::int64_t stride, std::int64_t rows, std::int64_t width, const std::string& dtype) const {
+    require(rows >= 1 && width >= 1 && stride >= 0, "matrices of 1 row and column and more");
+    const cpu::Dtype of = dtype_of(dtype);
+    require(of == cpu::Dtype::bf16 || (of == cpu::Dtype::fp16 && !kernels->multiplies_bf16),
+            "matrices of bf16, and of fp16 where panels are of fp32");
+    return {at<const std::uint16_t>(data), stride, rows, width, of};
+  }
 };
 
 void bind_cpu(py::module_& module) {
@@ -131,53 +145,57 @@ void bind_cpu(py::module_& module) {
                                   int threads) { return self.kernels->statistics_bytes(rows, columns, width, threads); })
       .def(
           "pack_rows",
-          [](const Cpu& self, Address from, i64 stride, i64 rows, i64 width, Address to, int threads) {
-            self.kernels->pack_rows(matrix(from, stride, rows, width), at<cpu::Word>(to), counts(rows, width, threads));
+          [](const Cpu& self, Address from, i64 stride, i64 rows, i64 width, const std::string& dtype, Address to, int threads) {
+            self.kernels->pack_rows(self.matrix(from, stride, rows, width, dtype), at<cpu::Word>(to), counts(rows, width, threads));
           },
           release())
       .def(
           "pack_columns",
-          [](const Cpu& self, Address from, i64 stride, i64 rows, i64 width, Address to, int threads) {
-            self.kernels->pack_columns(matrix(from, stride, rows, width), at<cpu::Word>(to), counts(rows, width, threads));
+          [](const Cpu& self, Address from, i64 stride, i64 rows, i64 width, const std::string& dtype, Address to, int threads) {
+            self.kernels->pack_columns(self.matrix(from, stride, rows, width, dtype), at<cpu::Word>(to),
+                                       counts(rows, width, threads));
           },
           release())
       .def(
           "linear_statistics",
-          [](const Cpu& self, Address hidden, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address bias,
-             Address outer, float inner, bool softcap, Address targets, Address out, i64 out_stride, Address workspace,
-             int threads) {
-            self.kernels->linear_statistics(at<const cpu::Word>(hidden), rows, matrix(weight, stride, columns, width),
+          [](const Cpu& self, Address hidden, i64 rows, Address weight, i64 stride, i64 columns, i64 width,
+             const std::string& dtype, Address bias, Address outer, float inner, bool softcap, Address targets, Address out,
+             i64 out_stride, Address workspace, int threads) {
+            self.kernels->linear_statistics(at<const cpu::Word>(hidden), rows, self.matrix(weight, stride, columns, width, dtype),
                                             readout(bias, outer, inner, softcap), at<const std::int32_t>(targets),
                                             statistics(out, out_stride, rows), at<void>(workspace), counts(rows, columns, threads));
           },
           release())
       .def(
           "linear_gradient",
-          [](const Cpu& self, Address hidden, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address bias,
-             Address outer, float inner, bool softcap, Address m, Address constant, Address slope, Address on_target,
-             Address targets, Address dz_left, Address dz_right, Address column_sums, Address workspace, int threads) {
+          [](const Cpu& self, Address hidden, i64 rows, Address weight, i64 stride, i64 columns, i64 width,
+             const std::string& dtype, Address bias, Address outer, float inner, bool softcap, Address m, Address constant,
+             Address slope, Address on_target, Address targets, Address dz_left, Address dz_right, Address column_sums,
+             Address workspace, int threads) {
             self.kernels->linear_gradient(
-                at<const cpu::Word>(hidden), rows, matrix(weight, stride, columns, width), readout(bias, outer, inner, softcap),
-                coefficients(m, constant, slope, on_target, targets), at<cpu::Word>(dz_left), at<cpu::Word>(dz_right),
-                at_or_null<float>(column_sums), at<void>(workspace), counts(rows, columns, threads));
+                at<const cpu::Word>(hidden), rows, self.matrix(weight, stride, columns, width, dtype),
+                readout(bias, outer, inner, softcap), coefficients(m, constant, slope, on_target, targets), at<cpu::Word>(dz_left),
+                at<cpu::Word>(dz_right), at_or_null<float>(column_sums), at<void>(workspace), counts(rows, columns, threads));
           },
           release())
       .def(
           "weight_gradient",
           [](const Cpu& self, Address dz_left, i64 columns, Address hidden_columns, i64 rows, i64 width, Address out, i64 stride,
-             bool bf16, bool add, int threads) {
-            void* to = bf16 ? static_cast<void*>(at<cpu::Bf16>(out)) : at<float>(out);
+             const std::string& dtype, bool add, int threads) {
+            const cpu::Dtype of = dtype_of(dtype);
+            require(of == cpu::Dtype::fp32 || !add, "sums in fp32");
+            const cpu::Write in_16_bit = of == cpu::Dtype::bf16 ? cpu::Write::bf16 : cpu::Write::fp16;
             const cpu::Write in_fp32 = add ? cpu::Write::add_to_fp32 : cpu::Write::fp32;
             self.kernels->weight_gradient(at<const cpu::Word>(dz_left), columns, at<const cpu::Word>(hidden_columns), rows, width,
-                                          to, apart(stride, columns, width), bf16 ? cpu::Write::bf16 : in_fp32,
-                                          counts(rows, columns, threads));
+                                          elements(out, of), apart(stride, columns, width),
+                                          of == cpu::Dtype::fp32 ? in_fp32 : in_16_bit, counts(rows, columns, threads));
           },
           release())
       .def(
           "hidden_gradient",
-          [](const Cpu& self, Address dz_right, i64 rows, Address weight, i64 stride, i64 columns, i64 width, Address blocks,
-             bool add, Address workspace, int threads) {
-            self.kernels->hidden_gradient(at<const cpu::Word>(dz_right), rows, matrix(weight, stride, columns, width),
+          [](const Cpu& self, Address dz_right, i64 rows, Address weight, i64 stride, i64 columns, i64 width,
+             const std::string& dtype, Address blocks, bool add, Address workspace, int threads) {
+            self.kernels->hidden_gradient(at<const cpu::Word>(dz_right), rows, self.matrix(weight, stride, columns, width, dtype),
                                           at<float>(blocks), add, at<void>(workspace), counts(rows, columns, threads));
           },
           release())
@@ -209,8 +227,8 @@ void bind_cpu(py::module_& module) {
           release())
       .def(
           "pack_left",
-          [](const Cpu& self, Address from, i64 stride, i64 rows, i64 width, Address to, int threads) {
-            self.kernels->pack_left(matrix(from, stride, rows, width), at<cpu::Word>(to), counts(rows, width, threads));
+          [](const Cpu& self, Address from, i64 stride, i64 rows, i64 width, const std::string& dtype, Address to, int threads) {
+            self.kernels->pack_left(self.matrix(from, stride, rows, width, dtype), at<cpu::Word>(to), counts(rows, width, threads));
           },
           release())
       .def(
@@ -268,25 +286,24 @@ void bind_cpu(py::module_& module) {
       .def(
           "gathered_dots",
           [](const Cpu& self, Address left, i64 left_stride, Address left_rows, Address right, i64 right_stride, Address right_rows,
-             i64 count, i64 width, bool bf16, Address out, int threads) {
+             i64 count, i64 width, const std::string& dtype, Address out, int threads) {
             counts(count, width, threads);
             if (count == 0) return;
-            self.kernels->gathered_dots(rows_of(left, left_stride, width, bf16), at<const i64>(left_rows),
-                                        rows_of(right, right_stride, width, bf16), at<const i64>(right_rows), count, at<float>(out),
-                                        threads);
+            self.kernels->gathered_dots(rows_of(left, left_stride, width, dtype), at<const i64>(left_rows),
+                                        rows_of(right, right_stride, width, dtype), at<const i64>(right_rows), count,
+                                        at<float>(out), threads);
           },
           release())
       .def(
           "gathered_sums",
           [](const Cpu& self, Address factors, Address source, i64 stride, Address index, Address offsets, i64 segments, i64 width,
-             bool bf16, Address out, Address places, int threads) {
+             const std::string& dtype, Address out, Address places, int threads) {
             counts(segments, width, threads);
             if (segments == 0) return;
-            void* to = bf16 ? static_cast<void*>(at<cpu::Bf16>(out)) : at<float>(out);
             // No entry, no factors and no index: empty tensors have no address.
-            self.kernels->gathered_sums(at_or_null<const float>(factors), rows_of(source, stride, width, bf16),
-                                        at_or_null<const i64>(index), at<const i64>(offsets), segments, to, at<const i64>(places),
-                                        threads);
+            self.kernels->gathered_sums(at_or_null<const float>(factors), rows_of(source, stride, width, dtype),
+                                        at_or_null<const i64>(index), at<const i64>(offsets), segments,
+                                        elements(out, dtype_of(dtype)), at<const i64>(places), threads);
           },
           release());
 }

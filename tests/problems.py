@@ -212,13 +212,16 @@ def assert_values(ours, case: Case) -> None:
 
 def assert_stored_gradients(got: Sequence[Tensor], case: Case, upstream: Sequence[Tensor | None], backend: str) -> None:
     """dH, dW and db (those of :func:`leaves`) of ``Σ upstream · (logprobs, entropy, logsumexp)``, each element within its bound
-    by :func:`bupo_kernels.numerics.gradients`. The torch backend on a CPU stores dz in fp32, the others in the operands' dtype."""
+    by :func:`bupo_kernels.numerics.gradients`. The torch backend on a CPU stores dz in fp32, and so does the native one of fp16
+    operands; the others in the operands' dtype."""
     with torch.no_grad():
         options = {k: v for k, v in case.oracle_options.items() if k not in ("mask", "ignore_index")}
         counts = case.targets != case.options.get("ignore_index", -100)
         if (mask := case.options.get("mask")) is not None:
             counts = counts & mask
-        stored = torch.float32 if backend == "torch" and case.hidden.device.type == "cpu" else case.hidden.dtype
+        dtype = case.hidden.dtype
+        wide = backend == "torch" or (backend == "native" and dtype == torch.float16)
+        stored = torch.float32 if wide and case.hidden.device.type == "cpu" else dtype
         found = numerics.gradients(
             *(case.hidden, case.weight, case.targets, counts, upstream, options),
             stored=stored,

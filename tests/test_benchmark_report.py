@@ -89,8 +89,8 @@ def scaling():
     return [{**row, "fixed": {"vocab": 32000, "width": 1024}, "fit": fit}, layers]
 
 
-def section(rows):
-    return {"machine": MACHINE, "rates": RATES, "rows": rows}
+def section(rows, **machine):
+    return {"machine": MACHINE | machine, "rates": RATES, "rows": rows}
 
 
 def sample():
@@ -233,6 +233,33 @@ def test_a_line_says_where_this_library_is_slower(ours, other, loses):
 def test_without_a_floor_times_are_compared():
     ours, naive = contender(*OURS, 1.3, times_floor=None), contender(*CONTENDERS[1][:3], 1.1)
     assert "4.08 ms against 3.46 ms" in next(kernel_section.losses([ours, naive]))
+
+
+def test_the_page_lists_what_is_slower_on_each_machine_and_why():
+    ours, naive = contender(*OURS, 1.3, algorithm_products=4.0), contender(*CONTENDERS[1][:3], 1.1, algorithm_products=3.0)
+    same = contender(*CONTENDERS[1][:3], 1.1, group="forward", rows=4096, algorithm_products=1.0)
+    mine = contender(*OURS, 1.3, rows=4096, algorithm_products=1.0)
+    slow = report.page({"gpu": {"kernels": section([ours, naive, mine, same]), "step": section(steps())}})
+    ((_, body),) = [table for table in tables(slow) if table[0][-1] == "why"]
+    assert [row[0] for row in body] == [f"forward: Qwen3-4B, {rows} rows, bfloat16" for rows in ("256", "4,096")]
+    assert body[0][2:4] == ["ours: 4.08 ms, 1.30x", "naive logits: 3.46 ms, 1.10x"]
+    assert body[0][4] == "4 products against 3: logits are formed again, which it keeps (3.32 MiB against 3.92)"
+    assert body[1][4].startswith("the same products at a lower rate")
+    fast = report.page({"gpu": {"kernels": section([contender(*OURS, 1.1), contender(*CONTENDERS[1])])}})
+    assert "**NVIDIA H200**: nothing of what was measured." in fast
+    assert "Where another is faster" not in report.page({})
+
+
+def test_machines_stand_side_by_side_and_apart_by_their_instruction_sets():
+    sets = {"epyc-avx2": ["fma", "avx2"], "epyc-avx512": ["fma", "avx2", "avx512f"]}
+    measured = {name: section(kernels(), device="EPYC", threads=2, instruction_sets=flags) for name, flags in sets.items()}
+    page = report.page({name: {"kernels": of} for name, of in measured.items()})
+    assert "## EPYC, AVX2, 2 threads" in page
+    assert "## EPYC, AVX512, 2 threads" in page
+    ((header, body),) = [table for table in tables(page) if "EPYC, AVX2, 2 threads" in table[0]]
+    assert header == ["", "computes", "EPYC, AVX2, 2 threads", "EPYC, AVX512, 2 threads"]
+    assert body[0] == ["forward: Qwen3-4B, 4,096 rows, bfloat16", "log-prob, entropy", *["1.10x / 2.40x / 2.20x"] * 2]
+    assert "side by side" not in report.page({"one": {"kernels": measured["epyc-avx2"]}})
 
 
 def test_tables_of_steps_say_what_the_results_say():

@@ -107,7 +107,7 @@ def test_flags_of_each_file(setup_py, monkeypatch):
     every = setup_py.sources(setup_py.Build(["c++"], list(setup_py.ISAS)))
     flags = {path.as_posix(): flags for path, flags in every.items()}
     assert flags["csrc/cpu/isa_portable.cpp"] == []
-    assert flags["csrc/cpu/isa_avx2.cpp"] == ["-mavx2", "-mfma"]
+    assert flags["csrc/cpu/isa_avx2.cpp"] == ["-mavx2", "-mfma", "-mf16c"]
     assert {"-mavx512f", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"} <= set(flags["csrc/cpu/isa_amx.cpp"])
     assert not any("bf16" in flag for flag in flags["csrc/cpu/isa_avx512.cpp"])
     defines = [f"-DBUPO_ISA_{name}" for name in ("AVX2", "AVX512", "AVX512_BF16", "AMX")]

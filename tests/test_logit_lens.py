@@ -437,7 +437,7 @@ def test_torch_answers_what_native_answers_on_a_cpu(dtype, options):
 @needs_native
 def test_the_fused_statistics_are_chosen_where_they_are_enough(monkeypatch):
     lens = random_lens(leading=(9,), vocab=131, width=32, dtype=torch.bfloat16)
-    backend, calls = dispatch.CPU_BF16, []
+    backend, calls = dispatch.CPU_PANELS, []
     statistics = backend.statistics
     monkeypatch.setattr(backend, "statistics", lambda *arguments: calls.append(None) or statistics(*arguments))
 

@@ -63,18 +63,39 @@ def test_finite_numbers_stay():
     assert [finite(x) for x in (0.0, -1.5, 3)] == [0.0, -1.5, 3]
 
 
+AVX512 = ["fma", "avx2", "avx512f", "avx512bw"]
+
+
 @pytest.mark.parametrize(
-    ("device", "threads", "name"),
+    ("device", "threads", "sets", "name"),
     [
-        ("NVIDIA H200", None, "nvidia-h200.json"),
-        ("NVIDIA H100 80GB HBM3", None, "nvidia-h100-80gb-hbm3.json"),
-        ("Intel(R) Xeon(R) Platinum 8481C CPU @ 2.70GHz", 2, "intel-xeon-platinum-8481c-cpu-2-70ghz-2-threads.json"),
-        ("Intel(R) Core(TM) i7", 8, "intel-core-i7-8-threads.json"),
-        ("../x86_64", 1, "x86-64-1-threads.json"),
+        ("NVIDIA H200", None, [], "nvidia-h200.json"),
+        ("NVIDIA H100 80GB HBM3", None, [], "nvidia-h100-80gb-hbm3.json"),
+        (
+            "Intel(R) Xeon(R) Platinum 8481C CPU",
+            2,
+            ["avx2", "amx_tile", "amx_bf16"],
+            "intel-xeon-platinum-8481c-cpu-amx-2-threads.json",
+        ),
+        ("AMD EPYC", 2, ["fma", "avx2"], "amd-epyc-avx2-2-threads.json"),
+        ("AMD EPYC", 2, [*AVX512, "avx512_bf16"], "amd-epyc-avx512-bf16-2-threads.json"),
+        ("Intel(R) Core(TM) i7", 8, AVX512, "intel-core-i7-avx512-8-threads.json"),
+        ("Neoverse-V1", 4, ["asimd", "asimddp", "sve", "bf16"], "neoverse-v1-neon-bf16-4-threads.json"),
+        ("../x86_64", 1, ["DEFAULT"], "x86-64-1-threads.json"),
     ],
 )
-def test_the_file_is_named_after_the_device_and_its_threads(device, threads, name):
-    assert results_path(Path("results"), {"device": device, "threads": threads}) == Path("results") / name
+def test_the_file_is_named_after_the_device_its_best_instruction_set_and_its_threads(device, threads, sets, name):
+    about = {"device": device, "threads": threads, "instruction_sets": sets}
+    assert results_path(Path("results"), about) == Path("results") / name
+
+
+def test_every_committed_section_lies_in_the_file_of_its_machine():
+    folder = Path(__file__).parents[1] / "benchmarks" / "results"
+    for path in folder.glob("*.json"):
+        if path.stem in ("recorded", "study"):  # kept by hand; one a machine for all its runs
+            continue
+        for section in json.loads(path.read_text(encoding="utf-8")).values():
+            assert results_path(folder, section["machine"]) == path
 
 
 def test_timed_calls_once_and_hands_on_the_result():

@@ -28,18 +28,23 @@ from problems import (
 from torch import Tensor
 
 from bupo_kernels import PolicyObjective, explain, linear_logprobs, linear_policy_loss, reference
-from bupo_kernels.backends import compiled, cpu_bf16, lens_loop, native_rows, tile_loop
+from bupo_kernels.backends import compiled, cpu_panels, lens_loop, native_rows, tile_loop
 from bupo_kernels.backends.compiled import MULTIPLY_BF16, address
 from bupo_kernels.backends.native_lens import NativeLens
 
-BF16, FP32 = torch.bfloat16, torch.float32
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NAMES = {BF16: "bfloat16", FP16: "float16", FP32: "float32"}  # as C++ knows them
 EPS = torch.finfo(FP32).eps  # 2 roundoffs; an ulp of x is between EPS/2 and EPS times |x|
 FIELDS = ("logprobs", "entropy", "logsumexp")
-THREADS = (1, 2, 3, 5)
+THREADS = (1, 2, 3, 7)
 SENTINEL = 7.0
 
+# The least and the largest subnormal, the least that is not, 1, and the largest number.
+FP16_EDGES = (0.0, 2.0**-24, 2.0**-14 - 2.0**-24, 2.0**-14, 1.0, 65504.0)
+
 pytestmark = pytest.mark.skipif(compiled.built is None, reason="the C++ kernels were not built")
-both_dtypes = pytest.mark.parametrize("dtype", [BF16, FP32], ids=["bf16", "fp32"])
+all_dtypes = pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=["bf16", "fp16", "fp32"])
+both_16_bit = pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
 
 
 @pytest.fixture(params=compiled.ISAS, scope="module")
@@ -47,6 +52,21 @@ def isa(request):
     if request.param not in compiled.isas():
         pytest.skip(f"this CPU or this build has no {request.param}")
     return request.param
+
+
+@pytest.fixture(params=[isa for isa in compiled.ISAS if isa not in MULTIPLY_BF16], scope="module")
+def isa_of_fp32(request):
+    """An instruction set whose panels are of fp32."""
+    if request.param not in compiled.isas():
+        pytest.skip(f"this CPU or this build has no {request.param}")
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def _no_fp16_in_panels_of_bf16(request):
+    params = request.node.callspec.params if hasattr(request.node, "callspec") else {}
+    if params.get("dtype") == FP16 and params.get("isa") in MULTIPLY_BF16 and "lens" not in request.node.name:
+        pytest.skip(f"{params['isa']} multiplies bf16")
 
 
 @contextmanager
@@ -63,8 +83,8 @@ def threads(count):
 def tiles_of(rows, columns):
     """At most this many at a time, in both paths."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_bf16, "MOST_ROWS", rows)
-        patch.setattr(cpu_bf16, "MOST_COLUMNS", columns)
+        patch.setattr(cpu_panels, "MOST_ROWS", rows)
+        patch.setattr(cpu_panels, "MOST_COLUMNS", columns)
         patch.setattr(tile_loop, "CPU_TILE", (rows, columns))
         yield
 
@@ -118,13 +138,13 @@ any_vocab = st.one_of(
 )
 
 
-@both_dtypes
+@all_dtypes
 @examples(30)
 @given(
     rows=st.integers(0, 100),
     vocab=any_vocab,
     width=st.integers(1, 130),
-    scale=st.sampled_from([0.0, 1e-3, 1.0, 30.0]),
+    scale=st.sampled_from([0.0, 1e-6, 1e-3, 1.0, 30.0]),  # 1e-6: subnormals of fp16
     options=st.sampled_from([*OPTIONS.values(), {"ignore_index": 0}]),
     tile=st.sampled_from([(8192, 2048), (64, 2048), (8192, 96), (32, 64)]),
     seed=st.integers(0, 2**16),
@@ -136,7 +156,7 @@ def test_any_shape_option_and_tile_matches_the_oracle(isa, dtype, rows, vocab, w
         check(case_with(options, rows, vocab, width, dtype=dtype, scale=scale, seed=seed), isa)
 
 
-@both_dtypes
+@all_dtypes
 @given(rows=st.integers(1, 70), vocab=any_vocab, width=st.integers(1, 70), options=st.sampled_from(["softcap", "everything"]))
 @examples(15)
 def test_a_saturated_softcap_keeps_its_values(isa, dtype, rows, vocab, width, options):
@@ -169,7 +189,7 @@ def test_splits_of_the_vocabulary(isa, rows):
         assert_values(run(case, isa), case)
 
 
-@both_dtypes
+@all_dtypes
 @pytest.mark.parametrize(
     "used", [(0,), (1,), (2,), (0, 1), (0, 2), (1, 2), (0, 1, 2)], ids=lambda used: "+".join(FIELDS[i] for i in used)
 )
@@ -179,7 +199,7 @@ def test_each_statistic_has_its_gradient_alone_and_together(isa, dtype, used):
     assert all(gradient.any() for gradient in got)
 
 
-@both_dtypes
+@all_dtypes
 def test_several_slices_of_the_vocabulary(isa, dtype):
     case = case_with({"bias": True}, 40, 4150, 40, dtype=dtype, scale=2.0)
     case.targets[:3] = torch.tensor([2047, 2048, 4149])
@@ -192,7 +212,7 @@ def test_several_blocks_of_rows_and_a_width_of_several_sets_of_panels(isa):
         check(case_with({"bias": True}, 310, 900, 1100, dtype=BF16), isa)
 
 
-@both_dtypes
+@all_dtypes
 @pytest.mark.parametrize("kept", ["first", "last", "scattered", "one", "none"])
 def test_dropped_rows_get_exactly_nothing_and_shift_no_other(isa, dtype, kept):
     rows = {"first": slice(0, 40), "last": slice(150, 190), "scattered": slice(1, 190, 3), "one": slice(47, 48), "none": slice(0)}
@@ -206,7 +226,7 @@ def test_dropped_rows_get_exactly_nothing_and_shift_no_other(isa, dtype, kept):
     assert all(gradient.any() == (kept != "none") for gradient in got)
 
 
-@both_dtypes
+@all_dtypes
 @pytest.mark.parametrize("trained", ["hidden", "weight", "bias", "hidden bias", "weight bias"])
 def test_a_frozen_operand_changes_no_other_gradient(isa, dtype, trained):
     case = case_with({"bias": True}, 40, 300, 33, dtype=dtype)
@@ -229,7 +249,7 @@ WEIGHTS = {
 }
 
 
-@both_dtypes
+@all_dtypes
 @pytest.mark.parametrize("view", WEIGHTS.values(), ids=WEIGHTS)
 def test_any_view_of_the_weight(isa, dtype, view):
     case = random_case(40, 150, 33, dtype=dtype)
@@ -237,7 +257,7 @@ def test_any_view_of_the_weight(isa, dtype, view):
     check(case, isa)
 
 
-@both_dtypes
+@all_dtypes
 @pytest.mark.parametrize("view", [lambda x: x.T, lambda x: x[:, ::2].T, lambda x: x[:, :1].expand(33, 40).T], ids=["T", "2", "1"])
 def test_any_view_of_the_hidden_vectors(isa, dtype, view):
     case = random_case(40, 150, 33, dtype=dtype)
@@ -245,7 +265,7 @@ def test_any_view_of_the_hidden_vectors(isa, dtype, view):
     check(case, isa)
 
 
-@both_dtypes
+@all_dtypes
 @pytest.mark.parametrize("entropy", [0.0, 0.1])
 def test_the_one_pass_loss_has_the_gradients_of_its_log_probs(isa, dtype, entropy):
     case = case_with({"bias": True, "temperature": "rows"}, 90, 301, 33, dtype=dtype, scale=2.0)
@@ -255,7 +275,7 @@ def test_the_one_pass_loss_has_the_gradients_of_its_log_probs(isa, dtype, entrop
     objective = PolicyObjective(entropy_coefficient=entropy)
     for budget in (None, 160 * 1024 if dtype == FP32 else 8 * 2**20):
         arguments = {"objective": objective, "backend": f"native:{isa}", "memory_budget": budget, **case.options}
-        with threads(2), tiles_of(32 if budget and dtype == BF16 else 512, 2048):
+        with threads(2), tiles_of(32 if budget and dtype != FP32 else 512, 2048):
             plan = explain(case.hidden, case.weight, case.targets, **arguments)
             assert (plan.tile_plan.chunk_rows < 90) == (dtype == FP32 and budget is not None)
             loss, _ = linear_policy_loss(case.hidden, case.weight, case.targets, advantages, **arguments)
@@ -268,8 +288,9 @@ def test_the_one_pass_loss_has_the_gradients_of_its_log_probs(isa, dtype, entrop
 # ---- repeatability
 
 
-def test_results_do_not_depend_on_the_number_of_threads(isa):
-    case = case_with({"bias": True, "temperature": "rows"}, 70, 2300, 520, dtype=BF16)
+@both_16_bit
+def test_results_do_not_depend_on_the_number_of_threads(isa, dtype):
+    case = case_with({"bias": True, "temperature": "rows"}, 70, 2300, 520, dtype=dtype)
     found = []
     for count in (*THREADS, 2):
         with threads(count):
@@ -277,8 +298,9 @@ def test_results_do_not_depend_on_the_number_of_threads(isa):
     assert all(same(found[0], other) for other in found[1:])
 
 
-def test_a_row_does_not_depend_on_the_other_rows_nor_on_its_place(isa):
-    case = case_with({"bias": True, "temperature": "rows"}, 140, 2100, 70, dtype=BF16)
+@both_16_bit
+def test_a_row_does_not_depend_on_the_other_rows_nor_on_its_place(isa, dtype):
+    case = case_with({"bias": True, "temperature": "rows"}, 140, 2100, 70, dtype=dtype)
     case.targets[::7] = -100
     upstream = torch.randn(140)
 
@@ -300,7 +322,7 @@ def test_a_row_does_not_depend_on_the_other_rows_nor_on_its_place(isa):
 # ---- extremes
 
 
-@both_dtypes
+@all_dtypes
 def test_a_target_far_below_the_largest_logit(isa, dtype):
     case = random_case(40, 100, 3, dtype=dtype)
     case.hidden = torch.tensor([[1.0, 0.0, 0.0]] * 40).to(dtype).requires_grad_()
@@ -316,7 +338,7 @@ def test_a_target_far_below_the_largest_logit(isa, dtype):
     assert d_weight[[0, 50, 99], 0].tolist() == [20.0, 0.0, -20.0]
 
 
-@both_dtypes
+@all_dtypes
 @pytest.mark.parametrize("vocab", [1, 31, 2111])
 def test_equal_logits(isa, dtype, vocab):
     case = random_case(33, vocab, 5, scale=0.0, dtype=dtype)
@@ -330,7 +352,7 @@ def test_equal_logits(isa, dtype, vocab):
     assert (d_weight == 0).all()
 
 
-@both_dtypes
+@all_dtypes
 @pytest.mark.parametrize("value", [torch.finfo(FP32).min, -3e38, -1e30, -1e4], ids=str)
 def test_columns_that_a_bias_rules_out_are_as_if_they_were_not(isa, dtype, value):
     case = random_case(21, 70, 9, dtype=dtype)
@@ -351,7 +373,7 @@ def test_columns_that_a_bias_rules_out_are_as_if_they_were_not(isa, dtype, value
 
 
 @pytest.mark.parametrize("huge", [1e30, 1e32, 1e38], ids=str)
-@both_dtypes
+@all_dtypes
 def test_logits_next_to_the_largest_number(isa, dtype, huge):
     bias = torch.zeros(70)
     bias[33] = huge
@@ -363,7 +385,7 @@ def test_logits_next_to_the_largest_number(isa, dtype, huge):
     assert torch.equal(out.logsumexp, torch.full((3,), huge))
 
 
-@both_dtypes
+@all_dtypes
 @pytest.mark.parametrize("offset", [60.0, 88.5, 89.0, 150.0, 1e4, 3e38])
 def test_a_common_offset_overflows_nowhere(isa, dtype, offset):
     # Also not in what pads the rows to a whole panel, whose hidden vectors are 0, and whose logits are then the bias.
@@ -375,7 +397,7 @@ def test_a_common_offset_overflows_nowhere(isa, dtype, offset):
         check(case, isa)
 
 
-@both_dtypes
+@all_dtypes
 def test_a_row_of_nan_stays_alone(isa, dtype):
     case = random_case(40, 100, 33, dtype=dtype)
     upstream = torch.randn(40)
@@ -390,7 +412,7 @@ def test_a_row_of_nan_stays_alone(isa, dtype):
         case.hidden[17] = torch.nan
     found = of(case)
     assert found[0][17].isnan()
-    if dtype == BF16:  # else the products are a library's
+    if dtype != FP32:  # else the products are a library's
         assert same([x[others] for x in found], whole)
     assert all(x[others].isfinite().all() for x in found)
     case.targets[17] = -100  # now masked: not read at all
@@ -399,7 +421,7 @@ def test_a_row_of_nan_stays_alone(isa, dtype):
     assert d_weight.isfinite().all()
 
 
-@both_dtypes
+@all_dtypes
 @examples(30)
 @given(
     scales=st.lists(st.sampled_from([0.0, 1e-3, 1.0, 30.0, 300.0]), min_size=1, max_size=6),
@@ -454,13 +476,90 @@ def test_a_lens_does_not_depend_on_the_number_of_threads_nor_on_whether_logits_a
         assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
-@both_dtypes
+@all_dtypes
 @pytest.mark.parametrize("columns", [100, 5000])
 def test_a_column_of_nan_is_in_every_row(isa, dtype, columns):
     case = random_case(9, columns, 16, dtype=dtype)
     with torch.no_grad():
         case.weight[11] = torch.nan
     assert all(x.isnan().all() for x in run(case, isa))
+
+
+# ---- fp16
+
+
+@given(
+    rows=st.integers(1, 40),
+    vocab=st.integers(1, 200),
+    width=st.integers(1, 40),
+    numbers=st.lists(st.sampled_from(FP16_EDGES), min_size=1, max_size=9),
+    seed=st.integers(0, 2**16),
+)
+@examples(20)
+def test_fp16_of_any_size_is_exact(isa_of_fp32, rows, vocab, width, numbers, seed):
+    case = random_case(rows, vocab, width, dtype=FP16, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for operand in (case.hidden, case.weight):
+            chosen = torch.randint(0, len(numbers), operand.shape, generator=generator)
+            operand.copy_(torch.tensor(numbers, dtype=FP16)[chosen] * torch.randn(operand.shape, generator=generator).sign())
+    assert_values(run(case, isa_of_fp32), case)
+
+
+@pytest.mark.parametrize("factor", [2.0**-20, 2.0**18], ids=["subnormal", "too large"])
+def test_gradients_beyond_fp16_are_infinite_and_those_below_it_subnormal(isa_of_fp32, factor):
+    case, largest = random_case(40, 70, 9, dtype=FP16), torch.finfo(FP16).max
+    upstream = [factor * torch.randn(40), None, None]
+    if factor < 1:
+        _, got = check(case, isa_of_fp32, upstream)
+        assert all((gradient[gradient != 0].abs() < torch.finfo(FP16).smallest_normal).any() for gradient in got)
+        return
+    got = backward(run(case, isa_of_fp32), upstream, case)
+    wide = random_case(40, 70, 9, dtype=FP16)
+    wide.hidden, wide.weight = (x.detach().double().requires_grad_() for x in (case.hidden, case.weight))
+    exact = backward(linear_logprobs(wide.hidden, wide.weight, wide.targets), upstream, wide)
+    for gradient, want in zip(got, exact, strict=True):
+        assert gradient.isinf().any()
+        assert gradient[want.abs() < 0.999 * largest].isfinite().all()
+        beyond = want.abs() > 1.001 * largest
+        assert torch.equal(gradient[beyond], torch.inf * want[beyond].sign().half())
+
+
+@pytest.mark.parametrize("flushed", [False, True], ids=["", "subnormals of fp32 flushed"])
+def test_every_number_of_fp16_is_packed_as_it_is(isa_of_fp32, flushed):
+    every = torch.arange(2**16, dtype=torch.int32).short().view(FP16).view(512, 128)
+    exact = every.float()
+    k = compiled.kernels(isa_of_fp32)
+    to = compiled.words(k.packed_words(512, 128))
+    torch.set_flush_denormal(flushed)
+    try:
+        k.pack_rows(address(every), 128, 512, 128, NAMES[FP16], address(to), 1)
+    finally:
+        torch.set_flush_denormal(False)
+    found = unpacked(to, isa_of_fp32, 512, 128)
+    assert torch.equal(found.isnan(), exact.isnan())
+    assert torch.equal(found.nan_to_num(7), exact.nan_to_num(7))
+
+
+def test_every_sum_is_rounded_to_fp16_as_torch_rounds(isa_of_fp32):
+    # All numbers of fp16, what lies halfway between two, and what lies beside that.
+    bits = torch.arange(0x7C01, dtype=torch.int32).short().view(FP16).float()
+    halfway = (bits[1:-1] + bits[:-2]) / 2
+    beside = [torch.nextafter(halfway, torch.full_like(halfway, x)) for x in (-math.inf, math.inf)]
+    ends = torch.tensor([65519.99, 65520.0, 65536.0, 1e30, math.inf, math.nan, 1e-8, 1e-30, 0.0])
+    values = torch.cat([bits, halfway, *beside, ends])
+    values = F.pad(torch.cat([values, -values]), (0, -2 * len(values) % 32))
+    # As left panels of one token: the products with its hidden vector of ones are the values themselves.
+    k, count = compiled.kernels(isa_of_fp32), len(values)
+    left = torch.zeros(k.packed_words(count, 32))
+    left.view(-1, 2, 2, 16, 16)[:, 0, :, :, 0] = values.view(-1, 2, 16)
+    ones, out = torch.ones(1, 33, dtype=FP16), torch.empty(count, 33, dtype=FP16)
+    by_rows = compiled.words(k.packed_words(33, 32))
+    k.pack_columns(address(ones), 33, 1, 33, NAMES[FP16], address(by_rows), 1)
+    k.weight_gradient(address(left), count, address(by_rows), 1, 33, address(out), 33, NAMES[FP16], False, 1)
+    exact = values.half()[:, None].expand(count, 33)
+    assert torch.equal(out.isnan(), exact.isnan())
+    assert torch.equal(out.nan_to_num(7), exact.nan_to_num(7))
 
 
 # ---- one by one: the layout of packed panels
@@ -496,16 +595,17 @@ def unpacked(words: Tensor, isa: str, count: int, depth: int, left=False) -> Ten
     return panels.permute(*order).reshape(up(count), -1)
 
 
+@both_16_bit
 @given(rows=st.integers(1, 70), width=st.integers(1, 70), margin=st.integers(0, 3), seed=st.integers(0, 2**16))
 @examples(20)
-def test_panels_hold_the_matrix_and_zeros(isa, rows, width, margin, seed):
+def test_panels_hold_the_matrix_and_zeros(isa, dtype, rows, width, margin, seed):
     k = compiled.kernels(isa)
-    # Bit patterns, so that no element is like another, NaN neither: bf16 of exponents below 128.
-    whole = torch.randint(0, 2**14, (rows, width + margin), generator=torch.Generator().manual_seed(seed)).short().view(BF16)
+    # Bit patterns, so that no element is like another, NaN neither: bf16 of exponents below 128, and fp16 of those below 16.
+    whole = torch.randint(0, 2**14, (rows, width + margin), generator=torch.Generator().manual_seed(seed)).short().view(dtype)
     matrix = whole[:, margin:]
     for pack, count, depth, expected in ((k.pack_rows, rows, width, matrix), (k.pack_columns, width, up(rows), matrix.T)):
         around, to = guarded(k.packed_words(count, depth))
-        pack(address(matrix), matrix.stride(0), rows, width, address(to), 3)
+        pack(address(matrix), matrix.stride(0), rows, width, NAMES[dtype], address(to), 3)
         found = unpacked(to, isa, count, depth)
         there = found[: expected.shape[0], : expected.shape[1]]
         assert torch.equal(there.float(), expected.float())
@@ -513,15 +613,15 @@ def test_panels_hold_the_matrix_and_zeros(isa, rows, width, margin, seed):
         assert_untouched(around, to)
 
 
-def packed_operands(isa, rows, columns, width, seed=0, options=None):
+def packed_operands(isa, dtype, rows, columns, width):
     """A problem as the fused kernels take it, with guards around what they write."""
-    case = random_case(rows, columns, width, dtype=BF16, seed=seed, scale=2.0)
+    case = random_case(rows, columns, width, dtype=dtype, scale=2.0)
     k, weight = compiled.kernels(isa), F.pad(case.weight.detach(), (1, 2), value=torch.nan)[:, 1:-2]
     by_width, by_rows = compiled.words(k.packed_words(rows, width)), compiled.words(k.packed_words(width, up(rows)))
     hidden = case.hidden.detach()
-    k.pack_rows(address(hidden), width, rows, width, address(by_width), 2)
-    k.pack_columns(address(hidden), width, rows, width, address(by_rows), 2)
-    matrix = address(weight), weight.stride(0), columns, width
+    k.pack_rows(address(hidden), width, rows, width, NAMES[dtype], address(by_width), 2)
+    k.pack_columns(address(hidden), width, rows, width, NAMES[dtype], address(by_rows), 2)
+    matrix = address(weight), weight.stride(0), columns, width, NAMES[dtype]
     return k, hidden, weight, matrix, by_width, by_rows, case.targets
 
 
@@ -531,9 +631,10 @@ some_shapes = pytest.mark.parametrize(
 )
 
 
+@both_16_bit
 @some_shapes
-def test_statistics_are_written_where_they_belong_and_nowhere_else(isa, rows, columns, width):
-    k, hidden, weight, matrix, by_width, _, targets = packed_operands(isa, rows, columns, width)
+def test_statistics_are_written_where_they_belong_and_nowhere_else(isa, dtype, rows, columns, width):
+    k, hidden, weight, matrix, by_width, _, targets = packed_operands(isa, dtype, rows, columns, width)
     stride = rows + 5
     around, out = guarded(4 * stride, FP32)
     around_workspace, workspace = guarded(k.statistics_bytes(rows, columns, width, 3), torch.uint8)
@@ -552,10 +653,11 @@ def test_statistics_are_written_where_they_belong_and_nowhere_else(isa, rows, co
     assert_untouched(around_workspace, workspace)
 
 
+@both_16_bit
 @some_shapes
 @pytest.mark.parametrize("slope", [True, False])
-def test_gradients_of_a_tile_are_written_where_they_belong_and_nowhere_else(isa, rows, columns, width, slope):
-    k, hidden, weight, matrix, by_width, by_rows, targets = packed_operands(isa, rows, columns, width)
+def test_gradients_of_a_tile_are_written_where_they_belong_and_nowhere_else(isa, dtype, rows, columns, width, slope):
+    k, hidden, weight, matrix, by_width, by_rows, targets = packed_operands(isa, dtype, rows, columns, width)
     targets = targets - 7  # less the first column: those before it are another slice's
     z = hidden.double() @ weight.double().T
     m, constant, steepness, on_target = z.amax(1).float(), *torch.randn(3, rows)
@@ -588,17 +690,18 @@ def test_gradients_of_a_tile_are_written_where_they_belong_and_nowhere_else(isa,
     products = {"weight": (dz.T @ hidden.double(), dz.abs().T @ hidden.double().abs(), columns)}
     products["hidden"] = (dz @ weight.double(), dz.abs() @ weight.double().abs(), rows)
     d_weight = {}
-    for name, dtype, add in (("fp32", FP32, False), ("bf16", BF16, False), ("added", FP32, True)):
-        around, out = guarded(columns * stride, dtype)
+    for name, of, add in (("fp32", FP32, False), ("bf16", BF16, False), ("fp16", FP16, False), ("added", FP32, True)):
+        around, out = guarded(columns * stride, of)
         out = out.view(columns, stride)[:, 1 : 1 + width]
         k.weight_gradient(
-            *(address(left), columns, address(by_rows), rows, width, address(out), stride, dtype == BF16, add, 3),
+            *(address(left), columns, address(by_rows), rows, width, address(out), stride, NAMES[of], add, 3),
         )
         d_weight[name] = out.clone()
         assert_untouched(around, out)
     exact, size, _ = products["weight"]
     assert ((d_weight["fp32"] - exact).abs() <= rows * EPS * size).all()
     assert torch.equal(d_weight["bf16"], d_weight["fp32"].bfloat16())
+    assert torch.equal(d_weight["fp16"], d_weight["fp32"].half())
     assert torch.equal(d_weight["added"], SENTINEL + d_weight["fp32"])
 
     exact, size, _ = products["hidden"]
@@ -785,10 +888,10 @@ def test_the_backend_runs_what_was_asked_for(isa):
     assert explain(case.hidden, case.weight, case.targets).tile_plan.isa == compiled.isas()[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64], ids=str)
-def test_other_dtypes_are_refused(dtype):
-    case = random_case(4, 20, 8, dtype=dtype)
-    with pytest.raises(ValueError, match=rf"'native' given, it cannot run this: dtype: {dtype} given, accepted are fp32 and bf16"):
+def test_float64_is_refused():
+    case = random_case(4, 20, 8, dtype=torch.float64)
+    reason = r"'native' given, it cannot run this: dtype: torch.float64 given, accepted are fp32, bf16 and fp16"
+    with pytest.raises(ValueError, match=reason):
         linear_logprobs(case.hidden, case.weight, case.targets, backend="native")
     assert explain(case.hidden, case.weight, case.targets).backend == "torch"
 
@@ -799,11 +902,24 @@ def test_other_instruction_sets_are_refused(monkeypatch):
         run(case, "nope")
     with pytest.raises(ValueError, match=r"isa: 'nope' given, which this build or this machine does not have"):
         compiled.built.cpu.Kernels("nope")
-    for module in (native_rows, cpu_bf16):
+    for module in (native_rows, cpu_panels):
         monkeypatch.setattr(module, "isas", lambda: ("avx2", "portable"))
     with pytest.raises(ValueError, match=r"instruction set: amx given, .* does not have; it has avx2, portable"):
         run(case, "amx")
     assert explain(case.hidden, case.weight, case.targets).tile_plan.isa == "avx2"
+
+
+def test_fp16_takes_the_fastest_instruction_set_that_does_not_multiply_bf16(monkeypatch):
+    case = random_case(4, 20, 8, dtype=FP16)
+    for module in (native_rows, cpu_panels):
+        monkeypatch.setattr(module, "isas", lambda: compiled.ISAS)
+    accepted = cpu_panels.isas_for(FP16)
+    assert accepted[0] == "avx512"
+    assert set(accepted) == set(compiled.ISAS) - set(MULTIPLY_BF16)
+    assert cpu_panels.isas_for(BF16) == compiled.ISAS
+    for isa in MULTIPLY_BF16:
+        with pytest.raises(ValueError, match=f"{isa} given, which multiplies bf16; accepted for fp16 are {', '.join(accepted)}"):
+            run(case, isa)
 
 
 def test_without_the_module_torch_runs_and_explain_says_why(monkeypatch):
@@ -828,7 +944,7 @@ def test_without_the_module_torch_runs_and_explain_says_why(monkeypatch):
 
 def test_the_least_budget_is_enough_and_less_is_left_to_torch(isa):
     case = random_case(100, 300, 40, dtype=BF16)
-    least = cpu_bf16.least_budget(explain(case.hidden, case.weight).problem, isa)
+    least = cpu_panels.least_budget(explain(case.hidden, case.weight).problem, isa)
     check(case, isa, memory_budget=least)
     reason = f"memory_budget: {least - 1} bytes given, accepted are at least {least} with {torch.get_num_threads()} threads"
     with pytest.raises(ValueError, match=reason):

@@ -21,6 +21,8 @@ TITLE = "Kernels"
 HEADER = ("", "computes", "ms:", "× floor:", "TFLOP/s:", "peak MiB:", "stated MiB:")
 HEADER += ("Δlogprob flat:", "peaked:", "Δ gradient flat:", "peaked:", "remark")
 SHORT_HEADER, SHORT_NOTE = ("", "computes", "this library", "naive", "fastest peer"), ""
+LOST_HEADER = ("", "computes", "this library", "the faster one", "why")
+FLOOR = "times_floor", "x", " the floor"  # a measure, its unit and what it is of
 KINDS = {"flat": "none", "peaked": "full"}  # distribution -> how its points are filled
 MEASURES = {"max |Δlogprob|": ("logprobs",), "relative error of dH or dW, the larger": ("hidden", "weight")}  # label -> errors
 LEAST_ERROR, LEAST_MIB = 1e-9, 0.01  # what is less, such as 0, is drawn there: the axes are logarithmic
@@ -95,14 +97,8 @@ def _cells(row: Record) -> list[str]:
 def losses(contenders: list[Record]) -> Iterator[str]:
     """Yield a sentence for each thing that another of one table's ``contenders`` computes faster than this library's fastest, with
     what it costs the other. Who computes more counts as well."""
-    for computes, ours, naive, peers in _comparable(contenders):
-        own, other = fastest(ours), fastest([*naive, *peers])
-        if own is None or other is None:
-            continue
-        relative = own["times_floor"] is not None and other["times_floor"] is not None
-        measure, unit, floor = ("times_floor", "x", " the floor") if relative else ("ms", " ms", "")
-        if not slower(own, other, measure):
-            continue
+    for computes, own, other in _lost(contenders):
+        measure, unit, floor = ("ms", " ms", "") if None in (own["times_floor"], other["times_floor"]) else FLOOR
         costs = [f"{digits(own[measure])}{unit}{floor} against {digits(other[measure])}{unit}"]
         costs += [f"peak {digits(own['peak_bytes'], MIB)} against {digits(other['peak_bytes'], MIB)} MiB"]
         for kind in KINDS:
@@ -110,6 +106,37 @@ def losses(contenders: list[Record]) -> Iterator[str]:
             costs += [] if None in errors else [f"max |Δlogprob| {kind} {tiny(errors[0])} against {tiny(errors[1])}"]
         costs += [f"{row['name']}: {row['remark']}" for row in (own, other) if row["remark"]]
         yield f"**Slower here:** {cell(own['name'])} ({computes}) than {cell(other['name'])}: {cell('; '.join(costs))}."
+
+
+def _lost(contenders: list[Record]) -> Iterator[tuple[str, Record, Record]]:
+    """Yield what another of one table's ``contenders`` computes faster than this library, with the fastest of either."""
+    for computes, ours, naive, peers in _comparable(contenders):
+        own, other = fastest(ours), fastest([*naive, *peers])
+        if own is None or other is None:
+            continue
+        measure = "ms" if None in (own["times_floor"], other["times_floor"]) else "times_floor"
+        if slower(own, other, measure):
+            yield computes, own, other
+
+
+def lost(rows: list[Record]) -> Iterator[list[str]]:
+    """Yield the lines below :data:`LOST_HEADER`: what another computes faster, in any table, and what explains it."""
+    for contenders in tables_of(rows, KERNEL).values():
+        case = contenders[0]
+        for computes, own, other in _lost(contenders):
+            speed = [f"{row['name']}: {digits(row['ms'])} ms, {times(row['times_floor'])}" for row in (own, other)]
+            yield [f"{case['group']}: {_case(case)}, {case['dtype']}", computes, *speed, _why(own, other)]
+
+
+def _why(own: Record, other: Record) -> str:
+    """Return what the records have to explain that ``other`` is faster."""
+    products, fewer = own["algorithm_products"], other["algorithm_products"]
+    memory = f"{digits(other['peak_bytes'], MIB)} MiB against {digits(own['peak_bytes'], MIB)}"
+    if products and fewer and products > fewer:
+        why = f"{products:g} products against {fewer:g}: logits are formed again, which it keeps ({memory})"
+    else:
+        why = f"the same products at a lower rate, or what is beside them (it has {memory})"
+    return "; ".join([why, *(f"{row['name']}: {row['remark']}" for row in (own, other) if row["remark"])])
 
 
 def _comparable(contenders: list[Record]) -> Iterator[tuple[str, list[Record], list[Record], list[Record]]]:
@@ -128,6 +155,15 @@ def in_short(rows: list[Record], every_model: bool) -> Iterator[list[str]]:
         case = contenders[0]
         for computes, *kinds in _comparable(contenders):
             yield [f"{case['group']}: {_case(case)}, {case['dtype']}", computes or "–", *map(_speed, kinds)]
+
+
+def beside(rows: list[Record]) -> Iterator[tuple[tuple[str, str], str]]:
+    """Yield, for every headline, what it is of, and × floor of this library's fastest, and of the naive one and the peer."""
+    for contenders in map(headline, tables_of(rows, ("model", "group")).values()):
+        case = contenders[0]
+        for computes, *kinds in _comparable(contenders):
+            best = [row and row["times_floor"] for row in map(fastest, kinds)]
+            yield (f"{case['group']}: {_case(case)}, {case['dtype']}", computes or "–"), " / ".join(map(times, best))
 
 
 def _speed(rows: list[Record]) -> str:

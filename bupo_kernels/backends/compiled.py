@@ -19,7 +19,7 @@ except ModuleNotFoundError:  # any other ImportError of a module that is there s
 
 # All instruction sets that setup.py knows, the fastest first.
 ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
-MULTIPLY_BF16 = ("amx", "avx512_bf16")  # of these, those whose panels are of bf16; the others' are of fp32
+MULTIPLY_BF16 = ("amx", "avx512_bf16")  # of these, those whose panels are of bf16; the others' are of fp32, which hold fp16 too
 
 
 @functools.cache
@@ -71,6 +71,11 @@ def _cuda_major() -> int:
     """Return the major version of the CUDA that the kernels were built with; 0 where nobody knows."""
     release = "" if built is None else built.build_info()["cuda_version"]
     return int(release.partition(".")[0]) if release[:1].isdigit() else 0
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Return the name by which C++ knows the dtype of ``tensor``."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def address(tensor: Tensor | None, dtype: torch.dtype | None = None, length: int = 0, device: str = "cpu") -> int:

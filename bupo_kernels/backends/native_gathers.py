@@ -1,4 +1,4 @@
-"""The products of a call on supports in C++ (csrc/cpu): fp32 and bf16 on a CPU."""
+"""The products of a call on supports in C++ (csrc/cpu): fp32, bf16 and fp16 on a CPU."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bupo_kernels.backends.base import Problem
-from bupo_kernels.backends.compiled import ISAS, address, isas, kernels
+from bupo_kernels.backends.compiled import ISAS, address, dtype_name, isas, kernels
 from bupo_kernels.backends.gathers import Gathers, Segments
 from bupo_kernels.backends.native_rows import why_not_native
 
@@ -32,7 +32,7 @@ class NativeGathers(Gathers):
             address(right_rows, torch.int64, count),
             count,
             width,
-            left.dtype == torch.bfloat16,
+            dtype_name(left),
             address(found, torch.float32, count),
             torch.get_num_threads(),
         )
@@ -48,7 +48,7 @@ class NativeGathers(Gathers):
             address(offsets, torch.int64, len(places) + 1),
             len(places),
             source.shape[1],
-            source.dtype == torch.bfloat16,
+            dtype_name(source),
             address(out.view(-1), source.dtype, out.numel()),
             address(places, torch.int64, len(places)),
             torch.get_num_threads(),

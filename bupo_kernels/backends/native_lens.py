@@ -1,5 +1,5 @@
 """The row kernels of a lens in C++ (csrc/cpu), for any dtype but float64 on a CPU. Where it multiplies bf16, bf16 operands have the
-product of packed panels that ``cpu_bf16.py`` has; all others have the library's, in fp32."""
+product of packed panels that ``cpu_panels.py`` has; all others have the library's, in fp32."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bupo_kernels.backends.algebra import Statistics
 from bupo_kernels.backends.base import Problem
-from bupo_kernels.backends.compiled import ISAS, MULTIPLY_BF16, address, isas, kernels, words
+from bupo_kernels.backends.compiled import ISAS, MULTIPLY_BF16, address, dtype_name, isas, kernels, words
 from bupo_kernels.backends.cpu_arguments import ReadoutArguments, padded, up
 from bupo_kernels.backends.lens_loop import Comparison, LensRows, LensTile, Running
 from bupo_kernels.backends.native_rows import why_not_native
@@ -47,7 +47,7 @@ class NativeLens(LensRows):
         matrix = matrix if matrix.stride(1) == 1 else matrix.contiguous()
         packed = words(k.packed_words(rows, width))
         source = address(matrix, torch.bfloat16, width)
-        getattr(k, how)(source, matrix.stride(0), rows, width, address(packed), torch.get_num_threads())
+        getattr(k, how)(source, matrix.stride(0), rows, width, dtype_name(matrix), address(packed), torch.get_num_threads())
         return packed
 
     def multiply(self, out: Tensor, hidden: Tensor, weight: Tensor, width: int, strategy: str | None) -> None:  # [n, c]

@@ -1,8 +1,8 @@
 """Row kernels in C++ and CUDA (csrc/): what is done, in the tile loop, to rows of products that the library left in memory.
 
 On a CPU they run with the best instruction set that was built and that it has; ``backend="native:avx2"`` asks for another. On a GPU
-one more kernel takes whole rows from products to a policy loss and its dz. bf16 on a CPU has kernels of its own, in
-``cpu_bf16.py``.
+one more kernel takes whole rows from products to a policy loss and its dz. bf16 and fp16 on a CPU have kernels of their own, in
+``cpu_panels.py``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from bupo_kernels.backends import compiled
 from bupo_kernels.backends.algebra import Coefficients, Statistics
 from bupo_kernels.backends.base import Memory, Operands, PolicyRows, Problem, Readout, Tile, TilePlan
-from bupo_kernels.backends.compiled import ISAS, address, isas
+from bupo_kernels.backends.compiled import ISAS, address, dtype_name, isas
 from bupo_kernels.backends.cpu_arguments import CoefficientArguments, ReadoutArguments, padded, up
 from bupo_kernels.backends.gradients import MatrixTile, accumulate_, in_place_order
 from bupo_kernels.backends.tile_loop import Block, RowKernels, TileLoop
@@ -34,8 +34,8 @@ def why_not_native(problem: Problem, strategy: str | None) -> str | None:
         return "the C++ kernels were not built; `bupo env` says why"
     if device == "cuda" and problem.gpu is None and (why := compiled.why_not_cuda()):
         return why
-    if problem.dtype not in (torch.float32, torch.bfloat16):
-        return f"dtype: {problem.dtype} given, accepted are fp32 and bf16"
+    if problem.dtype == torch.float64 or (problem.dtype == torch.float16 and device == "cuda"):
+        return f"dtype: {problem.dtype} given, accepted are fp32{' and bf16' if device == 'cuda' else ', bf16 and fp16'}"
     if problem.width == 0 or problem.vocab >= 2**29:
         return f"weight: [{problem.vocab}, {problem.width}] given, accepted are fewer than 2^29 rows that are not empty"
     if strategy is not None and device != "cpu":
@@ -173,10 +173,6 @@ class CpuRows:
         return dz
 
 
-def _dtype_name(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
 class CudaRows:
     """The :class:`RowKernels` of :class:`NativeCuda`. ``module`` is ``_C.cuda``."""
 
@@ -198,7 +194,7 @@ class CudaRows:
             **_addresses(coefficients._asdict(), dz),
             n=len(dz),
             gradient=address(dz, device=dz.device.type),
-            gradient_dtype=_dtype_name(dz),
+            gradient_dtype=dtype_name(dz),
             gradient_stride=dz.stride(0),
         )
         return dz
@@ -229,7 +225,7 @@ class CudaRows:
             **_addresses(found, products),
             objective=objective,
             gradient=address(dz, device=dz.device.type) if problem.needs_grad else 0,
-            gradient_dtype=_dtype_name(dz),
+            gradient_dtype=dtype_name(dz),
             gradient_stride=dz.stride(0),
         )
         return found, dz, hidden
@@ -243,7 +239,7 @@ class CudaRows:
         per_row = temperature.reshape(-1).float().contiguous() if isinstance(temperature, Tensor) else None
         arguments = {
             "products": address(products, device=device),
-            "dtype": _dtype_name(products),
+            "dtype": dtype_name(products),
             "rows": len(products),
             "columns": products.shape[1],
             "stride": products.stride(0),

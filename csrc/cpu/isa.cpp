@@ -1,5 +1,8 @@
 #include "isa.h"
 
+#ifdef BUPO_ISA_AVX2
+#include <cpuid.h>
+#endif
 #if defined(BUPO_ISA_AMX) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -32,6 +35,10 @@ static bool supports_avx512() {
 #endif
 #ifdef BUPO_ISA_AVX2
 const Kernels& kernels_avx2();
+static bool supports_avx2() {
+  unsigned a, b, c, d;  // not every compiler's __builtin_cpu_supports knows f16c
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
 #endif
 const Kernels& kernels_portable();
 
@@ -47,7 +54,7 @@ const std::vector<Isa>& isas() {
       {"avx512", supports_avx512, kernels_avx512},
 #endif
 #ifdef BUPO_ISA_AVX2
-      {"avx2", [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }, kernels_avx2},
+      {"avx2", supports_avx2, kernels_avx2},
 #endif
       {"portable", [] { return true; }, kernels_portable},
   };

@@ -1,6 +1,6 @@
 // The table of functions that the CPU kernels of every instruction set fill.
 //
-// Sizes and strides count elements. `weight` is bf16 of any row stride, [columns, width]. Values per row come in arrays padded to a
+// Sizes and strides count elements. `weight` is 16-bit of any row stride, [columns, width]. Values per row come in arrays padded to a
 // multiple of 32 rows: targets with −1, all others with 0 (and `outer` with 1). No result depends on the number of threads, and no
 // row on another.
 #pragma once
@@ -11,17 +11,24 @@ namespace bupo::cpu {
 
 using Word = std::uint32_t;
 using Bf16 = std::uint16_t;
-
-struct Matrix {
-  const Bf16* data;
-  std::int64_t stride, rows, width;
+struct Fp16 {
+  std::uint16_t bits;
 };
 
-// Rows of a matrix in bf16 or fp32.
+enum class Dtype { fp32, bf16, fp16 };
+
+// A matrix to pack: bf16, or fp16 where the instruction set's panels are of fp32.
+struct Matrix {
+  const std::uint16_t* data;
+  std::int64_t stride, rows, width;
+  Dtype dtype;
+};
+
+// Rows of a matrix.
 struct Rows {
   const void* data;
   std::int64_t stride, width;
-  bool bf16;
+  Dtype dtype;
 };
 
 // How a product x becomes the logit z = g((x + bias_j) · inner) · outer, g being tanh or nothing.
@@ -75,9 +82,11 @@ struct Policy {
 };
 
 // How a gradient is written.
-enum class Write { fp32, add_to_fp32, bf16 };
+enum class Write { fp32, add_to_fp32, bf16, fp16 };
 
 struct Kernels {
+  bool multiplies_bf16;  // whether its panels are of bf16; else of fp32
+
   // Returns how many words `count` rows or columns of this depth take as panels (panels.h).
   std::int64_t (*packed_words)(std::int64_t count, std::int64_t depth);
   // Returns the bytes of the left panels of this depth that all threads together have at hand.

@@ -18,6 +18,19 @@ inline std::int64_t panel_words(std::int64_t depth) { return steps_of(depth) * s
 
 inline Word as_fp32(std::uint16_t bf16) { return Word(bf16) << 16; }
 
+// Writes a row of a tile of fp32, of which `there` elements are there.
+inline void widen(const std::uint16_t* from, std::int64_t there, Dtype dtype, Word* to) {
+  std::uint16_t some[tile] = {};
+  if (there < tile) {
+    std::memcpy(some, from, there * sizeof(*from));
+    from = some;
+  }
+  for (std::int64_t k = 0; k < tile; k += lanes) {
+    const Halves bits = load_as<Halves>(from + k);
+    store_as(to + k, (dtype == Dtype::fp16 ? from_fp16(bits) : from_bf16(bits)).v);
+  }
+}
+
 // Transposes 16 x 16 words.
 inline void transpose(const Word* from, Word* to) {
 #if defined(__AVX512F__)
@@ -45,7 +58,8 @@ inline void transpose(const Word* from, Word* to) {
 }
 
 // Writes a tile [row][word] of 16 rows of a matrix whose rows run along the depth; `rows` and `depth` are what is there.
-inline void rows_to_tile(const std::uint16_t* from, std::int64_t stride, std::int64_t rows, std::int64_t depth, Word* to) {
+inline void rows_to_tile(const std::uint16_t* from, std::int64_t stride, Dtype dtype, std::int64_t rows, std::int64_t depth,
+                         Word* to) {
   const std::int64_t there = min(depth, step_depth);
   if (rows < tile || there < step_depth) std::memset(to, 0, tile_words * sizeof(Word));
   for (std::int64_t i = 0; i < min(rows, tile); i++) {
@@ -54,14 +68,15 @@ inline void rows_to_tile(const std::uint16_t* from, std::int64_t stride, std::in
       // A whole tile row is one copy of known size.
       there == step_depth ? std::memcpy(to + i * tile, row, 64) : std::memcpy(to + i * tile, row, there * 2);
     } else {
-      for (std::int64_t k = 0; k < there; k++) to[i * tile + k] = as_fp32(row[k]);
+      widen(row, there, dtype, to + i * tile);
     }
   }
 }
 
 // Writes a tile [word][column] of 16 columns of a matrix whose columns run along the depth: element k of column j is
 // from[k · stride + j].
-inline void columns_to_tile(const std::uint16_t* from, std::int64_t stride, std::int64_t depth, std::int64_t columns, Word* to) {
+inline void columns_to_tile(const std::uint16_t* from, std::int64_t stride, Dtype dtype, std::int64_t depth, std::int64_t columns,
+                            Word* to) {
   const std::int64_t there = min(columns, tile);
   if (columns < tile || depth < step_depth) std::memset(to, 0, tile_words * sizeof(Word));
   for (std::int64_t w = 0; w < tile && w * word_depth < depth; w++) {
@@ -70,7 +85,7 @@ inline void columns_to_tile(const std::uint16_t* from, std::int64_t stride, std:
       const bool both = w * word_depth + 1 < depth;
       for (std::int64_t j = 0; j < there; j++) to[w * tile + j] = row[j] | (both ? as_fp32(row[stride + j]) : 0);
     } else {
-      for (std::int64_t j = 0; j < there; j++) to[w * tile + j] = as_fp32(row[j]);
+      widen(row, there, dtype, to + w * tile);
     }
   }
 }
@@ -81,7 +96,7 @@ enum class Side { left, right };
 // or across them (`from[k · stride + i]`), and zeros from `depth` to `padded_depth`. What lies side by side in memory is read
 // together.
 template <Side side, bool depth_along_rows>
-inline void pack_panels(const std::uint16_t* from, std::int64_t stride, std::int64_t count, std::int64_t depth,
+inline void pack_panels(const std::uint16_t* from, std::int64_t stride, Dtype dtype, std::int64_t count, std::int64_t depth,
                         std::int64_t padded_depth, Word* to) {
   alignas(64) Word turned[tile_words];
   const std::int64_t words = panel_words(padded_depth), steps = steps_of(padded_depth), panels = ceil_div(count, panel);
@@ -94,9 +109,9 @@ inline void pack_panels(const std::uint16_t* from, std::int64_t stride, std::int
       constexpr bool as_is = (side == Side::left) == depth_along_rows;
       Word* packed = as_is ? final : turned;
       if constexpr (depth_along_rows)
-        rows_to_tile(from + first * stride + k, stride, there, left_over, packed);
+        rows_to_tile(from + first * stride + k, stride, dtype, there, left_over, packed);
       else
-        columns_to_tile(from + k * stride + first, stride, left_over, there, packed);
+        columns_to_tile(from + k * stride + first, stride, dtype, left_over, there, packed);
       if constexpr (!as_is) transpose(turned, final);
     }
   }

@@ -131,3 +131,33 @@ inline Words rounded_to_bf16(Vec x) {
   return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 inline Halves bf16(Vec x) { return __builtin_convertvector(rounded_to_bf16(x) >> 16, Halves); }
+inline Vec from_bf16(Halves bits) { return (Floats)(__builtin_convertvector(bits, Words) << 16); }
+
+// Return fp16 as fp32, which is exact, and fp32 as fp16, rounded to nearest even and from 65,520 on to infinity.
+#if defined(__AVX512F__)
+inline Vec from_fp16(Halves bits) { return (Floats)_mm512_cvtph_ps((__m256i)bits); }
+inline Halves fp16(Vec x) { return (Halves)_mm512_cvtps_ph((__m512)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#elif defined(__F16C__)
+inline Vec from_fp16(Halves bits) { return (Floats)_mm256_cvtph_ps((__m128i)bits); }
+inline Halves fp16(Vec x) { return (Halves)_mm256_cvtps_ph((__m256)x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#else
+// An exponent of fp32 is 112 above that of fp16; that of infinity and NaN twice that. A subnormal x of fp16 is (2^-14 + x) - 2^-14,
+// of numbers that are not subnormal in fp32: so it stays where the thread takes subnormals for 0.
+inline Vec from_fp16(Halves bits) {
+  const Words wide = __builtin_convertvector(bits, Words), size = (wide & 0x7fffu) << 13, sign = (wide & 0x8000u) << 16;
+  const Ints small = size < (0x0400u << 13), special = size >= (0x7c00u << 13);
+  const Words above = size + (112u << 23) + ((Words)special & (112u << 23));
+  const Vec below = Vec((Floats)(size + (113u << 23))) - 0x1p-14f;
+  return (Floats)((Words)choose(small, below, (Floats)above).v | sign);
+}
+// A step of fp16's subnormals is one of fp32 from ½ on.
+inline Halves fp16(Vec x) {
+  const Words bits = (Words)x.v, size = bits & 0x7fffffffu, sign = (bits >> 16) & 0x8000u;
+  const Words rounded = (size + 0xfffu + ((size >> 13) & 1u) - (112u << 23)) >> 13;
+  const Words below = (Words)(Vec((Floats)size) + 0.5f).v - 0x3f000000u;
+  Words found = (Words)choose(size < (113u << 23), (Floats)below, (Floats)rounded).v;
+  found = (Words)choose(size >= (143u << 23) - 0x1000u, (Floats)(0x7c00u + Words{}), (Floats)found).v;
+  found = (Words)choose(size > 0x7f800000u, (Floats)(0x7e00u + Words{}), (Floats)found).v;
+  return __builtin_convertvector(found | sign, Halves);
+}
+#endif

@@ -1,8 +1,9 @@
-"""bf16 on a CPU: statistics and gradients from packed panels of hidden vectors, in C++ (csrc/cpu), no logits in memory.
+"""bf16 and fp16 on a CPU: statistics and gradients from packed panels of hidden vectors, in C++ (csrc/cpu), no logits in memory.
 
 The forward multiplies every row of W with all rows of a block and folds the products while they are in a core's first cache. The
 backward forms dz of a slice of the vocabulary again, as both operands that the products with W and h take: 8 N·V·D FLOP in all. dz
-is rounded to bf16 where the CPU multiplies bf16, else it stays fp32; everything else is fp32.
+is rounded to bf16 where the CPU multiplies bf16, else it stays fp32; everything else is fp32. fp16 is never multiplied as bf16,
+which has too few bits: it takes the fastest instruction set whose panels are of fp32, AVX-512 where the CPU has AMX.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from bupo_kernels.backends.algebra import Coefficients, Statistics
 from bupo_kernels.backends.base import Backend, Cache, Memory, Operands, Problem, Tile, TilePlan
-from bupo_kernels.backends.compiled import ISAS, address, isas, kernels, words
+from bupo_kernels.backends.compiled import ISAS, MULTIPLY_BF16, address, dtype_name, isas, kernels, words
 from bupo_kernels.backends.cpu_arguments import PANEL, CoefficientArguments, ReadoutArguments, padded, up
 from bupo_kernels.backends.native_rows import why_not_native
 
@@ -25,21 +26,24 @@ MOST_ROWS, MOST_COLUMNS = 8192, 2048
 SMALLEST = Tile(PANEL, PANEL)
 
 
-class CpuBf16(Backend):
-    """Fused C++ kernels for bf16 on a CPU."""
+class CpuPanels(Backend):
+    """Fused C++ kernels for bf16 and fp16 on a CPU."""
 
     strategies = ISAS
 
     def why_not(self, problem: Problem, strategy: str | None) -> str | None:
         if reason := why_not_native(problem, strategy):
             return reason
-        least, threads = least_budget(problem, strategy or isas()[0]), torch.get_num_threads()
+        accepted = isas_for(problem.dtype)
+        if strategy is not None and strategy not in accepted:
+            return f"instruction set: {strategy} given, which multiplies bf16; accepted for fp16 are {', '.join(accepted)}"
+        least, threads = least_budget(problem, strategy or accepted[0]), torch.get_num_threads()
         if least > problem.memory_budget:
             return f"memory_budget: {problem.memory_budget} bytes given, accepted are at least {least} with {threads} threads"
         return None
 
     def plan(self, problem: Problem, strategy: str | None) -> TilePlan:
-        isa = strategy or isas()[0]
+        isa = strategy or isas_for(problem.dtype)[0]
         rows, columns = up(max(problem.active_rows, 1)), up(min(problem.vocab, MOST_COLUMNS))
         problem.require_budget(memory(problem, SMALLEST, isa).working)
         rows = min(rows, MOST_ROWS)
@@ -127,6 +131,11 @@ class CpuBf16(Backend):
                 )
 
 
+def isas_for(dtype: torch.dtype) -> tuple[str, ...]:
+    """Return those of :func:`compiled.isas` whose panels hold ``dtype``, bf16 or fp16, exactly."""
+    return tuple(isa for isa in isas() if dtype == torch.bfloat16 or isa not in MULTIPLY_BF16)
+
+
 def least_budget(problem: Problem, isa: str) -> int:
     """Return twice what a call with few rows takes: more rows take more, and the choice must not depend on how many there are."""
     return 2 * memory(replace(problem, active_rows=PANEL), SMALLEST, isa).working
@@ -185,10 +194,10 @@ class Packing:
         hidden = operands.hidden[index]  # [r, D], a contiguous copy
         n, width = hidden.shape
         by_width, by_rows = words(k.packed_words(n, width)), None
-        k.pack_rows(address(hidden, torch.bfloat16, width), width, n, width, address(by_width), threads)
+        k.pack_rows(*_matrix(hidden), address(by_width), threads)
         if self.for_weight:
             by_rows = words(k.packed_words(width, up(n)))
-            k.pack_columns(address(hidden, torch.bfloat16, width), width, n, width, address(by_rows), threads)
+            k.pack_columns(*_matrix(hidden), address(by_rows), threads)
         return Hidden(rows, by_width, by_rows, ReadoutArguments.of(operands.readout.rows(index, torch.float32), self.bias, hidden))
 
 
@@ -198,8 +207,8 @@ def _dense_rows(weight: Tensor) -> Tensor:  # [c, D]
     return weight if weight.stride(1) == 1 else weight.contiguous()
 
 
-def _matrix(weight: Tensor) -> tuple[int, int, int, int]:  # [c, D]
-    return address(weight, torch.bfloat16), weight.stride(0), *weight.shape
+def _matrix(x: Tensor) -> tuple[int, int, int, int, str]:  # [c, D], rows side by side
+    return address(x, length=x.shape[1]), x.stride(0), *x.shape, dtype_name(x)
 
 
 class PackedTile(NamedTuple):
@@ -239,9 +248,9 @@ class PackedTile(NamedTuple):
             address(self.hidden.by_rows),
             self.rows.stop - self.rows.start,
             total.shape[1],
-            address(total, torch.bfloat16 if total.dtype == torch.bfloat16 else torch.float32),
+            address(total, length=total.shape[1]),
             total.stride(0),
-            total.dtype == torch.bfloat16,
+            dtype_name(total),
             not first,
             torch.get_num_threads(),
         )
