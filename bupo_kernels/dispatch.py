@@ -159,9 +159,9 @@ class Plan:
     @property
     def bytes_moved(self) -> tuple[int, int]:
         """The fewest bytes that forward and backward must move: operands are read once per product, gradients and the cache (of 2
-        bytes a logit) written once."""
+        bytes a logit, on a CPU 4) written once."""
         p = self.problem
-        rows, vocab, e = p.active_rows * p.width * p.dtype.itemsize, p.vocab * p.width * p.dtype.itemsize, 2 * p.vocab
+        rows, vocab, e = p.active_rows * p.width * p.dtype.itemsize, p.vocab * p.width * p.dtype.itemsize, (4 if p.device.type == "cpu" else 2) * p.vocab
         cached = min(self.tile_plan.cached_rows, p.active_rows)
         if not p.needs_grad:
             return rows + vocab, 0
@@ -186,6 +186,7 @@ class Plan:
         problem, tiles, mib = self.problem, self.tile_plan, 2**20
         sums = tiles.bytes_of_sums if problem.device.type != "cpu" else (0, 0)
         memory, moved = tiles.memory, self.bytes_moved
+        kept = "logits" if problem.device.type == "cpu" else "E"
         frozen = [name for name, needed in (("hidden", problem.grad_hidden), ("weight", problem.grad_weight)) if not needed]
         lines = [
             f"problem   {problem.active_rows} of {problem.rows} rows x {problem.vocab} columns x {problem.width}, "
@@ -194,7 +195,7 @@ class Plan:
             *([] if self.columns is None else self.columns.lines(self.wire)),
             f"backend   {self.backend}: {tiles.strategy}{f' with {tiles.isa}' if tiles.isa else ''}, "
             f"tiles of {tiles.tile.rows} x {tiles.tile.columns}"
-            + (f", E of {tiles.cached_rows} rows kept" if tiles.cached_rows and not tiles.chunk_rows else "")
+            + (f", {kept} of {tiles.cached_rows} rows kept" if tiles.cached_rows and not tiles.chunk_rows else "")
             + (f", {tiles.chunk_rows} rows at a time" if tiles.chunk_rows else ""),
             *(f"kernel    {kernel}" for kernel in tiles.kernels),
             *self._times(),

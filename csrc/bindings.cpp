@@ -85,6 +85,13 @@ cpu::Coefficients coefficients(Address m, Address constant, Address slope, Addre
           at<const std::int32_t>(targets)};
 }
 
+// Returns the products that are kept, in blocks that begin on lines of the cache.
+template <class T>
+cpu::Kept<T> kept_at(Address blocks, std::int64_t panels, std::int64_t stride) {
+  require(panels >= 0 && stride >= panels && blocks % 64 == 0, "kept blocks on lines of 64 bytes, as many or more apart as are kept");
+  return {at_or_null<T>(blocks), panels, stride};
+}
+
 // Returns what a lens keeps of `tokens` side by side, each policy's `stride` apart.
 cpu::LensStatistics lens_statistics(Address m, std::int64_t stride, std::int64_t policy_stride, std::int64_t tokens, Address argmax,
                                     Address cross, bool pairs, Address top_z, Address top_ids, std::int64_t top_k) {
@@ -160,21 +167,23 @@ void bind_cpu(py::module_& module) {
           "linear_statistics",
           [](const Cpu& self, Address hidden, i64 rows, Address weight, i64 stride, i64 columns, i64 width,
              const std::string& dtype, Address bias, Address outer, float inner, bool softcap, Address targets, Address out,
-             i64 out_stride, Address workspace, int threads) {
+             i64 out_stride, Address kept, i64 kept_panels, i64 kept_stride, Address workspace, int threads) {
             self.kernels->linear_statistics(at<const cpu::Word>(hidden), rows, self.matrix(weight, stride, columns, width, dtype),
                                             readout(bias, outer, inner, softcap), at<const std::int32_t>(targets),
-                                            statistics(out, out_stride, rows), at<void>(workspace), counts(rows, columns, threads));
+                                            statistics(out, out_stride, rows), kept_at<float>(kept, kept_panels, kept_stride),
+                                            at<void>(workspace), counts(rows, columns, threads));
           },
           release())
       .def(
           "linear_gradient",
           [](const Cpu& self, Address hidden, i64 rows, Address weight, i64 stride, i64 columns, i64 width,
              const std::string& dtype, Address bias, Address outer, float inner, bool softcap, Address m, Address constant,
-             Address slope, Address on_target, Address targets, Address dz_left, Address dz_right, Address column_sums,
-             Address workspace, int threads) {
+             Address slope, Address on_target, Address targets, Address kept, i64 kept_panels, i64 kept_stride, Address sources,
+             Address dz_left, Address dz_right, Address column_sums, Address workspace, int threads) {
             self.kernels->linear_gradient(
                 at<const cpu::Word>(hidden), rows, self.matrix(weight, stride, columns, width, dtype),
-                readout(bias, outer, inner, softcap), coefficients(m, constant, slope, on_target, targets), at<cpu::Word>(dz_left),
+                readout(bias, outer, inner, softcap), coefficients(m, constant, slope, on_target, targets),
+                kept_at<const float>(kept, kept_panels, kept_stride), at_or_null<const std::int32_t>(sources), at<cpu::Word>(dz_left),
                 at<cpu::Word>(dz_right), at_or_null<float>(column_sums), at<void>(workspace), counts(rows, columns, threads));
           },
           release())

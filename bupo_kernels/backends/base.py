@@ -165,6 +165,10 @@ class Memory(NamedTuple):
     def working(self) -> int:
         return max(self.forward, self.backward)
 
+    def beside(self, kept: int) -> Memory:
+        """Return the bytes of a call that has this beside so many that are kept from the forward to the backward."""
+        return Memory(self.forward + kept, self.backward + kept, self.accumulator)
+
 
 class TilePlan(NamedTuple):
     """The plan of a backend for a problem: in what tiles it runs, what it keeps, and in how much memory."""

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bupo_kernels.backends.algebra import Coefficients, Statistics
+from bupo_kernels.backends.algebra import Coefficients, Statistics, of_all_rows
 from bupo_kernels.backends.base import Backend, Cache, Memory, Operands, Problem, Tile, TilePlan
 from bupo_kernels.backends.compiled import ISAS, MULTIPLY_BF16, address, dtype_name, isas, kernels, words
 from bupo_kernels.backends.cpu_arguments import PANEL, CoefficientArguments, ReadoutArguments, padded, up
-from bupo_kernels.backends.native_rows import why_not_native
+from bupo_kernels.backends.native_rows import kept_rows, why_not_native
 
 # Rows whose packed panels are at hand together, and columns of dz. A slice's W, turned over, should stay in the second cache.
 MOST_ROWS, MOST_COLUMNS = 8192, 2048
@@ -46,28 +46,51 @@ class CpuPanels(Backend):
         isa = strategy or isas_for(problem.dtype)[0]
         rows, columns = up(max(problem.active_rows, 1)), up(min(problem.vocab, MOST_COLUMNS))
         problem.require_budget(memory(problem, SMALLEST, isa).working)
-        rows = min(rows, MOST_ROWS)
-        while rows > PANEL and memory(problem, Tile(rows, columns), isa).working > problem.memory_budget:
+        cached = self.cached_rows(problem, strategy)
+        kept = 4 * _kept_words(problem, cached)
+        rows, budget = min(rows, MOST_ROWS), problem.memory_budget - kept
+        while rows > PANEL and memory(problem, Tile(rows, columns), isa, cached).working > budget:
             rows = up(rows // 2)
-        while columns > PANEL and memory(problem, Tile(rows, columns), isa).working > problem.memory_budget:
+        while columns > PANEL and memory(problem, Tile(rows, columns), isa, cached).working > budget:
             columns = up(columns // 2)
         tile = Tile(rows, columns)
-        return TilePlan(
-            problem, "recompute" if problem.needs_grad else "statistics only", tile, memory(problem, tile, isa), isa=isa
-        )
+        name = ("cached" if cached else "recompute") if problem.needs_grad else "statistics only"
+        return TilePlan(problem, name, tile, memory(problem, tile, isa, cached).beside(kept), cached, isa=isa)
 
     def one_pass_plan(self, problem: Problem, strategy: str | None) -> TilePlan:
-        """Plan all rows at once, their dz formed again: nothing of the size of the vocabulary is kept."""
+        """Plan all rows at once: what is kept of them is as much as a forward keeps for its backward."""
         plan = self.plan(problem, strategy)
         used = Memory(plan.memory.working, 0, plan.memory.accumulator)
-        name = "one pass, recompute" if problem.needs_grad else plan.strategy
+        name = f"one pass, {plan.strategy}" if problem.needs_grad else plan.strategy
         return plan._replace(strategy=name, memory=used, chunk_rows=max(problem.active_rows, 1))
+
+    def cached_rows(self, problem: Problem, strategy: str | None) -> int:
+        """Return how many rows leave their products, in whole panels of them: what is left of the budget holds a tile of one. What
+        follows from these is what follows from products that are formed again, bit for bit."""
+        least = memory(replace(problem, active_rows=0), SMALLEST, strategy or isas_for(problem.dtype)[0]).working
+        if not problem.needs_grad or 4 * least > problem.memory_budget:
+            return 0
+        return kept_rows(problem, 4 * up(problem.vocab), 4 * up(problem.width) * problem.grad_hidden)
+
+    def empty_cache(self, problem: Problem, rows: int) -> Cache:
+        if rows == 0:
+            return super().empty_cache(problem, 0)
+        products = torch.empty(_kept_words(problem, rows), dtype=torch.float32, device=problem.device)
+        return Cache(products, torch.empty(rows, 0, dtype=torch.float32, device=problem.device))
+
+    def statistics(
+        self, operands: Operands, active: Tensor, plan: TilePlan, with_entropy: bool
+    ) -> tuple[Statistics, Cache]:
+        rows = active.nonzero().squeeze(1)
+        part, cache = self.row_statistics(operands, rows, plan, with_entropy=with_entropy, keep=plan.cached_rows > 0)
+        return of_all_rows(part, rows, len(active)), cache
 
     def row_statistics(
         self, operands: Operands, rows: Tensor, plan: TilePlan, *, with_entropy: bool, keep: bool
     ) -> tuple[Statistics, Cache]:
         problem, threads = plan.problem, torch.get_num_threads()
         packing = Packing(operands, rows, plan.tile, plan.isa, for_weight=False)
+        kept = Kept(self.empty_cache(problem, plan.cached_rows if keep else 0))
         out = torch.empty(4, len(rows), dtype=torch.float32, device=rows.device)
         ids, weight = operands.targets.flatten()[rows].int(), _dense_rows(operands.weight)
         most = min(plan.tile.rows, len(rows))
@@ -83,10 +106,11 @@ class CpuPanels(Backend):
                 address(targets, torch.int32, up(n)),
                 address(out[:, block], torch.float32, n),
                 out.stride(0),
+                *kept.passed(block.start),
                 address(workspace),
                 threads,
             )
-        return Statistics(*out), self.empty_cache(problem, 0)
+        return Statistics(*out), kept.cache
 
     def gradient_tiles(
         self,
@@ -100,7 +124,9 @@ class CpuPanels(Backend):
         if len(rows) == 0:
             return
         problem = plan.problem
-        packing = Packing(operands, rows, plan.tile, plan.isa, for_weight=problem.grad_weight)
+        cached = 0 if cache_rows is None else int((cache_rows < len(cache.offsets)).sum())  # the first ones
+        packing = Packing(operands, rows, plan.tile, plan.isa, for_weight=problem.grad_weight, cached=cached)
+        kept, of_none = Kept(cache), Kept(self.empty_cache(problem, 0))
         threads, width = torch.get_num_threads(), problem.width
         k, most, columns = packing.kernels, min(plan.tile.rows, len(rows)), plan.tile.columns
         left, right = words(k.packed_words(columns, up(most))), words(k.packed_words(most, columns))
@@ -114,12 +140,15 @@ class CpuPanels(Backend):
                 hidden = packing.block(i)
                 readout = hidden.readout._replace(bias=None if packing.bias is None else packing.bias[here])
                 arguments, n = CoefficientArguments.of(coefficients.rows(block), start), block.stop - block.start
+                sources = None if cache_rows is None or block.start >= cached else padded(cache_rows[block].int(), -1)
                 k.linear_gradient(
                     address(hidden.by_width),
                     n,
                     *_matrix(weight),
                     *readout.passed(len(weight), n),
                     *arguments.passed(n),
+                    *(of_none if sources is None else kept).passed(0, start),
+                    address(sources, torch.int32, up(n) * (sources is not None)),
                     address(left),
                     address(right),
                     address(sums, torch.float32, len(weight)),
@@ -141,8 +170,9 @@ def least_budget(problem: Problem, isa: str) -> int:
     return 2 * memory(replace(problem, active_rows=PANEL), SMALLEST, isa).working
 
 
-def memory(problem: Problem, tile: Tile, isa: str) -> Memory:
-    """Return what a call allocates with this tile; a test holds it against what the allocator saw."""
+def memory(problem: Problem, tile: Tile, isa: str, cached: int = 0) -> Memory:
+    """Return what a call allocates with this tile beside what it keeps of the ``cached`` rows; a test holds it against what the
+    allocator saw."""
     k, threads, width = kernels(isa), torch.get_num_threads(), problem.width
     active = max(problem.active_rows, 1)
     rows = min(tile.rows, active)
@@ -155,12 +185,33 @@ def memory(problem: Problem, tile: Tile, isa: str) -> Memory:
         dz = k.packed_words(tile.columns, up(rows)) + k.packed_words(rows, tile.columns)
         left = max(k.left_bytes(width, threads), k.left_bytes(tile.columns, threads))
         backward = 2 * per_row + gathered + packed + 4 * (dz + k.packed_words(width, up(rows)) * problem.grad_weight) + left
-        blocks = -(-active // rows) * up(rows) * up(width) * 4
+        in_parts = 0 < cached < active
+        blocks = (-(-active // rows) * up(rows) + PANEL * in_parts) * up(width) * 4
         backward += blocks * problem.grad_hidden
-        if problem.active_rows > tile.rows and problem.grad_weight:
+        if (problem.active_rows > tile.rows or in_parts) and problem.grad_weight:
             backward += 4 * tile.columns * width  # fp32 sum of the slice's dW over blocks of rows
     accumulator = problem.active_rows * width * 4 if problem.grad_hidden else 0
     return Memory(forward, backward, accumulator)
+
+
+def _kept_words(problem: Problem, rows: int) -> int:
+    """Return the words of the products that are kept of so many rows."""
+    return up(rows) * up(problem.vocab)
+
+
+class Kept:
+    """The products that a forward keeps, as csrc/cpu/kernels.h takes them."""
+
+    def __init__(self, cache: Cache):
+        self.cache, self.panels = cache, up(len(cache.offsets)) // PANEL
+
+    def passed(self, first_row: int, first_column: int = 0) -> tuple[int, int, int]:
+        """Return them as the kernels' parameters, from a row and a column on that begin panels."""
+        panel = first_row // PANEL
+        if panel >= self.panels:
+            return 0, 0, 0
+        word = (first_column // PANEL * self.panels + panel) * PANEL**2
+        return address(self.cache.values[word:], torch.float32), self.panels - panel, self.panels
 
 
 class Hidden(NamedTuple):
@@ -175,9 +226,10 @@ class Hidden(NamedTuple):
 class Packing:
     """The blocks of some rows of ``operands``, packed one at a time: the last one asked for stays in memory."""
 
-    def __init__(self, operands: Operands, rows: Tensor, tile: Tile, isa: str, for_weight: bool):
+    def __init__(self, operands: Operands, rows: Tensor, tile: Tile, isa: str, for_weight: bool, cached: int = 0):
         self.operands, self.rows, self.kernels, self.for_weight = operands, rows, kernels(isa), for_weight
-        self.slices = [slice(first, min(first + tile.rows, len(rows))) for first in range(0, len(rows), tile.rows)]
+        parts = (0, cached), (cached, len(rows))  # no block has rows of both
+        self.slices = [slice(i, min(i + tile.rows, end)) for first, end in parts for i in range(first, end, tile.rows)]
         self.bias = None if operands.bias is None else operands.bias.float().contiguous()
         self._last: Hidden | None = None
 

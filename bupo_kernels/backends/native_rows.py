@@ -8,6 +8,7 @@ one more kernel takes whole rows from products to a policy loss and its dz. bf16
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -15,14 +16,18 @@ import torch
 from torch import Tensor
 
 from bupo_kernels.backends import compiled
-from bupo_kernels.backends.algebra import Coefficients, Statistics
-from bupo_kernels.backends.base import Memory, Operands, PolicyRows, Problem, Readout, Tile, TilePlan
+from bupo_kernels.backends.algebra import Coefficients, Statistics, of_all_rows
+from bupo_kernels.backends.base import Cache, Memory, Operands, PolicyRows, Problem, Readout, Tile, TilePlan
 from bupo_kernels.backends.compiled import ISAS, address, dtype_name, isas
-from bupo_kernels.backends.cpu_arguments import CoefficientArguments, ReadoutArguments, padded, up
+from bupo_kernels.backends.cpu_arguments import PANEL, CoefficientArguments, ReadoutArguments, padded, up
 from bupo_kernels.backends.gradients import MatrixTile, accumulate_, in_place_order
-from bupo_kernels.backends.tile_loop import Block, RowKernels, TileLoop
+from bupo_kernels.backends.tile_loop import CPU_TILE, Block, RowKernels, TileLoop, largest_tile, memory, recomputing_plan
 from bupo_kernels.selfcheck import decision
 from bupo_kernels.selfcheck.decision import Variant
+
+
+# A bound of what a row has in statistics, coefficients and selections of them, in a forward and a backward.
+BYTES_OF_STATISTICS = 256
 
 
 def why_not_native(problem: Problem, strategy: str | None) -> str | None:
@@ -45,8 +50,17 @@ def why_not_native(problem: Problem, strategy: str | None) -> str | None:
     return None
 
 
+def kept_rows(problem: Problem, bytes_a_row: int, beside: int = 0) -> int:
+    """Return how many rows, the first that are active, can leave so many bytes each: all of the call, or whole panels of them that
+    three quarters of the budget hold. Of these goes what statistics and ``beside`` take of every row. (While torch traces, rows of
+    the call are all that is known.)"""
+    room = 3 * problem.memory_budget // 4 - (BYTES_OF_STATISTICS + beside) * problem.rows
+    return torch.sym_max(torch.sym_min(problem.rows, room // (PANEL * bytes_a_row) * PANEL), 0)
+
+
 class NativeCpu(TileLoop):
-    """fp32 on a CPU: the library's product, and row kernels in C++."""
+    """fp32 on a CPU: the library's product, and row kernels in C++. A forward leaves the logits of as many rows as the budget has
+    room for."""
 
     strategies = ISAS
 
@@ -54,10 +68,55 @@ class NativeCpu(TileLoop):
         return why_not_native(problem, strategy)
 
     def plan(self, problem: Problem, strategy: str | None) -> TilePlan:
-        return super().plan(problem, strategy)._replace(isa=strategy or isas()[0])
+        isa, cached = strategy or isas()[0], self.cached_rows(problem, strategy)
+        if not cached:
+            return recomputing_plan(problem)._replace(isa=isa)
+        kept = 4 * cached * _kept_elements(problem)
+        left, columns = problem.memory_budget - kept, _kept_columns(problem)
+        rows = max(min(CPU_TILE[0], problem.active_rows), 1)
+        while rows > 1 and memory(problem, Tile(rows, columns), cached).working > left:
+            rows = (rows + 1) // 2
+        tile = Tile(rows, columns)
+        return TilePlan(problem, "cached", tile, memory(problem, tile, cached).beside(kept), cached, isa=isa)
+
+    def one_pass_plan(self, problem: Problem, strategy: str | None) -> TilePlan:
+        return super().one_pass_plan(problem, strategy)._replace(isa=strategy or isas()[0])
 
     def row_kernels(self, plan: TilePlan) -> RowKernels:
         return CpuRows(plan.isa)
+
+    def cached_rows(self, problem: Problem, strategy: str | None) -> int:
+        """Return how many rows leave their logits: three quarters of the budget may hold them. What follows from these is what
+        follows from products that are formed again, bit for bit."""
+        least = memory(replace(problem, active_rows=0), Tile(1, _kept_columns(problem))).working
+        if not problem.needs_grad or 4 * least > problem.memory_budget:
+            return 0
+        return kept_rows(problem, 4 * _kept_elements(problem))
+
+    def empty_cache(self, problem: Problem, rows: int) -> Cache:
+        if rows == 0:
+            return super().empty_cache(problem, 0)
+        logits = torch.empty(rows * problem.vocab, dtype=torch.float32, device=problem.device)
+        slices = _kept_elements(problem) - problem.vocab
+        return Cache(logits, torch.empty(rows, slices, dtype=torch.float32, device=problem.device))
+
+    def statistics(
+        self, operands: Operands, active: Tensor, plan: TilePlan, with_entropy: bool
+    ) -> tuple[Statistics, Cache]:
+        rows = active.nonzero().squeeze(1)
+        keep = plan.cached_rows > 0
+        part, cache = self.row_statistics(operands, rows, plan, with_entropy=with_entropy, keep=keep)
+        return of_all_rows(part, rows, len(active)), cache
+
+
+def _kept_columns(problem: Problem) -> int:
+    """Return the columns of a slice of logits that are kept, whatever the number of rows."""
+    return largest_tile(replace(problem, active_rows=0, memory_budget=problem.memory_budget // 4)).columns
+
+
+def _kept_elements(problem: Problem) -> int:
+    """Return the fp32 numbers that are kept of a row: its logits, and one for each slice of these."""
+    return problem.vocab + -(-problem.vocab // _kept_columns(problem))
 
 
 class NativeCuda(TileLoop):

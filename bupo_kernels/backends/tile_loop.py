@@ -94,9 +94,7 @@ class TileLoop(Backend):
         """Return the kernels that work on the rows of a tile."""
 
     def plan(self, problem: Problem, strategy: str | None) -> TilePlan:
-        problem.require_budget(memory(problem, Tile(1, 1)).working)
-        tile = largest_tile(problem)
-        return TilePlan(problem, "recompute" if problem.needs_grad else "statistics only", tile, memory(problem, tile))
+        return recomputing_plan(problem)
 
     def gradient_dtype(self, problem: Problem) -> torch.dtype:
         return problem.product_dtype
@@ -110,7 +108,7 @@ class TileLoop(Backend):
         in_place = self.writes_over and problem.needs_grad and item < size and not problem.quantised
         kept, share = (row_elements(problem.vocab), 4) if in_place else (problem.vocab, 2)
         problem.require_budget(share * max(memory(problem, Tile(1, 1)).working, size * (2 * kept + problem.width)))
-        inner = self.plan(replace(problem, memory_budget=problem.memory_budget // share), strategy)
+        inner = recomputing_plan(replace(problem, memory_budget=problem.memory_budget // share))
         if not problem.needs_grad:
             return inner._replace(problem=problem, chunk_rows=max(problem.active_rows, 1))
         columns, working = inner.tile.columns, inner.memory.working
@@ -142,15 +140,18 @@ class TileLoop(Backend):
         statistics.m.fill_(lowest(dtype))
         statistics.s.zero_()
         cache = self.empty_cache(problem, 0)
-        if keep:
+        if keep and plan.chunk_rows:
             slices = -(-problem.vocab // plan.tile.columns)
             columns = row_elements(problem.vocab) if plan.in_place else problem.vocab
             logits = present(torch.empty(len(rows) * columns, dtype=dtype, device=rows.device))
             cache = Cache(logits, torch.empty(len(rows), slices, dtype=dtype, device=rows.device))
-        for block in _products(operands, rows, plan, dtype, cache if keep else None):
+        elif keep:
+            cache = self.empty_cache(problem, plan.cached_rows)
+        kept = min(len(cache.offsets), len(rows))
+        for block in _products(operands, rows, plan, dtype, cache, kept):
             r = block.rows
             subtracted = kernels.fold(block, targets[r], Statistics(*(x[r] for x in statistics)), with_entropy)
-            if keep:
+            if r.stop <= kept:
                 cache.offsets[r, block.columns.start // plan.tile.columns] = subtracted
         return statistics, cache
 
@@ -164,11 +165,7 @@ class TileLoop(Backend):
         cache_rows: Tensor | None,  # [n]
     ) -> Iterator[MatrixTile | RowsTile]:
         kernels, of_dz = self.row_kernels(plan), self.gradient_dtype(plan.problem)
-        blocks = (
-            _products(operands, rows, plan, of_dz)
-            if cache_rows is None
-            else _from_cache(operands, rows, plan, of_dz, cache, cache_rows)
-        )
+        blocks = _from_cache(operands, rows, plan, of_dz, cache, cache_rows)
         if not plan.in_place:
             for block in blocks:
                 dz = kernels.gradient(block, coefficients.rows(block.rows))
@@ -182,8 +179,8 @@ class TileLoop(Backend):
         yield from whole_rows(whole, operands.weight, hidden, plan.tile.columns)
 
 
-def _blocks(operands: Operands, rows: Tensor, plan: TilePlan, of_scratch: torch.dtype) -> Iterator[Block]:
-    """Yield all tiles, slice by slice, with memory for the products and not yet formed."""
+def _blocks(operands: Operands, rows: Tensor, plan: TilePlan, of_scratch: torch.dtype, cached: int) -> Iterator[Block]:
+    """Yield all tiles, slice by slice, with memory for the products and not yet formed. None has rows on both sides of ``cached``."""
     hidden, weight, bias, _, readout = operands
     problem, tile, count, vocab = plan.problem, plan.tile, len(rows), weight.shape[0]
     if count == 0:
@@ -192,13 +189,12 @@ def _blocks(operands: Operands, rows: Tensor, plan: TilePlan, of_scratch: torch.
     tile_buffer, scratch_buffer = (
         torch.empty(tile.rows * tile.columns, dtype=dtype, device=hidden.device) for dtype in (problem.statistics_dtype, of_scratch)
     )
-    coordinates = operands.coordinates(rows)
+    coordinates, parts = operands.coordinates(rows), ((0, cached), (cached, count))
     for start in range(0, vocab, tile.columns):
         columns = slice(start, min(start + tile.columns, vocab))
         w = rows_of(weight, columns).to(of_operands)
         b = None if bias is None else bias[columns].to(problem.statistics_dtype)
-        for first in range(0, count, tile.rows):
-            block = slice(first, min(first + tile.rows, count))
+        for block in (slice(i, min(i + tile.rows, end)) for i0, end in parts for i in range(i0, end, tile.rows)):
             index = tuple(i[block] for i in coordinates)
             h = hidden[index].to(of_operands)
             shape = len(h), len(w)
@@ -207,23 +203,31 @@ def _blocks(operands: Operands, rows: Tensor, plan: TilePlan, of_scratch: torch.
 
 
 def _products(
-    operands: Operands, rows: Tensor, plan: TilePlan, of_scratch: torch.dtype, cache: Cache | None = None
+    operands: Operands, rows: Tensor, plan: TilePlan, of_scratch: torch.dtype, cache: Cache, cached: int
 ) -> Iterator[Block]:
-    """Yield all tiles of products; in the memory of the ``cache``, if there is one."""
-    for block in _blocks(operands, rows, plan, of_scratch):
-        if cache is not None:
-            block = block._replace(tile=_slice_of(cache, block.columns, plan)[block.rows])
+    """Yield all tiles of products; those of the first ``cached`` rows in the memory of the ``cache``."""
+    for block in _blocks(operands, rows, plan, of_scratch, cached):
+        if block.rows.stop <= cached:
+            block = block._replace(tile=present(_slice_of(cache, block.columns, plan)[block.rows]))
         accumulate_(block.tile, block.hidden, block.weight.T, first=True)
         yield block
 
 
 def _from_cache(
-    operands: Operands, rows: Tensor, plan: TilePlan, of_scratch: torch.dtype, cache: Cache, cache_rows: Tensor
+    operands: Operands, rows: Tensor, plan: TilePlan, of_scratch: torch.dtype, cache: Cache, cache_rows: Tensor | None
 ) -> Iterator[Block]:
-    """Yield all tiles as the fold left them in the ``cache``: all its rows, where they lie, or a copy of some of them."""
-    for block in _blocks(operands, rows, plan, of_scratch):
+    """Yield all tiles: as the fold left them in the ``cache``, its first rows where they lie or a copy of some of them; and
+    products of rows that are not there, which are the last ones."""
+    cached = 0 if cache_rows is None else int((cache_rows < len(cache.offsets)).sum())
+    # They are all different, so that none beyond so many means all of so many, in their order.
+    as_they_lie = cache_rows is not None and cached > 0 and int(cache_rows[:cached].amax()) == cached - 1
+    for block in _blocks(operands, rows, plan, of_scratch, cached):
+        if cache_rows is None or block.rows.start >= cached:
+            accumulate_(block.tile, block.hidden, block.weight.T, first=True)
+            yield block
+            continue
         which: slice | Tensor = block.rows
-        if len(cache_rows) == len(cache.offsets):
+        if as_they_lie:
             block = block._replace(tile=_slice_of(cache, block.columns, plan)[block.rows])
         else:
             which = cache_rows[block.rows]
@@ -242,6 +246,14 @@ def row_elements(vocab: int) -> int:
     """Return how far apart rows of logits are that dz is written over: 128 bytes of fp32 where dz of them begins on as many, and
     what a library reads of each row is aligned."""
     return -(-vocab // 32) * 32
+
+
+def recomputing_plan(problem: Problem) -> TilePlan:
+    """Return the plan of a forward and a backward that keep nothing for one another but statistics. Raise :class:`TooSmall` where
+    the budget does not hold the smallest tile."""
+    problem.require_budget(memory(problem, Tile(1, 1)).working)
+    tile = largest_tile(problem)
+    return TilePlan(problem, "recompute" if problem.needs_grad else "statistics only", tile, memory(problem, tile))
 
 
 def largest_tile(problem: Problem) -> Tile:
@@ -263,8 +275,9 @@ def largest_tile(problem: Problem) -> Tile:
     return Tile(rows, columns)
 
 
-def memory(problem: Problem, tile: Tile) -> Memory:
-    """Return what a call allocates with this tile; a test holds it against what the allocator saw."""
+def memory(problem: Problem, tile: Tile, cached: int = 0) -> Memory:
+    """Return what a call allocates with this tile beside what it keeps of the ``cached`` rows; a test holds it against what the
+    allocator saw."""
     size, item, of_product = (dtype.itemsize for dtype in (problem.statistics_dtype, problem.dtype, problem.product_dtype))
     narrow, upcast = item < size, item < of_product
     tile_bytes = tile.rows * tile.columns * size
@@ -274,7 +287,7 @@ def memory(problem: Problem, tile: Tile) -> Memory:
     weight_slice = tile.columns * problem.width * size * (2 if problem.quantised else upcast)
     gathered = tile.rows * problem.width * item * upcast
     several_slices = problem.vocab > tile.columns
-    several_tiles = several_slices or problem.active_rows > tile.rows
+    several_tiles = several_slices or problem.active_rows > tile.rows or 0 < cached < problem.active_rows
     rows = problem.active_rows + tile.rows
     # A row has coordinates and targets in int64, running statistics, and in the backward coefficients, and a selection of all
     # these.

@@ -81,6 +81,14 @@ struct Policy {
   Readout readout;
 };
 
+// Products that statistics leave for the gradient, fp32: blocks of 32 columns (down) by 32 tokens, those of the first `panels` panels
+// of tokens, `stride` of them for each panel of columns.
+template <class T>
+struct Kept {
+  T* blocks;  // or null, where nothing is kept
+  std::int64_t panels, stride;
+};
+
 // How a gradient is written.
 enum class Write { fp32, add_to_fp32, bf16, fp16 };
 
@@ -95,15 +103,18 @@ struct Kernels {
   void (*pack_rows)(Matrix from, Word* to, int threads);
   void (*pack_columns)(Matrix from, Word* to, int threads);
 
-  // Writes the statistics of every row of softmax(h Wᵀ), with h as packed rows. The workspace has `statistics_bytes`.
+  // Writes the statistics of every row of softmax(h Wᵀ), with h as packed rows, and what is to be kept. The workspace has
+  // `statistics_bytes`.
   std::int64_t (*statistics_bytes)(std::int64_t rows, std::int64_t columns, std::int64_t width, int threads);
   void (*linear_statistics)(const Word* hidden, std::int64_t rows, Matrix weight, Readout readout, const std::int32_t* targets,
-                            Statistics out, void* workspace, int threads);
+                            Statistics out, Kept<float> kept, void* workspace, int threads);
 
   // Writes dz of some columns as left panels (its columns as rows, for dW) and as right panels (its rows as columns, for dH), and
-  // its column sums unless they are null. The workspace has `left_bytes` of the width.
+  // its column sums unless they are null. Where products were kept, those of the tokens `sources`
+  // are read (of −1 they are 0), and `hidden` is not. The workspace has `left_bytes` of the width.
   void (*linear_gradient)(const Word* hidden, std::int64_t rows, Matrix weight, Readout readout, Coefficients coefficients,
-                          Word* dz_left, Word* dz_right, float* column_sums, void* workspace, int threads);
+                          Kept<const float> kept, const std::int32_t* sources, Word* dz_left, Word* dz_right, float* column_sums,
+                          void* workspace, int threads);
   // Writes out[columns, width] = dzᵀ h, with h as packed columns.
   void (*weight_gradient)(const Word* dz_left, std::int64_t columns, const Word* hidden_columns, std::int64_t rows,
                           std::int64_t width, void* out, std::int64_t stride, Write write, int threads);
