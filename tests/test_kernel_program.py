@@ -1,4 +1,4 @@
-"""Every C++ kernel of the CPU in a program of its own, beside an oracle in C++; instruction sets that the machine lacks are emulated."""
+"""Every C++ kernel of the CPU in a program of its own, beside an oracle in C++; what the machine lacks is emulated."""
 
 import emulation
 import kernel_program
