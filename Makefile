@@ -13,7 +13,7 @@ JOBS ?= $(shell nproc 2>/dev/null || echo 2)
 
 BIN := .venv/bin
 
-.PHONY: install demo demo-llm study test test-all test-machines test-trl test-verl test-triton test-demo sanitize lint docs kernels bench gpu clean
+.PHONY: install demo demo-llm study test test-all test-machines test-arm test-trl test-verl test-triton test-demo sanitize lint docs kernels bench gpu clean
 
 # Two stamps, named after what they stand for: asking for another torch or Triton installs it. A run needs neither Triton nor peers.
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check
@@ -62,6 +62,12 @@ test-all: install ## whole products of options, compilers, the interpreter's lon
 test-machines: install ## the tests as on other CPUs, with other numbers of threads, in random order; then docs/reliability.md has the table
 	$(BIN)/python tests/machines.py --jobs $(JOBS) --write
 
+# Needs no Python of ARM, and no torch: Debian's g++-aarch64-linux-gnu and qemu-user. Another compiler: ARM="clang++ --target=...".
+ARM ?= aarch64-linux-gnu-g++
+test-arm: install ## the C++ kernels of ARM, NEON and BFMMLA, on an emulated CPU
+	$(BIN)/python tests/kernel_program.py --cxx "$(ARM)" --flags="-O2 -static" --run "qemu-aarch64 -cpu max" --folder build/arm \
+	neon_bf16 neon
+
 test-triton: install ## the kernels with another Triton: make test-triton TRITON=triton==3.9.0 (then again without, for the default)
 	$(PYTEST) -k "triton or kernel" tests/test_triton.py tests/test_reliability.py
 	$(PYTEST) --broad -k "not sm_8 and not sm_12" tests/test_kernels.py tests/test_specialisation.py
@@ -91,7 +97,7 @@ sanitize: install ## the native kernels under AddressSanitizer and UndefinedBeha
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp)
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.* csrc/*/*.* tests/emulation/*.h tests/emulation/*.cpp tests/csrc/*.cpp)
 	$(BIN)/mypy
 
 docs: install ## the pages of docs/ and the API reference, into build/docs; a reference that leads nowhere is an error

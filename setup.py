@@ -30,23 +30,37 @@ from setuptools.errors import CompileError, SetupError
 
 CSRC = Path("csrc")
 
-# csrc/cpu/isa_<name>.cpp is compiled with these flags, if the compiler takes the statement with them. Everything else is for the
-# oldest CPU of the platform, and asks at run time which of these files the machine can enter.
+# csrc/cpu/isa_<name>.cpp is compiled with these flags, if the compiler takes the statement with them for this architecture.
+# Everything else is for the oldest CPU of the platform, and asks at run time which of these files the machine can enter. What the
+# architecture is the compiler says, not `platform.machine()`: a Mac with ARM runs Pythons for x86, and a compiler may be for
+# another machine.
+X86, ARM = ("__x86_64__", "immintrin.h"), ("__aarch64__", "arm_neon.h")
 AVX512 = ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma")
 ISAS = {
-    "portable": ((), ""),
+    "portable": ((), None, ""),
     "avx2": (
         ("-mavx2", "-mfma", "-mf16c"),
+        X86,
         "auto x = _mm256_setzero_ps(); x = _mm256_fmadd_ps(x, x, x); (void)_mm256_cvtps_ph(x, 0);",
     ),
-    "avx512": (AVX512, "auto x = _mm512_setzero_ps(); x = _mm512_fmadd_ps(x, x, x);"),
-    "avx512_bf16": ((*AVX512, "-mavx512bf16"), "auto x = _mm512_cvtne2ps_pbh(_mm512_setzero_ps(), _mm512_setzero_ps()); (void)x;"),
-    "amx": ((*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"), "_tile_dpbf16ps(0, 1, 2);"),
+    "avx512": (AVX512, X86, "auto x = _mm512_setzero_ps(); x = _mm512_fmadd_ps(x, x, x);"),
+    "avx512_bf16": (
+        (*AVX512, "-mavx512bf16"),
+        X86,
+        "auto x = _mm512_cvtne2ps_pbh(_mm512_setzero_ps(), _mm512_setzero_ps()); (void)x;",
+    ),
+    "amx": ((*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"), X86, "_tile_dpbf16ps(0, 1, 2);"),
+    "neon": ((), ARM, "auto x = vdupq_n_f32(0); x = vfmaq_f32(x, x, x);"),
+    "neon_bf16": (
+        ("-march=armv8.2-a+bf16",),
+        ARM,
+        "auto x = vdupq_n_f32(0); auto y = vreinterpretq_bf16_f32(x); x = vbfmmlaq_f32(x, y, y);",
+    ),
 }
-ISA_PROBE = """#if !defined(__x86_64__) || !defined(__LP64__)
-#error not x86-64
+ISA_PROBE = """#if !defined({}) || !defined(__LP64__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error another architecture
 #endif
-#include <immintrin.h>
+#include <{}>
 void probe() {{ {} }}
 """
 
@@ -125,8 +139,8 @@ def find_cxx(environment: Mapping[str, str]) -> list[str]:
 def find_isas(cxx: list[str]) -> list[str]:
     """Return those of ISAS that ``cxx`` compiles for its target."""
 
-    def compiles(flags: tuple[str, ...], statement: str) -> bool:
-        return not flags or complaint([*cxx, *flags], ISA_PROBE.format(statement)) is None
+    def compiles(flags: tuple[str, ...], architecture: tuple[str, str] | None, statement: str) -> bool:
+        return architecture is None or complaint([*cxx, *flags], ISA_PROBE.format(*architecture, statement)) is None
 
     with ThreadPoolExecutor() as pool:
         return [name for name, built in zip(ISAS, pool.map(lambda isa: compiles(*isa), ISAS.values()), strict=True) if built]

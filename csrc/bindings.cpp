@@ -88,7 +88,8 @@ cpu::Coefficients coefficients(Address m, Address constant, Address slope, Addre
 // Returns the products that are kept, in blocks that begin on lines of the cache.
 template <class T>
 cpu::Kept<T> kept_at(Address blocks, std::int64_t panels, std::int64_t stride) {
-  require(panels >= 0 && stride >= panels && blocks % 64 == 0, "kept blocks on lines of 64 bytes, as many or more apart as are kept");
+  require(panels >= 0 && stride >= panels && blocks % 64 == 0,
+          "kept blocks on lines of 64 bytes, as many or more apart as are kept");
   return {at_or_null<T>(blocks), panels, stride};
 }
 
@@ -180,11 +181,12 @@ void bind_cpu(py::module_& module) {
              const std::string& dtype, Address bias, Address outer, float inner, bool softcap, Address m, Address constant,
              Address slope, Address on_target, Address targets, Address kept, i64 kept_panels, i64 kept_stride, Address sources,
              Address dz_left, Address dz_right, Address column_sums, Address workspace, int threads) {
-            self.kernels->linear_gradient(
-                at<const cpu::Word>(hidden), rows, self.matrix(weight, stride, columns, width, dtype),
-                readout(bias, outer, inner, softcap), coefficients(m, constant, slope, on_target, targets),
-                kept_at<const float>(kept, kept_panels, kept_stride), at_or_null<const std::int32_t>(sources), at<cpu::Word>(dz_left),
-                at<cpu::Word>(dz_right), at_or_null<float>(column_sums), at<void>(workspace), counts(rows, columns, threads));
+            self.kernels->linear_gradient(at<const cpu::Word>(hidden), rows, self.matrix(weight, stride, columns, width, dtype),
+                                          readout(bias, outer, inner, softcap),
+                                          coefficients(m, constant, slope, on_target, targets),
+                                          kept_at<const float>(kept, kept_panels, kept_stride),
+                                          at_or_null<const std::int32_t>(sources), at<cpu::Word>(dz_left), at<cpu::Word>(dz_right),
+                                          at_or_null<float>(column_sums), at<void>(workspace), counts(rows, columns, threads));
           },
           release())
       .def(

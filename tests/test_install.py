@@ -96,10 +96,22 @@ def test_a_compiler_that_cannot_compile_the_kernels_is_said_to(setup_py, tmp_pat
 
 
 def test_only_instruction_sets_that_the_compiler_takes(setup_py, tmp_path):
-    old = script(tmp_path / "c++", 'case "$*" in *avx512bf16*) exit 1;; esac')
-    assert setup_py.find_isas([str(old)]) == ["portable", "avx2", "avx512"]
-    other_target = script(tmp_path / "arm" / "c++", 'case "$*" in *-m*) exit 1;; esac')
-    assert setup_py.find_isas([str(other_target)]) == ["portable"]
+    def compiler(target: str, refuses: str) -> list[str]:
+        """One for the architecture of a macro; it is told the source behind -c."""
+        finds = f'while [ "$1" != -c ]; do case "$1" in {refuses}) exit 1;; esac; shift; done; grep -q "defined({target})" "$2"'
+        return [str(script(tmp_path / target / refuses.strip("*") / "c++", finds))]
+
+    assert setup_py.find_isas(compiler("__x86_64__", "-")) == ["portable", "avx2", "avx512", "avx512_bf16", "amx"]
+    assert setup_py.find_isas(compiler("__x86_64__", "*avx512bf16*")) == ["portable", "avx2", "avx512"]
+    assert setup_py.find_isas(compiler("__aarch64__", "-")) == ["portable", "neon", "neon_bf16"]
+    assert setup_py.find_isas(compiler("__aarch64__", "*bf16*")) == ["portable", "neon"]
+    assert setup_py.find_isas(compiler("__riscv", "-")) == ["portable"]
+
+
+def test_a_compiler_for_another_machine_says_what_that_one_has(setup_py):
+    if shutil.which("aarch64-linux-gnu-g++") is None:
+        pytest.skip("no aarch64-linux-gnu-g++")
+    assert setup_py.find_isas(["aarch64-linux-gnu-g++"]) == ["portable", "neon", "neon_bf16"]
 
 
 def test_flags_of_each_file(setup_py, monkeypatch):
@@ -110,7 +122,9 @@ def test_flags_of_each_file(setup_py, monkeypatch):
     assert flags["csrc/cpu/isa_avx2.cpp"] == ["-mavx2", "-mfma", "-mf16c"]
     assert {"-mavx512f", "-mavx512bf16", "-mamx-tile", "-mamx-bf16"} <= set(flags["csrc/cpu/isa_amx.cpp"])
     assert not any("bf16" in flag for flag in flags["csrc/cpu/isa_avx512.cpp"])
-    defines = [f"-DBUPO_ISA_{name}" for name in ("AVX2", "AVX512", "AVX512_BF16", "AMX")]
+    assert flags["csrc/cpu/isa_neon.cpp"] == []
+    assert flags["csrc/cpu/isa_neon_bf16.cpp"] == ["-march=armv8.2-a+bf16"]
+    defines = [f"-DBUPO_ISA_{name}" for name in ("AVX2", "AVX512", "AVX512_BF16", "AMX", "NEON", "NEON_BF16")]
     assert flags["csrc/cpu/isa.cpp"] == flags["csrc/bindings.cpp"] == defines
     assert not any(path.startswith("csrc/cuda") for path in flags)
 
@@ -120,9 +134,9 @@ def test_flags_of_each_file(setup_py, monkeypatch):
 
 
 def test_a_file_for_an_unknown_instruction_set_is_an_error(setup_py, monkeypatch, tmp_path):
-    script(tmp_path / "csrc/cpu/isa_neon.cpp", "")
+    script(tmp_path / "csrc/cpu/isa_sve.cpp", "")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(setup_py.SetupError, match=r"isa_neon.cpp: there are flags for portable, .* none for neon"):
+    with pytest.raises(setup_py.SetupError, match=r"isa_sve.cpp: there are flags for portable, .* none for sve"):
         setup_py.sources(setup_py.Build(["c++"], ["portable"]))
 
 

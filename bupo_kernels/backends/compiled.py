@@ -17,9 +17,13 @@ try:
 except ModuleNotFoundError:  # any other ImportError of a module that is there stays an error
     built = None
 
-# All instruction sets that setup.py knows, the fastest first.
-ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "portable")
-MULTIPLY_BF16 = ("amx", "avx512_bf16")  # of these, those whose panels are of bf16; the others' are of fp32, which hold fp16 too
+# All instruction sets that setup.py knows, the fastest of each architecture first.
+ISAS = ("amx", "avx512_bf16", "avx512", "avx2", "neon_bf16", "neon", "portable")
+MULTIPLY_BF16 = (
+    "amx",
+    "avx512_bf16",
+    "neon_bf16",
+)  # of these, those whose panels are of bf16; the others' are of fp32, which hold fp16 too
 
 
 @functools.cache

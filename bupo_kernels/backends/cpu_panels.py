@@ -78,9 +78,7 @@ class CpuPanels(Backend):
         products = torch.empty(_kept_words(problem, rows), dtype=torch.float32, device=problem.device)
         return Cache(products, torch.empty(rows, 0, dtype=torch.float32, device=problem.device))
 
-    def statistics(
-        self, operands: Operands, active: Tensor, plan: TilePlan, with_entropy: bool
-    ) -> tuple[Statistics, Cache]:
+    def statistics(self, operands: Operands, active: Tensor, plan: TilePlan, with_entropy: bool) -> tuple[Statistics, Cache]:
         rows = active.nonzero().squeeze(1)
         part, cache = self.row_statistics(operands, rows, plan, with_entropy=with_entropy, keep=plan.cached_rows > 0)
         return of_all_rows(part, rows, len(active)), cache

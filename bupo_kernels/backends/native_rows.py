@@ -25,7 +25,6 @@ from bupo_kernels.backends.tile_loop import CPU_TILE, Block, RowKernels, TileLoo
 from bupo_kernels.selfcheck import decision
 from bupo_kernels.selfcheck.decision import Variant
 
-
 # A bound of what a row has in statistics, coefficients and selections of them, in a forward and a backward.
 BYTES_OF_STATISTICS = 256
 
@@ -100,9 +99,7 @@ class NativeCpu(TileLoop):
         slices = _kept_elements(problem) - problem.vocab
         return Cache(logits, torch.empty(rows, slices, dtype=torch.float32, device=problem.device))
 
-    def statistics(
-        self, operands: Operands, active: Tensor, plan: TilePlan, with_entropy: bool
-    ) -> tuple[Statistics, Cache]:
+    def statistics(self, operands: Operands, active: Tensor, plan: TilePlan, with_entropy: bool) -> tuple[Statistics, Cache]:
         rows = active.nonzero().squeeze(1)
         keep = plan.cached_rows > 0
         part, cache = self.row_statistics(operands, rows, plan, with_entropy=with_entropy, keep=keep)

@@ -180,7 +180,8 @@ class TileLoop(Backend):
 
 
 def _blocks(operands: Operands, rows: Tensor, plan: TilePlan, of_scratch: torch.dtype, cached: int) -> Iterator[Block]:
-    """Yield all tiles, slice by slice, with memory for the products and not yet formed. None has rows on both sides of ``cached``."""
+    """Yield all tiles, slice by slice, with memory for the products and not yet formed; none has rows on both sides of
+    ``cached``."""
     hidden, weight, bias, _, readout = operands
     problem, tile, count, vocab = plan.problem, plan.tile, len(rows), weight.shape[0]
     if count == 0:

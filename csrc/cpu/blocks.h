@@ -48,6 +48,90 @@ struct Block {
   }
 };
 
+#elif defined(BUPO_NEON)
+
+// A product of `high` rows of C by `wide` columns at a time: its sums are 16 of the 32 registers.
+struct Block {
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  static constexpr bool multiplies_bf16 = true;
+  static constexpr int high = 8, wide = 8;
+#else
+  static constexpr bool multiplies_bf16 = false;
+  static constexpr int high = 4, wide = 16;
+#endif
+  static constexpr bool interleaves = false;
+
+  struct Session {
+    ~Session() {}
+  };
+
+  template <class Between>
+  static void multiply(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c, Between) {
+    multiply(a, b, steps, c);
+  }
+  // Must not be inlined: among an epilogue's variables the sums would lose their registers.
+  __attribute__((noinline)) static void multiply(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c) {
+    for (int row = 0; row < 32; row += high)
+      for (int column = 0; column < 32; column += wide)
+        multiply_part(a + row / 16 * 256 + row % 16 * 16, b + column / 16 * 256 + column % 16, steps, c + row * 32 + column);
+  }
+
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  // The instruction multiplies 2 rows of A by 2 columns of B, four deep: [row][2 words] by [column][2 words]. As panels
+  // lie, such rows are two halves that are put together, and two zips make such columns of two words of four: 8 of these for 16
+  // products.
+  static void multiply_part(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c) {
+    float32x4_t sum[4][4];  // of 2 rows by 2 columns
+    for (auto& row_sums : sum)
+      for (float32x4_t& x : row_sums) x = vdupq_n_f32(0.0f);
+    for (std::int64_t step = 0; step < steps; step++, a += 512, b += 512)
+      for (int word = 0; word < 16; word += 2) {
+        bfloat16x8_t rows[4], columns[4];  // two of each
+        for (int i = 0; i < 4; i++) {
+          const std::uint32_t* from = a + 32 * i + word;
+          rows[i] = vreinterpretq_bf16_u32(vcombine_u32(vld1_u32(from), vld1_u32(from + 16)));
+        }
+        for (int j = 0; j < 4; j += 2) {
+          const std::uint32_t* from = b + 16 * word + 2 * j;
+          const uint32x4_t first = vld1q_u32(from), second = vld1q_u32(from + 16);
+          columns[j] = vreinterpretq_bf16_u32(vzip1q_u32(first, second));
+          columns[j + 1] = vreinterpretq_bf16_u32(vzip2q_u32(first, second));
+        }
+        for (int i = 0; i < 4; i++)
+          for (int j = 0; j < 4; j++) sum[i][j] = vbfmmlaq_f32(sum[i][j], rows[i], columns[j]);
+      }
+    for (int i = 0; i < 4; i++)
+      for (int j = 0; j < 4; j += 2) {
+        const uint64x2_t left = vreinterpretq_u64_f32(sum[i][j]), right = vreinterpretq_u64_f32(sum[i][j + 1]);
+        store_as(c + 64 * i + 2 * j, vzip1q_u64(left, right));
+        store_as(c + 64 * i + 32 + 2 * j, vzip2q_u64(left, right));
+      }
+  }
+#else
+  // Two words of a row are loaded together, and each is a lane by which a word of 16 columns is multiplied.
+  static void multiply_part(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c) {
+    float32x4_t sum[4][4];
+    for (auto& row_sums : sum)
+      for (float32x4_t& x : row_sums) x = vdupq_n_f32(0.0f);
+    for (std::int64_t step = 0; step < steps; step++, a += 512, b += 512)
+      for (int word = 0; word < 16; word += 2) {
+        float32x2_t rows[4];
+        float32x4_t first[4], second[4];
+        for (int i = 0; i < 4; i++) rows[i] = vreinterpret_f32_u32(vld1_u32(a + 16 * i + word));
+        for (int j = 0; j < 4; j++) {
+          const std::uint32_t* from = b + 16 * word + 4 * j;
+          first[j] = vreinterpretq_f32_u32(vld1q_u32(from)), second[j] = vreinterpretq_f32_u32(vld1q_u32(from + 16));
+        }
+        for (int i = 0; i < 4; i++)
+          for (int j = 0; j < 4; j++)
+            sum[i][j] = vfmaq_lane_f32(vfmaq_lane_f32(sum[i][j], first[j], rows[i], 0), second[j], rows[i], 1);
+      }
+    for (int i = 0; i < 4; i++)
+      for (int j = 0; j < 4; j++) vst1q_f32(c + 32 * i + 4 * j, sum[i][j]);
+  }
+#endif
+};
+
 #else
 
 // A product of `high` rows of C by `wide` vectors at a time: its sums are 16 of 32 registers where there are 32, else 8 of 16,
@@ -59,7 +143,7 @@ struct Block {
   static constexpr bool multiplies_bf16 = false;
 #endif
   static constexpr bool interleaves = false;
-  static constexpr int high = lanes == 16 ? 8 : 4, wide = 2;
+  static constexpr int high = registers / 4, wide = 2;
 
   struct Session {
     ~Session() {}

@@ -8,6 +8,11 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
+#if defined(BUPO_ISA_NEON_BF16) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(BUPO_ISA_NEON_BF16) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 namespace bupo::cpu {
 
@@ -40,6 +45,25 @@ static bool supports_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 #endif
+#ifdef BUPO_ISA_NEON_BF16
+const Kernels& kernels_neon_bf16();
+// Returns whether the system says that the CPU has BFMMLA; of systems that are not asked, none does.
+static bool supports_neon_bf16() {
+#if defined(__linux__)
+  constexpr unsigned long bf16 = 1ul << 14;  // HWCAP2_BF16, which older headers do not have
+  return (getauxval(AT_HWCAP2) & bf16) != 0;
+#elif defined(__APPLE__)
+  int has = 0;
+  std::size_t size = sizeof(has);
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &has, &size, nullptr, 0) == 0 && has != 0;
+#else
+  return false;
+#endif
+}
+#endif
+#ifdef BUPO_ISA_NEON
+const Kernels& kernels_neon();
+#endif
 const Kernels& kernels_portable();
 
 const std::vector<Isa>& isas() {
@@ -55,6 +79,12 @@ const std::vector<Isa>& isas() {
 #endif
 #ifdef BUPO_ISA_AVX2
       {"avx2", supports_avx2, kernels_avx2},
+#endif
+#ifdef BUPO_ISA_NEON_BF16
+      {"neon_bf16", supports_neon_bf16, kernels_neon_bf16},
+#endif
+#ifdef BUPO_ISA_NEON
+      {"neon", [] { return true; }, kernels_neon},
 #endif
       {"portable", [] { return true; }, kernels_portable},
   };

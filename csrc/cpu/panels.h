@@ -2,7 +2,7 @@
 // product, and a step is two tiles of 16 x 16 words. A word is what a lane multiplies at once: two neighbouring bf16 along the
 // depth where the instruction set multiplies bf16, else one fp32. Row 16h + i of a left panel and word w of a step lie at
 // [step][h][i][w], column 16h + j of a right panel at [step][h][w][j]: tiles of AMX as they are, and vectors of right operands and
-// broadcasts of left ones for the others.
+// broadcasts of left ones for the others, or lanes of them, or two zips away (NEON).
 //
 // A panel holds zeros beyond the edges of the matrix.
 //
@@ -51,6 +51,16 @@ inline void transpose(const Word* from, Word* to) {
     _mm512_storeu_si512(to + 16 * (8 + j), _mm512_shuffle_i32x4(a, c, 0xdd));
     _mm512_storeu_si512(to + 16 * (12 + j), _mm512_shuffle_i32x4(b, d, 0xdd));
   }
+#elif defined(BUPO_NEON)
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 16; j += 4) {
+      uint32x4_t r[4];
+      for (int k = 0; k < 4; k++) r[k] = load_as<uint32x4_t>(from + 16 * (i + k) + j);
+      const uint32x4_t a = vzip1q_u32(r[0], r[2]), b = vzip1q_u32(r[1], r[3]);
+      const uint32x4_t c = vzip2q_u32(r[0], r[2]), d = vzip2q_u32(r[1], r[3]);
+      store_as(to + 16 * j + i, vzip1q_u32(a, b)), store_as(to + 16 * (j + 1) + i, vzip2q_u32(a, b));
+      store_as(to + 16 * (j + 2) + i, vzip1q_u32(c, d)), store_as(to + 16 * (j + 3) + i, vzip2q_u32(c, d));
+    }
 #else
   for (int i = 0; i < 16; i++)
     for (int j = 0; j < 16; j++) to[16 * j + i] = from[16 * i + j];

@@ -8,6 +8,11 @@ constexpr int lanes = 8;
 #else
 constexpr int lanes = 4;
 #endif
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int registers = 32;
+#else
+constexpr int registers = 16;
+#endif
 
 typedef float Floats __attribute__((vector_size(lanes * 4)));
 typedef std::int32_t Ints __attribute__((vector_size(lanes * 4)));
@@ -42,7 +47,8 @@ struct Vec {
 };
 // Returns a where the bits of a lane are set, else b.
 inline Vec choose(Ints where, Vec a, Vec b) { return (Floats)((where & (Ints)a.v) | (~where & (Ints)b.v)); }
-// Return b where either is NaN. This is one instruction; of a > b ? a : b the compiler makes two.
+// Return b where either is NaN. This is one instruction; of a > b ? a : b the compiler makes two, which is what NEON takes: both of its
+// maxima treat NaN otherwise.
 #if defined(__AVX512F__)
 inline Vec maximum(Vec a, Vec b) { return (Floats)_mm512_max_ps((__m512)a.v, (__m512)b.v); }
 inline Vec minimum(Vec a, Vec b) { return (Floats)_mm512_min_ps((__m512)a.v, (__m512)b.v); }
@@ -60,6 +66,8 @@ inline bool any_below(Vec a, Vec b) {
   return _mm512_cmp_ps_mask((__m512)a.v, (__m512)b.v, _CMP_LT_OQ) != 0;
 #elif defined(__AVX2__)
   return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a.v, (__m256)b.v, _CMP_LT_OQ)) != 0;
+#elif defined(BUPO_NEON)
+  return vmaxvq_u32((uint32x4_t)(a < b)) != 0;
 #else
   const Ints below = a < b;
   std::int32_t bits = 0;
