@@ -89,6 +89,15 @@ def tiles_of(rows, columns):
         yield
 
 
+@contextmanager
+def keeping(rows):
+    """Products of at most so many rows, whole panels of them, are kept for the backward, in both paths."""
+    with pytest.MonkeyPatch.context() as patch:
+        for path in (native_rows, cpu_panels):
+            patch.setattr(path, "kept_rows", lambda problem, *bytes_a_row: torch.sym_min(problem.rows, rows))
+        yield
+
+
 def run(case, isa, **options):
     return linear_logprobs(case.hidden, case.weight, case.targets, backend=f"native:{isa}", **{**case.options, **options})
 
@@ -147,12 +156,13 @@ any_vocab = st.one_of(
     scale=st.sampled_from([0.0, 1e-6, 1e-3, 1.0, 30.0]),  # 1e-6: subnormals of fp16
     options=st.sampled_from([*OPTIONS.values(), {"ignore_index": 0}]),
     tile=st.sampled_from([(8192, 2048), (64, 2048), (8192, 96), (32, 64)]),
+    kept=st.sampled_from([0, 32, 64, 1024]),
     seed=st.integers(0, 2**16),
 )
-def test_any_shape_option_and_tile_matches_the_oracle(isa, dtype, rows, vocab, width, scale, options, tile, seed):
+def test_any_shape_option_and_tile_matches_the_oracle(isa, dtype, rows, vocab, width, scale, options, tile, kept, seed):
     if "softcap" in options:  # where it saturates, a gradient of 0 has no relative accuracy for the error model to bound
         scale = min(scale, 1.0)
-    with tiles_of(*tile):
+    with tiles_of(*tile), keeping(kept):
         check(case_with(options, rows, vocab, width, dtype=dtype, scale=scale, seed=seed), isa)
 
 
@@ -207,8 +217,8 @@ def test_several_slices_of_the_vocabulary(isa, dtype):
 
 
 def test_several_blocks_of_rows_and_a_width_of_several_sets_of_panels(isa):
-    # 300 rows and 900 columns: the panels of one operand fill more than a third of what is kept in cache: sets take turns.
-    with tiles_of(300, 1024):
+    # 288 rows and 900 columns: the panels of one operand fill more than a third of what is kept in cache: sets take turns.
+    with tiles_of(288, 1024):
         check(case_with({"bias": True}, 310, 900, 1100, dtype=BF16), isa)
 
 
@@ -220,10 +230,53 @@ def test_dropped_rows_get_exactly_nothing_and_shift_no_other(isa, dtype, kept):
     case.targets[45:60:3] = -100
     weights = torch.zeros(190)
     weights[rows[kept]] = torch.rand(190)[rows[kept]] + 0.5
-    with tiles_of(32, 64):
+    with tiles_of(32, 64), keeping(96):
         _, got = check(case, isa, [weights, None, -weights])
     assert (got[0][weights == 0] == 0).all()
     assert all(gradient.any() == (kept != "none") for gradient in got)
+
+
+@both_16_bit
+@pytest.mark.parametrize("entropy", [0.0, 0.1])
+def test_what_is_kept_changes_no_bit(isa, dtype, entropy):
+    case, found = case_with({"bias": True, "softcap": 20.0, "mask": True}, 75, 150, 20, dtype=dtype), []
+    weights = torch.linspace(-1, 1, 75).masked_fill(torch.arange(75) % 5 == 0, 0)
+    for kept in (0, 75):
+        with keeping(kept):
+            assert explain(case.hidden, case.weight, backend=f"native:{isa}").tile_plan.cached_rows == kept
+            out = run(case, isa)
+            policy = PolicyObjective(entropy_coefficient=entropy)
+            loss, _ = linear_policy_loss(case.hidden, case.weight, case.targets, weights, objective=policy, backend=f"native:{isa}")
+            found.append(
+                [*out, *backward(out, [weights, entropy * weights, None], case), loss, *gradients(loss, *leaves(case)[:2])]
+            )
+    assert same(*found)
+
+
+@all_dtypes
+def test_a_backward_may_run_twice(isa, dtype):
+    case = random_case(70, 150, 20, dtype=dtype)
+    with keeping(32):
+        loss = run(case, isa).logprobs.sum()
+    twice = [torch.autograd.grad(loss, leaves(case)[:2], retain_graph=True) for _ in range(2)]
+    assert same(*twice)
+
+
+@all_dtypes
+@pytest.mark.parametrize("mib", [1, 4, 16, 256])
+def test_as_many_rows_are_kept_as_the_budget_holds(isa, dtype, mib):
+    hidden, weight = torch.zeros(600, 64, dtype=dtype), torch.zeros(20_000, 64, dtype=dtype)
+    if mib == 1 and dtype != FP32:
+        return  # which holds no panel of W for each thread
+    options = {"backend": f"native:{isa}", "memory_budget": mib * 2**20}
+    assert explain(hidden, weight, **options).tile_plan.cached_rows == 0
+    plan = explain(hidden, weight.requires_grad_(), **options)
+    kept = plan.tile_plan.cached_rows
+    assert plan.tile_plan.memory.working <= mib * 2**20
+    assert kept == 600 if mib == 256 else kept % 32 == 0 and 4 * 20_000 * kept <= 0.75 * mib * 2**20
+    assert kept >= {1: 0, 4: 0, 16: 128, 256: 600}[mib]
+    assert plan.flops_backward == (1 + (600 - kept) / 600) * plan.flops_forward
+    assert "logits of 600 rows kept" in str(plan) or mib < 256
 
 
 @all_dtypes
@@ -639,7 +692,10 @@ def test_statistics_are_written_where_they_belong_and_nowhere_else(isa, dtype, r
     around, out = guarded(4 * stride, FP32)
     around_workspace, workspace = guarded(k.statistics_bytes(rows, columns, width, 3), torch.uint8)
     y = padded(targets.int(), -1)
-    k.linear_statistics(address(by_width), rows, *matrix, *IDENTITY, address(y), address(out), stride, address(workspace), 3)
+    nothing_kept = 0, 0, 0
+    k.linear_statistics(
+        *(address(by_width), rows, *matrix, *IDENTITY, address(y), address(out), stride, *nothing_kept, address(workspace), 3)
+    )
     z = hidden.double() @ weight.double().T
     m, s, t, z_y = out.view(4, stride)[:, :rows].double()
     bound = CONTRACT * (1 + z.abs().max())
@@ -667,8 +723,8 @@ def test_gradients_of_a_tile_are_written_where_they_belong_and_nowhere_else(isa,
     around_sums, sums = guarded(columns, FP32)
     around_workspace, workspace = guarded(max(k.left_bytes(width, 3), k.left_bytes(up(columns), 3)), torch.uint8)
     k.linear_gradient(
-        *(address(by_width), rows, *matrix, *IDENTITY, *map(address, arrays), address(left), address(right), address(sums)),
-        *(address(workspace), 3),
+        *(address(by_width), rows, *matrix, *IDENTITY, *map(address, arrays), 0, 0, 0, 0, address(left), address(right)),
+        *(address(sums), address(workspace), 3),
     )
     dz = unpacked(right, isa, rows, up(columns))
     assert torch.equal(unpacked(left, isa, columns, up(rows), left=True)[: up(columns), : up(rows)], dz.T)

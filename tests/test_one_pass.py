@@ -92,7 +92,7 @@ def test_rows_that_a_clip_decides_leave_and_the_others_have_their_gradients(prod
     leave = torch.zeros(70, dtype=torch.bool).index_fill(0, torch.arange(70)[DROPPED[dropped]], True)
     loss, upstream = clipped_loss(case, leave, backend, budget)
     got = torch.autograd.grad(loss, leaves(case))
-    assert_stored_gradients(got, case, [upstream, None, None], "triton:cached" if backend == "triton" else "native")
+    assert_stored_gradients(got, case, [upstream, None, None], "triton:cached" if backend == "triton" else "triton")
     assert (got[0][leave] == 0).all()
     plan = explain(case.hidden, case.weight, objective=PolicyObjective(), backend=backend, memory_budget=budget).tile_plan
     assert (plan.chunk_rows < 70) == (budget is not None)
@@ -118,7 +118,7 @@ def test_every_option_gives_16_bit_gradients_over_the_logits_that_were_kept(prod
             **case.options,
         )
         upstream = [-advantages / counts.sum(), torch.full((60,), -0.01) / counts.sum(), None]
-        assert_stored_gradients(torch.autograd.grad(loss, leaves(case)), case, upstream, "native")
+        assert_stored_gradients(torch.autograd.grad(loss, leaves(case)), case, upstream, "triton")
     of_hidden = [a for _, a, b in products if b[0] == 333]
     assert sum(rows for rows, _ in of_hidden) == 2 * int(counts.sum())
     assert len(of_hidden) > 2  # one of the whole, and several chunks

@@ -246,9 +246,11 @@ def test_T08_frozen_operands_cost_no_gradient_product(backend, frozen):
     out = all_of(case, backend)
     got = []
     made = products(lambda: got.extend(gradients(out.logprobs.sum(), *leaves(case))))
-    recomputed = backend != "triton"  # there in the kernel
-    assert sum(2 * m * k * n for m, k, n in made) == (1 + recomputed) * 2 * 20 * 64 * 16
-    assert explain(case.hidden, case.weight, case.targets, backend=backend).flops_backward == 2 * 2 * 20 * 64 * 16
+    recomputed = {"torch": 1, "triton": 1, "native": 0}[backend]
+    by_library = 1 + recomputed * (backend != "triton")  # there it is in the kernel
+    assert sum(2 * m * k * n for m, k, n in made) == by_library * 2 * 20 * 64 * 16
+    plan = explain(case.hidden, case.weight, case.targets, backend=backend)
+    assert plan.flops_backward == (1 + recomputed) * 2 * 20 * 64 * 16
     assert_stored_gradients(got, case, [torch.ones_like(out.logprobs), None, None], backend)
 
 
@@ -766,6 +768,7 @@ def test_T28_measured_memory_is_what_explain_states_and_within_the_budget(case):
     # What is stated is no guess either: of everything but the numbers of each row, of which not every call has all, two thirds.
     of_rows = 2 * (8 * 8 + 12 * 4) * rows
     assert 0.67 * (plan.tile_plan.memory.forward - of_rows) <= forward <= plan.tile_plan.memory.forward + results
+    backward += sum(x.nbytes for x in plan.implementation.empty_cache(plan.problem, plan.tile_plan.cached_rows))
     assert backward <= plan.tile_plan.memory.backward + plan.tile_plan.memory.accumulator + operands
     assert backward >= 0.67 * (plan.tile_plan.memory.backward + plan.tile_plan.memory.accumulator)
     assert max(plan.tile_plan.memory.forward, plan.tile_plan.memory.backward) <= plan.problem.memory_budget

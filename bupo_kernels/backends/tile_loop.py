@@ -219,9 +219,13 @@ def _from_cache(
 ) -> Iterator[Block]:
     """Yield all tiles: as the fold left them in the ``cache``, its first rows where they lie or a copy of some of them; and
     products of rows that are not there, which are the last ones."""
-    cached = 0 if cache_rows is None else int((cache_rows < len(cache.offsets)).sum())
-    # They are all different, so that none beyond so many means all of so many, in their order.
-    as_they_lie = cache_rows is not None and cached > 0 and int(cache_rows[:cached].amax()) == cached - 1
+    cached, as_they_lie = 0 if cache_rows is None else len(cache_rows), False
+    if cache_rows is not None and plan.chunk_rows:  # all are there, and nothing is to wait for a device
+        as_they_lie = cached == len(cache.offsets)
+    elif cache_rows is not None and cached:
+        cached = int((cache_rows < len(cache.offsets)).sum())
+        # They ascend: where the last is the one of its number, all before it are there.
+        as_they_lie = cached > 0 and int(cache_rows[cached - 1]) == cached - 1
     for block in _blocks(operands, rows, plan, of_scratch, cached):
         if cache_rows is None or block.rows.start >= cached:
             accumulate_(block.tile, block.hidden, block.weight.T, first=True)
