@@ -196,8 +196,9 @@ class Cache(NamedTuple):
     nothing.
 
     ``triton`` leaves ``E = 2^(z·log2 e − k)`` in bf16, [rows, columns], and its integer exponents k in int32, one per row and
-    column block. The tile loop leaves logits less the maximum of their row in their slice, slice after slice [rows · V] (row after
-    row where dz is written over them), and these maxima [rows, slices], in the dtype of the statistics.
+    column block. The packed panels of a CPU leave products in blocks (csrc/cpu/kernels.h, ``Kept``), and offsets [rows, 0]. The
+    tile loop leaves logits less the maximum of their row in their slice, slice after slice [rows · V] (row after row where dz is
+    written over them), and these maxima [rows, slices], in the dtype of the statistics.
     """
 
     values: Tensor

@@ -1,9 +1,10 @@
-"""bf16 and fp16 on a CPU: statistics and gradients from packed panels of hidden vectors, in C++ (csrc/cpu), no logits in memory.
+"""bf16 and fp16 on a CPU: statistics and gradients from packed panels of hidden vectors, in C++ (csrc/cpu).
 
-The forward multiplies every row of W with all rows of a block and folds the products while they are in a core's first cache. The
-backward forms dz of a slice of the vocabulary again, as both operands that the products with W and h take: 8 N·V·D FLOP in all. dz
-is rounded to bf16 where the CPU multiplies bf16, else it stays fp32; everything else is fp32. fp16 is never multiplied as bf16,
-which has too few bits: it takes the fastest instruction set whose panels are of fp32, AVX-512 where the CPU has AMX.
+The forward multiplies every row of W with all rows of a block and folds the products while they are in a core's first cache. It
+keeps those of as many rows as the budget holds. The backward makes dz of them, a slice of the vocabulary at a time, as both
+operands that the products with W and h take: 6 N·V·D FLOP in all, and 8 of rows whose products are formed again. dz is
+rounded to bf16 where the CPU multiplies bf16, else it stays fp32; everything else is fp32. fp16 is never multiplied as bf16, which
+has too few bits: it takes the fastest instruction set whose panels are of fp32, AVX-512 where the CPU has AMX.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ class CpuPanels(Backend):
         return kept_rows(problem, 4 * up(problem.vocab), 4 * up(problem.width) * problem.grad_hidden)
 
     def empty_cache(self, problem: Problem, rows: int) -> Cache:
+        """Return memory for the blocks of so many ``rows``, as csrc/cpu/kernels.h has them in ``Kept``; nothing is subtracted."""
         if rows == 0:
             return super().empty_cache(problem, 0)
         products = torch.empty(_kept_words(problem, rows), dtype=torch.float32, device=problem.device)
