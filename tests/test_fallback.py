@@ -40,7 +40,7 @@ def products(monkeypatch):
 
 
 def assert_16_bit_gradients(got, case, upstream) -> None:
-    assert_stored_gradients(got, case, upstream, "native")  # which stores dz in the dtype of the operands, as this does here
+    assert_stored_gradients(got, case, upstream, "triton")  # which stores dz in the dtype of the operands, as this does here
 
 
 @pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)

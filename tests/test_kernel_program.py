@@ -6,7 +6,8 @@ import pytest
 
 FLAGS = ["-O1"]
 
-pytestmark = pytest.mark.skipif(emulation.compiler() is None, reason="no C++ compiler on the path")
+# Compiling the kernels twice more takes most of a minute of a core.
+pytestmark = [pytest.mark.broad, pytest.mark.skipif(emulation.compiler() is None, reason="no C++ compiler on the path")]
 
 
 def test_kernels_of_amx_and_avx512_bf16_are_right_on_emulated_instructions(tmp_path):
@@ -17,7 +18,6 @@ def test_kernels_of_amx_and_avx512_bf16_are_right_on_emulated_instructions(tmp_p
         kernel_program.run([program, "sve"])
 
 
-@pytest.mark.broad
 def test_kernels_of_every_instruction_set_of_this_machine_are_right(tmp_path):
     cxx = [emulation.compiler()]
     program = kernel_program.build(cxx, kernel_program.setup_py().find_isas(cxx), tmp_path, FLAGS)
