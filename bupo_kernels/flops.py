@@ -45,7 +45,10 @@ def _statistics(hidden: Shape, weight: Shape, *_: Any, **__: Any) -> int:
 
 
 def _backward(g_logprob: Shape, g_entropy: Shape, g_logsumexp: Shape, hidden: Shape, weight: Shape, *rest: Any, **_: Any) -> int:
-    return _products(hidden, weight, Settings.decode(rest[-1]).needed)
+    """Count the product too, of rows that have left nothing in the cache."""
+    _bias, _targets, _temperature, _saved, _values, offsets, *_rest = rest
+    kept = min(offsets[0], math.prod(hidden[:-1])) * hidden[-1]
+    return _products(hidden, weight, Settings.decode(rest[-1]).needed) - 2 * kept * weight[0]
 
 
 def _policy_loss(hidden: Shape, weight: Shape, *rest: Any, **_: Any) -> int:

@@ -72,7 +72,7 @@ class Rows:
         This waits for the device."""
         if self.group is None:
             return values
-        longest = int(self.gathered(torch.tensor([len(values)], device=self.device)).amax())
+        longest = int(self.gathered(torch.tensor([len(values)], dtype=torch.float64, device=self.device)).amax())
         return self._exchanged(F.pad(values.detach(), (0, longest - len(values)), value=-torch.inf)).flatten()
 
     def _exchanged(self, message: Tensor) -> Tensor:  # [k] -> [ranks, k]

@@ -395,7 +395,8 @@ class LensLoop:
                 a = shrink[:, of]
                 return in_order(torch.where(a == 0, 0, a * (c + moved[:, other] * s[:, of])))  # 0 · −inf is 0
 
-            first, last = torch.arange(policies, device=m.device), torch.full((policies,), policies - 1, device=m.device)
+            first = torch.arange(policies, dtype=torch.int64, device=m.device)
+            last = torch.full_like(first, policies - 1)
             if self.pairs:
                 pairs = whole(found["cross"], first.repeat_interleave(policies), first.repeat(policies))
                 cross = pairs.view(policies, policies, count).permute(2, 0, 1).contiguous()
