@@ -161,11 +161,8 @@ class Plan:
         """The fewest bytes that forward and backward must move: operands are read once per product, gradients and the cache (of 2
         bytes a logit, on a CPU 4) written once."""
         p = self.problem
-        rows, vocab, e = (
-            p.active_rows * p.width * p.dtype.itemsize,
-            p.vocab * p.width * p.dtype.itemsize,
-            (4 if p.device.type == "cpu" else 2) * p.vocab,
-        )
+        rows, vocab = (count * p.width * p.dtype.itemsize for count in (p.active_rows, p.vocab))
+        e = (4 if p.device.type == "cpu" else 2) * p.vocab
         cached = min(self.tile_plan.cached_rows, p.active_rows)
         if not p.needs_grad:
             return rows + vocab, 0

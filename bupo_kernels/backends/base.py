@@ -208,6 +208,17 @@ class Cache(NamedTuple):
     def is_empty(self) -> bool:
         return self.offsets.shape[0] == 0
 
+    def count(self, rows: Tensor | None) -> int:  # [n]
+        """Return how many of ``rows``, numbered in ascending order as the cache is, are in it: they are the first. This waits for
+        the device."""
+        return 0 if rows is None else int((rows < self.offsets.shape[0]).sum())
+
+
+def row_blocks(count: int, cached: int, step: int) -> list[slice]:
+    """Return blocks of at most ``step`` of ``count`` rows, none with rows on both sides of the first ``cached``."""
+    parts = (0, cached), (cached, count)
+    return [slice(i, min(i + step, end)) for start, end in parts for i in range(start, end, step)]
+
 
 class PolicyRows(NamedTuple):
     """The results, for n rows, of a kernel that takes whole rows from products to a policy loss."""
@@ -296,7 +307,7 @@ class Backend(Candidate):
             part, cache = self.row_statistics(operands, everything, plan, with_entropy=with_entropy, keep=False)
             return of_active_rows(part, active), cache
         rows = active.nonzero().squeeze(1)
-        part, cache = self.row_statistics(operands, rows, plan, with_entropy=with_entropy, keep=False)
+        part, cache = self.row_statistics(operands, rows, plan, with_entropy=with_entropy, keep=plan.cached_rows > 0)
         return of_all_rows(part, rows, len(active)), cache
 
     @abstractmethod

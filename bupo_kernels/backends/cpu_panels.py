@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bupo_kernels.backends.algebra import Coefficients, Statistics, of_all_rows
-from bupo_kernels.backends.base import Backend, Cache, Memory, Operands, Problem, Tile, TilePlan
+from bupo_kernels.backends.algebra import Coefficients, Statistics
+from bupo_kernels.backends.base import Backend, Cache, Memory, Operands, Problem, Tile, TilePlan, row_blocks
 from bupo_kernels.backends.compiled import ISAS, MULTIPLY_BF16, address, dtype_name, isas, kernels, words
 from bupo_kernels.backends.cpu_arguments import PANEL, CoefficientArguments, ReadoutArguments, padded, up
 from bupo_kernels.backends.native_rows import kept_rows, why_not_native
@@ -80,11 +80,6 @@ class CpuPanels(Backend):
         products = torch.empty(_kept_words(problem, rows), dtype=torch.float32, device=problem.device)
         return Cache(products, torch.empty(rows, 0, dtype=torch.float32, device=problem.device))
 
-    def statistics(self, operands: Operands, active: Tensor, plan: TilePlan, with_entropy: bool) -> tuple[Statistics, Cache]:
-        rows = active.nonzero().squeeze(1)
-        part, cache = self.row_statistics(operands, rows, plan, with_entropy=with_entropy, keep=plan.cached_rows > 0)
-        return of_all_rows(part, rows, len(active)), cache
-
     def row_statistics(
         self, operands: Operands, rows: Tensor, plan: TilePlan, *, with_entropy: bool, keep: bool
     ) -> tuple[Statistics, Cache]:
@@ -124,9 +119,11 @@ class CpuPanels(Backend):
         if len(rows) == 0:
             return
         problem = plan.problem
-        cached = 0 if cache_rows is None else int((cache_rows < len(cache.offsets)).sum())  # the first ones
+        kept, cached = Kept(cache), cache.count(cache_rows)
         packing = Packing(operands, rows, plan.tile, plan.isa, for_weight=problem.grad_weight, cached=cached)
-        kept, of_none = Kept(cache), Kept(self.empty_cache(problem, 0))
+        sources = [
+            None if cache_rows is None or block.start >= cached else padded(cache_rows[block].int(), -1) for block in packing.slices
+        ]
         threads, width = torch.get_num_threads(), problem.width
         k, most, columns = packing.kernels, min(plan.tile.rows, len(rows)), plan.tile.columns
         left, right = words(k.packed_words(columns, up(most))), words(k.packed_words(most, columns))
@@ -140,15 +137,14 @@ class CpuPanels(Backend):
                 hidden = packing.block(i)
                 readout = hidden.readout._replace(bias=None if packing.bias is None else packing.bias[here])
                 arguments, n = CoefficientArguments.of(coefficients.rows(block), start), block.stop - block.start
-                sources = None if cache_rows is None or block.start >= cached else padded(cache_rows[block].int(), -1)
                 k.linear_gradient(
                     address(hidden.by_width),
                     n,
                     *_matrix(weight),
                     *readout.passed(len(weight), n),
                     *arguments.passed(n),
-                    *(of_none if sources is None else kept).passed(0, start),
-                    address(sources, torch.int32, up(n) * (sources is not None)),
+                    *((0, 0, 0) if sources[i] is None else kept.passed(0, start)),
+                    address(sources[i], torch.int32, up(n)),
                     address(left),
                     address(right),
                     address(sums, torch.float32, len(weight)),
@@ -228,8 +224,7 @@ class Packing:
 
     def __init__(self, operands: Operands, rows: Tensor, tile: Tile, isa: str, for_weight: bool, cached: int = 0):
         self.operands, self.rows, self.kernels, self.for_weight = operands, rows, kernels(isa), for_weight
-        parts = (0, cached), (cached, len(rows))  # no block has rows of both
-        self.slices = [slice(i, min(i + tile.rows, end)) for first, end in parts for i in range(first, end, tile.rows)]
+        self.slices = row_blocks(len(rows), cached, tile.rows)
         self.bias = None if operands.bias is None else operands.bias.float().contiguous()
         self._last: Hidden | None = None
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bupo_kernels.backends import compiled
-from bupo_kernels.backends.algebra import Coefficients, Statistics, of_all_rows
+from bupo_kernels.backends.algebra import Coefficients, Statistics
 from bupo_kernels.backends.base import Cache, Memory, Operands, PolicyRows, Problem, Readout, Tile, TilePlan
 from bupo_kernels.backends.compiled import ISAS, address, dtype_name, isas
 from bupo_kernels.backends.cpu_arguments import PANEL, CoefficientArguments, ReadoutArguments, padded, up
@@ -70,8 +70,9 @@ class NativeCpu(TileLoop):
         isa, cached = strategy or isas()[0], self.cached_rows(problem, strategy)
         if not cached:
             return recomputing_plan(problem)._replace(isa=isa)
-        kept = 4 * cached * _kept_elements(problem)
-        left, columns = problem.memory_budget - kept, _kept_columns(problem)
+        columns = _kept_columns(problem)
+        kept = 4 * cached * _kept_elements(problem, columns)
+        left = problem.memory_budget - kept
         rows = max(min(CPU_TILE[0], problem.active_rows), 1)
         while rows > 1 and memory(problem, Tile(rows, columns), cached).working > left:
             rows = (rows + 1) // 2
@@ -87,23 +88,19 @@ class NativeCpu(TileLoop):
     def cached_rows(self, problem: Problem, strategy: str | None) -> int:
         """Return how many rows leave their logits: three quarters of the budget may hold them. What follows from these is what
         follows from products that are formed again, bit for bit."""
-        least = memory(replace(problem, active_rows=0), Tile(1, _kept_columns(problem))).working
-        if not problem.needs_grad or 4 * least > problem.memory_budget:
+        if not problem.needs_grad:
             return 0
-        return kept_rows(problem, 4 * _kept_elements(problem))
+        columns = _kept_columns(problem)
+        if 4 * memory(replace(problem, active_rows=0), Tile(1, columns)).working > problem.memory_budget:
+            return 0
+        return kept_rows(problem, 4 * _kept_elements(problem, columns))
 
     def empty_cache(self, problem: Problem, rows: int) -> Cache:
         if rows == 0:
             return super().empty_cache(problem, 0)
         logits = torch.empty(rows * problem.vocab, dtype=torch.float32, device=problem.device)
-        slices = _kept_elements(problem) - problem.vocab
+        slices = _kept_elements(problem, _kept_columns(problem)) - problem.vocab
         return Cache(logits, torch.empty(rows, slices, dtype=torch.float32, device=problem.device))
-
-    def statistics(self, operands: Operands, active: Tensor, plan: TilePlan, with_entropy: bool) -> tuple[Statistics, Cache]:
-        rows = active.nonzero().squeeze(1)
-        keep = plan.cached_rows > 0
-        part, cache = self.row_statistics(operands, rows, plan, with_entropy=with_entropy, keep=keep)
-        return of_all_rows(part, rows, len(active)), cache
 
 
 def _kept_columns(problem: Problem) -> int:
@@ -111,9 +108,9 @@ def _kept_columns(problem: Problem) -> int:
     return largest_tile(replace(problem, active_rows=0, memory_budget=problem.memory_budget // 4)).columns
 
 
-def _kept_elements(problem: Problem) -> int:
-    """Return the fp32 numbers that are kept of a row: its logits, and one for each slice of these."""
-    return problem.vocab + -(-problem.vocab // _kept_columns(problem))
+def _kept_elements(problem: Problem, columns: int) -> int:
+    """Return the fp32 numbers that are kept of a row: its logits, and one for each slice of so many ``columns`` of these."""
+    return problem.vocab + -(-problem.vocab // columns)
 
 
 class NativeCuda(TileLoop):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bupo_kernels.backends import machine
 from bupo_kernels.backends.algebra import Coefficients, Statistics, lowest
-from bupo_kernels.backends.base import Backend, Cache, Memory, Operands, Problem, Readout, Tile, TilePlan
+from bupo_kernels.backends.base import Backend, Cache, Memory, Operands, Problem, Readout, Tile, TilePlan, row_blocks
 from bupo_kernels.backends.compiled import present
 from bupo_kernels.backends.gradients import PRODUCT_ROWS, MatrixTile, RowsTile, accumulate_, whole_rows
 from bupo_kernels.backends.machine import Gpu, Seconds
@@ -190,12 +190,12 @@ def _blocks(operands: Operands, rows: Tensor, plan: TilePlan, of_scratch: torch.
     tile_buffer, scratch_buffer = (
         torch.empty(tile.rows * tile.columns, dtype=dtype, device=hidden.device) for dtype in (problem.statistics_dtype, of_scratch)
     )
-    coordinates, parts = operands.coordinates(rows), ((0, cached), (cached, count))
+    coordinates, blocks = operands.coordinates(rows), row_blocks(count, cached, tile.rows)
     for start in range(0, vocab, tile.columns):
         columns = slice(start, min(start + tile.columns, vocab))
         w = rows_of(weight, columns).to(of_operands)
         b = None if bias is None else bias[columns].to(problem.statistics_dtype)
-        for block in (slice(i, min(i + tile.rows, end)) for i0, end in parts for i in range(i0, end, tile.rows)):
+        for block in blocks:
             index = tuple(i[block] for i in coordinates)
             h = hidden[index].to(of_operands)
             shape = len(h), len(w)
@@ -223,7 +223,7 @@ def _from_cache(
     if cache_rows is not None and plan.chunk_rows:  # all are there, and nothing is to wait for a device
         as_they_lie = cached == len(cache.offsets)
     elif cache_rows is not None and cached:
-        cached = int((cache_rows < len(cache.offsets)).sum())
+        cached = cache.count(cache_rows)
         # They ascend: where the last is the one of its number, all before it are there.
         as_they_lie = cached > 0 and int(cache_rows[cached - 1]) == cached - 1
     for block in _blocks(operands, rows, plan, of_scratch, cached):

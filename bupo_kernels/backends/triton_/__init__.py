@@ -243,7 +243,7 @@ class Triton(Backend):
             hidden = hidden_rows[:][:, :width] if problem.grad_weight else None
             yield from whole_rows(dz[:, :vocab], operands.weight, hidden, plan.tile.columns)
             return
-        from_cache = 0 if cache_rows is None else int((cache_rows < len(cache.values)).sum())
+        from_cache = cache.count(cache_rows)
         columns_of_dz = min(plan.tile.columns, config.padded(vocab))
         dz = torch.empty(min(plan.tile.rows, n), columns_of_dz, dtype=self.gradient_dtype(problem), device=rows.device)
         blocks = [slice(first, min(first + plan.tile.rows, n)) for first in range(0, n, plan.tile.rows)]
