@@ -148,7 +148,7 @@ void bind_cpu(py::module_& module) {
   py::class_<Cpu>(module, "Kernels")
       .def(py::init<const std::string&>())
       .def("packed_words", [](const Cpu& self, i64 count, i64 depth) { return self.kernels->packed_words(count, depth); })
-      .def("left_bytes", [](const Cpu& self, i64 depth, int threads) { return self.kernels->left_bytes(depth, threads); })
+      .def("workspace_bytes", [](const Cpu& self, i64 depth, int threads) { return self.kernels->workspace_bytes(depth, threads); })
       .def("statistics_bytes", [](const Cpu& self, i64 rows, i64 columns, i64 width,
                                   int threads) { return self.kernels->statistics_bytes(rows, columns, width, threads); })
       .def(
@@ -181,8 +181,8 @@ void bind_cpu(py::module_& module) {
              const std::string& dtype, Address bias, Address outer, float inner, bool softcap, Address m, Address constant,
              Address slope, Address on_target, Address targets, Address kept, i64 kept_panels, i64 kept_stride, Address sources,
              Address dz_left, Address dz_right, Address column_sums, Address workspace, int threads) {
-            self.kernels->linear_gradient(at<const cpu::Word>(hidden), rows, self.matrix(weight, stride, columns, width, dtype),
-                                          readout(bias, outer, inner, softcap),
+            self.kernels->linear_gradient(kept ? nullptr : at<const cpu::Word>(hidden), rows,
+                                          self.matrix(weight, stride, columns, width, dtype), readout(bias, outer, inner, softcap),
                                           coefficients(m, constant, slope, on_target, targets),
                                           kept_at<const float>(kept, kept_panels, kept_stride),
                                           at_or_null<const std::int32_t>(sources), at<cpu::Word>(dz_left), at<cpu::Word>(dz_right),
@@ -192,14 +192,15 @@ void bind_cpu(py::module_& module) {
       .def(
           "weight_gradient",
           [](const Cpu& self, Address dz_left, i64 columns, Address hidden_columns, i64 rows, i64 width, Address out, i64 stride,
-             const std::string& dtype, bool add, int threads) {
+             const std::string& dtype, bool add, Address workspace, int threads) {
             const cpu::Dtype of = dtype_of(dtype);
             require(of == cpu::Dtype::fp32 || !add, "sums in fp32");
             const cpu::Write in_16_bit = of == cpu::Dtype::bf16 ? cpu::Write::bf16 : cpu::Write::fp16;
             const cpu::Write in_fp32 = add ? cpu::Write::add_to_fp32 : cpu::Write::fp32;
             self.kernels->weight_gradient(at<const cpu::Word>(dz_left), columns, at<const cpu::Word>(hidden_columns), rows, width,
                                           elements(out, of), apart(stride, columns, width),
-                                          of == cpu::Dtype::fp32 ? in_fp32 : in_16_bit, counts(rows, columns, threads));
+                                          of == cpu::Dtype::fp32 ? in_fp32 : in_16_bit, at_or_null<void>(workspace),
+                                          counts(rows, columns, threads));
           },
           release())
       .def(
@@ -245,10 +246,11 @@ void bind_cpu(py::module_& module) {
       .def(
           "linear_products",
           [](const Cpu& self, Address hidden, i64 rows, Address weight, i64 columns, i64 width, Address out, i64 stride,
-             int threads) {
+             Address workspace, int threads) {
             require(width >= 1, "matrices of 1 column and more");
             self.kernels->linear_products(at<const cpu::Word>(hidden), rows, at<const cpu::Word>(weight), columns, width,
-                                          at<float>(out), apart(stride, rows, columns), counts(rows, columns, threads));
+                                          at<float>(out), apart(stride, rows, columns), at_or_null<void>(workspace),
+                                          counts(rows, columns, threads));
           },
           release())
       .def(

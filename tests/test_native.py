@@ -609,7 +609,8 @@ def test_every_sum_is_rounded_to_fp16_as_torch_rounds(isa_of_fp32):
     ones, out = torch.ones(1, 33, dtype=FP16), torch.empty(count, 33, dtype=FP16)
     by_rows = compiled.words(k.packed_words(33, 32))
     k.pack_columns(address(ones), 33, 1, 33, NAMES[FP16], address(by_rows), 1)
-    k.weight_gradient(address(left), count, address(by_rows), 1, 33, address(out), 33, NAMES[FP16], False, 1)
+    workspace = compiled.words(k.workspace_bytes(0, 1) // 4)
+    k.weight_gradient(address(left), count, address(by_rows), 1, 33, address(out), 33, NAMES[FP16], False, address(workspace), 1)
     exact = values.half()[:, None].expand(count, 33)
     assert torch.equal(out.isnan(), exact.isnan())
     assert torch.equal(out.nan_to_num(7), exact.nan_to_num(7))
@@ -680,7 +681,7 @@ def packed_operands(isa, dtype, rows, columns, width):
 
 IDENTITY = (0, 0, 1.0, False)  # of a readout
 some_shapes = pytest.mark.parametrize(
-    ("rows", "columns", "width"), [(1, 1, 1), (33, 70, 40), (64, 64, 64), (5, 161, 77), (70, 31, 3)]
+    ("rows", "columns", "width"), [(1, 1, 1), (33, 70, 40), (64, 64, 64), (5, 161, 77), (70, 31, 3), (150, 430, 210)]
 )
 
 
@@ -721,7 +722,7 @@ def test_gradients_of_a_tile_are_written_where_they_belong_and_nowhere_else(isa,
     around_left, left = guarded(k.packed_words(columns, up(rows)))
     around_right, right = guarded(k.packed_words(rows, up(columns)))
     around_sums, sums = guarded(columns, FP32)
-    around_workspace, workspace = guarded(max(k.left_bytes(width, 3), k.left_bytes(up(columns), 3)), torch.uint8)
+    around_workspace, workspace = guarded(max(k.workspace_bytes(width, 3), k.workspace_bytes(up(columns), 3)), torch.uint8)
     k.linear_gradient(
         *(address(by_width), rows, *matrix, *IDENTITY, *map(address, arrays), 0, 0, 0, 0, address(left), address(right)),
         *(address(sums), address(workspace), 3),
@@ -750,7 +751,7 @@ def test_gradients_of_a_tile_are_written_where_they_belong_and_nowhere_else(isa,
         around, out = guarded(columns * stride, of)
         out = out.view(columns, stride)[:, 1 : 1 + width]
         k.weight_gradient(
-            *(address(left), columns, address(by_rows), rows, width, address(out), stride, NAMES[of], add, 3),
+            *(address(left), columns, address(by_rows), rows, width, address(out), stride, NAMES[of], add, address(workspace), 3),
         )
         d_weight[name] = out.clone()
         assert_untouched(around, out)

@@ -135,8 +135,8 @@ def test_the_panels_of_every_thread_are_in_the_memory_that_is_stated(dtype):
         assert 0.67 * (memory.backward + memory.accumulator) <= backward <= memory.backward + memory.accumulator + results
         stated.append(memory)
     k = compiled.kernels(cpu_panels.isas_for(dtype)[0])
-    assert stated[3].forward - stated[0].forward == k.left_bytes(512, 7) - k.left_bytes(512, 1)
-    assert 2**19 < k.left_bytes(512, 1) <= 768 * 1024
+    assert stated[3].forward - stated[0].forward == k.workspace_bytes(512, 7) - k.workspace_bytes(512, 1)
+    assert 2**19 < k.workspace_bytes(512, 1) <= (768 + 128) * 1024
 
 
 @both_16_bit

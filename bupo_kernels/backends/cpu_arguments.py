@@ -64,16 +64,20 @@ class CoefficientArguments(NamedTuple):
     targets: Tensor  # int32, less the first column at hand
 
     @staticmethod
-    def of(coefficients: Coefficients, first_column: int) -> CoefficientArguments:
-        """Return the arguments for a tile that begins with ``first_column``."""
+    def of(coefficients: Coefficients) -> CoefficientArguments:
+        """Return the arguments for a tile that begins with column 0."""
         m, constant, slope, on_target, targets = coefficients
         return CoefficientArguments(
             padded(m.float()),
             padded(constant.float()),
             None if slope is None else padded(slope.float()),
             padded(on_target.float()),
-            padded((targets - first_column).int(), -1),
+            padded(targets.int(), -1),
         )
+
+    def at(self, first_column: int) -> CoefficientArguments:
+        """Return the arguments for a tile that begins with ``first_column``; where there is padding, its target stays below 0."""
+        return self._replace(targets=self.targets - first_column)
 
     def passed(self, rows: int) -> tuple[int, ...]:
         """Return them as the kernels' parameters, checked for so many rows."""

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bupo_kernels.backends.algebra import Coefficients, Statistics
 from bupo_kernels.backends.base import Backend, Cache, Memory, Operands, Problem, Tile, TilePlan, row_blocks
-from bupo_kernels.backends.compiled import ISAS, MULTIPLY_BF16, address, dtype_name, isas, kernels, words
+from bupo_kernels.backends.compiled import ISAS, MULTIPLY_BF16, address, dtype_name, isas, kernels, present, words
 from bupo_kernels.backends.cpu_arguments import PANEL, CoefficientArguments, ReadoutArguments, padded, up
 from bupo_kernels.backends.native_rows import kept_rows, why_not_native
 
@@ -77,7 +77,7 @@ class CpuPanels(Backend):
         """Return memory for the blocks of so many ``rows``, as csrc/cpu/kernels.h has them in ``Kept``; nothing is subtracted."""
         if rows == 0:
             return super().empty_cache(problem, 0)
-        products = torch.empty(_kept_words(problem, rows), dtype=torch.float32, device=problem.device)
+        products = present(torch.empty(_kept_words(problem, rows), dtype=torch.float32, device=problem.device))
         return Cache(products, torch.empty(rows, 0, dtype=torch.float32, device=problem.device))
 
     def row_statistics(
@@ -121,13 +121,14 @@ class CpuPanels(Backend):
         problem = plan.problem
         kept, cached = Kept(cache), cache.count(cache_rows)
         packing = Packing(operands, rows, plan.tile, plan.isa, for_weight=problem.grad_weight, cached=cached)
+        all_arguments = [CoefficientArguments.of(coefficients.rows(block)) for block in packing.slices]
         sources = [
             None if cache_rows is None or block.start >= cached else padded(cache_rows[block].int(), -1) for block in packing.slices
         ]
         threads, width = torch.get_num_threads(), problem.width
         k, most, columns = packing.kernels, min(plan.tile.rows, len(rows)), plan.tile.columns
         left, right = words(k.packed_words(columns, up(most))), words(k.packed_words(most, columns))
-        workspace = words(max(k.left_bytes(width, threads), k.left_bytes(columns, threads)) // 4)
+        workspace = words(max(k.workspace_bytes(width, threads), k.workspace_bytes(columns, threads)) // 4)
         blocks = [words(up(block.stop - block.start) * up(width)) if problem.grad_hidden else None for block in packing.slices]
         for start in range(0, problem.vocab, columns):
             here = slice(start, min(start + columns, problem.vocab))
@@ -136,7 +137,7 @@ class CpuPanels(Backend):
             for i, block in enumerate(packing.slices):
                 hidden = packing.block(i)
                 readout = hidden.readout._replace(bias=None if packing.bias is None else packing.bias[here])
-                arguments, n = CoefficientArguments.of(coefficients.rows(block), start), block.stop - block.start
+                arguments, n = all_arguments[i].at(start), block.stop - block.start
                 k.linear_gradient(
                     address(hidden.by_width),
                     n,
@@ -179,8 +180,9 @@ def memory(problem: Problem, tile: Tile, isa: str, cached: int = 0) -> Memory:
     backward = 0
     if problem.needs_grad:
         dz = k.packed_words(tile.columns, up(rows)) + k.packed_words(rows, tile.columns)
-        left = max(k.left_bytes(width, threads), k.left_bytes(tile.columns, threads))
-        backward = 2 * per_row + gathered + packed + 4 * (dz + k.packed_words(width, up(rows)) * problem.grad_weight) + left
+        workspace = max(k.workspace_bytes(width, threads), k.workspace_bytes(tile.columns, threads))
+        dz += k.packed_words(width, up(rows)) * problem.grad_weight
+        backward = 2 * per_row + gathered + packed * (cached < active) + 4 * dz + workspace
         in_parts = 0 < cached < active
         blocks = (-(-active // rows) * up(rows) + PANEL * in_parts) * up(width) * 4
         backward += blocks * problem.grad_hidden
@@ -214,17 +216,18 @@ class Hidden(NamedTuple):
     """The hidden vectors of a block of rows, packed for the products that need them."""
 
     rows: slice
-    by_width: Tensor  # for h Wᵀ
+    by_width: Tensor | None  # for h Wᵀ
     by_rows: Tensor | None  # for dzᵀ h
     readout: ReadoutArguments
 
 
 class Packing:
-    """The blocks of some rows of ``operands``, packed one at a time: the last one asked for stays in memory."""
+    """The blocks of some rows of ``operands``, packed one at a time: the last one asked for stays in memory. Products of the first
+    ``cached`` rows are there."""
 
     def __init__(self, operands: Operands, rows: Tensor, tile: Tile, isa: str, for_weight: bool, cached: int = 0):
         self.operands, self.rows, self.kernels, self.for_weight = operands, rows, kernels(isa), for_weight
-        self.slices = row_blocks(len(rows), cached, tile.rows)
+        self.cached, self.slices = cached, row_blocks(len(rows), cached, tile.rows)
         self.bias = None if operands.bias is None else operands.bias.float().contiguous()
         self._last: Hidden | None = None
 
@@ -240,8 +243,10 @@ class Packing:
         index = operands.coordinates(self.rows[rows])
         hidden = operands.hidden[index]  # [r, D], a contiguous copy
         n, width = hidden.shape
-        by_width, by_rows = words(k.packed_words(n, width)), None
-        k.pack_rows(*_matrix(hidden), address(by_width), threads)
+        by_width, by_rows = None, None
+        if rows.start >= self.cached:
+            by_width = words(k.packed_words(n, width))
+            k.pack_rows(*_matrix(hidden), address(by_width), threads)
         if self.for_weight:
             by_rows = words(k.packed_words(width, up(n)))
             k.pack_columns(*_matrix(hidden), address(by_rows), threads)
@@ -299,6 +304,7 @@ class PackedTile(NamedTuple):
             total.stride(0),
             dtype_name(total),
             not first,
+            address(self.workspace),
             torch.get_num_threads(),
         )
 

@@ -109,6 +109,10 @@ class LensRows(Candidate):
         """Write the fp32 products of what :meth:`pack_hidden` and :meth:`pack_weight` gave."""
         raise NotImplementedError(f"{type(self).__name__} has no product of its own")
 
+    def workspace_bytes(self, strategy: str | None) -> int:
+        """Return the bytes that :meth:`multiply` allocates beside its result."""
+        return 0
+
     def needs_scratch(self, pairs: bool) -> bool:
         """Return whether tiles need scratch memory, where ``pairs`` says whether all pairs are compared."""
         return True
@@ -174,7 +178,10 @@ class LensLoop:
         self.dtype = torch.promote_types(operands.hidden.dtype, torch.float32)
         self.product_dtype = product_dtype(operands.hidden.dtype, operands.hidden.device)
         self.packs = kernels.packs(operands.hidden.dtype, strategy)
-        self.rows, self.tile, self.keeps = self._plan(count, memory_budget)
+        workspace = kernels.workspace_bytes(strategy) if self.packs else 0
+        if 8 * workspace > memory_budget:
+            self.packs, workspace = False, 0
+        self.rows, self.tile, self.keeps = self._plan(count, memory_budget - workspace)
         # Panels of few rows are mostly padding, for which no memory is planned.
         self.packs = self.packs and min(self.tile.rows * self.policies, self.tile.columns) >= SMALL_TILE
 

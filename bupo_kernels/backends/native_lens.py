@@ -50,8 +50,12 @@ class NativeLens(LensRows):
         getattr(k, how)(source, matrix.stride(0), rows, width, dtype_name(matrix), address(packed), torch.get_num_threads())
         return packed
 
+    def workspace_bytes(self, strategy: str | None) -> int:
+        return kernels(strategy or isas()[0]).workspace_bytes(0, torch.get_num_threads())
+
     def multiply(self, out: Tensor, hidden: Tensor, weight: Tensor, width: int, strategy: str | None) -> None:  # [n, c]
-        k, (rows, columns) = kernels(strategy or isas()[0]), out.shape
+        k, (rows, columns), threads = kernels(strategy or isas()[0]), out.shape, torch.get_num_threads()
+        workspace = words(k.workspace_bytes(0, threads) // 4)
         k.linear_products(
             address(hidden, torch.int32, k.packed_words(rows, width)),
             rows,
@@ -60,7 +64,8 @@ class NativeLens(LensRows):
             width,
             address(out, torch.float32, columns),
             out.stride(0),
-            torch.get_num_threads(),
+            address(workspace),
+            threads,
         )
 
     def keeps(self, pairs: bool) -> bool:

@@ -191,16 +191,21 @@ def _blocks(operands: Operands, rows: Tensor, plan: TilePlan, of_scratch: torch.
         torch.empty(tile.rows * tile.columns, dtype=dtype, device=hidden.device) for dtype in (problem.statistics_dtype, of_scratch)
     )
     coordinates, blocks = operands.coordinates(rows), row_blocks(count, cached, tile.rows)
+
+    def gathered(block: slice) -> tuple[Tensor, Readout]:  # [r, D]
+        index = tuple(i[block] for i in coordinates)
+        return hidden[index].to(of_operands), readout.rows(index, problem.statistics_dtype)
+
+    only = gathered(blocks[0]) if len(blocks) == 1 else None
     for start in range(0, vocab, tile.columns):
         columns = slice(start, min(start + tile.columns, vocab))
         w = rows_of(weight, columns).to(of_operands)
         b = None if bias is None else bias[columns].to(problem.statistics_dtype)
         for block in blocks:
-            index = tuple(i[block] for i in coordinates)
-            h = hidden[index].to(of_operands)
+            h, of_rows = only or gathered(block)
             shape = len(h), len(w)
             z, scratch = (x[: shape[0] * shape[1]].view(shape) for x in (tile_buffer, scratch_buffer))
-            yield Block(columns, block, w, h, b, z, scratch, readout.rows(index, problem.statistics_dtype), None)
+            yield Block(columns, block, w, h, b, z, scratch, of_rows, None)
 
 
 def _products(
@@ -209,7 +214,7 @@ def _products(
     """Yield all tiles of products; those of the first ``cached`` rows in the memory of the ``cache``."""
     for block in _blocks(operands, rows, plan, of_scratch, cached):
         if block.rows.stop <= cached:
-            block = block._replace(tile=present(_slice_of(cache, block.columns, plan)[block.rows]))
+            block = block._replace(tile=_slice_of(cache, block.columns, plan)[block.rows])
         accumulate_(block.tile, block.hidden, block.weight.T, first=True)
         yield block
 

@@ -1,7 +1,8 @@
 // The product C[32 x 32] = A · B of a left and a right panel with fp32 accumulators, in the instructions of one set.
 //
-// `between(step)` is called in every step: while a tile unit multiplies, the vector units are free for the block before. Where
-// there is no tile unit, `interleaves` is false and it is not called.
+// A tile unit multiplies whole panels (`multiply`), and meanwhile the vector units are free for the block before: `between(step)` is
+// called in every step. Where there is no tile unit, `interleaves` is false, and panels are multiplied a part of their depth at a
+// time (`multiply_part`): C is written for the `first` of them, and goes on with what is there for the others.
 //
 // Included inside the namespace of an instruction set, see isa.h.
 #if defined(__AMX_BF16__)
@@ -65,25 +66,28 @@ struct Block {
     ~Session() {}
   };
 
-  template <class Between>
-  static void multiply(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c, Between) {
-    multiply(a, b, steps, c);
-  }
   // Must not be inlined: among an epilogue's variables the sums would lose their registers.
-  __attribute__((noinline)) static void multiply(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c) {
+  __attribute__((noinline)) static void multiply_part(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c,
+                                                      bool first) {
     for (int row = 0; row < 32; row += high)
       for (int column = 0; column < 32; column += wide)
-        multiply_part(a + row / 16 * 256 + row % 16 * 16, b + column / 16 * 256 + column % 16, steps, c + row * 32 + column);
+        multiply_some(a + row / 16 * 256 + row % 16 * 16, b + column / 16 * 256 + column % 16, steps, c + row * 32 + column, first);
   }
 
 #if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
   // The instruction multiplies 2 rows of A by 2 columns of B, four deep: [row][2 words] by [column][2 words]. As panels
   // lie, such rows are two halves that are put together, and two zips make such columns of two words of four: 8 of these for 16
   // products.
-  static void multiply_part(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c) {
+  static void multiply_some(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c, bool first) {
     float32x4_t sum[4][4];  // of 2 rows by 2 columns
-    for (auto& row_sums : sum)
-      for (float32x4_t& x : row_sums) x = vdupq_n_f32(0.0f);
+    for (int i = 0; i < 4; i++)
+      for (int j = 0; j < 4; j += 2) {
+        const float* from = c + 64 * i + 2 * j;
+        const uint64x2_t upper = first ? vdupq_n_u64(0) : load_as<uint64x2_t>(from);
+        const uint64x2_t lower = first ? vdupq_n_u64(0) : load_as<uint64x2_t>(from + 32);
+        sum[i][j] = vreinterpretq_f32_u64(vzip1q_u64(upper, lower));
+        sum[i][j + 1] = vreinterpretq_f32_u64(vzip2q_u64(upper, lower));
+      }
     for (std::int64_t step = 0; step < steps; step++, a += 512, b += 512)
       for (int word = 0; word < 16; word += 2) {
         bfloat16x8_t rows[4], columns[4];  // two of each
@@ -93,9 +97,9 @@ struct Block {
         }
         for (int j = 0; j < 4; j += 2) {
           const std::uint32_t* from = b + 16 * word + 2 * j;
-          const uint32x4_t first = vld1q_u32(from), second = vld1q_u32(from + 16);
-          columns[j] = vreinterpretq_bf16_u32(vzip1q_u32(first, second));
-          columns[j + 1] = vreinterpretq_bf16_u32(vzip2q_u32(first, second));
+          const uint32x4_t even = vld1q_u32(from), odd = vld1q_u32(from + 16);
+          columns[j] = vreinterpretq_bf16_u32(vzip1q_u32(even, odd));
+          columns[j + 1] = vreinterpretq_bf16_u32(vzip2q_u32(even, odd));
         }
         for (int i = 0; i < 4; i++)
           for (int j = 0; j < 4; j++) sum[i][j] = vbfmmlaq_f32(sum[i][j], rows[i], columns[j]);
@@ -109,22 +113,22 @@ struct Block {
   }
 #else
   // Two words of a row are loaded together, and each is a lane by which a word of 16 columns is multiplied.
-  static void multiply_part(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c) {
+  static void multiply_some(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c, bool first) {
     float32x4_t sum[4][4];
-    for (auto& row_sums : sum)
-      for (float32x4_t& x : row_sums) x = vdupq_n_f32(0.0f);
+    for (int i = 0; i < 4; i++)
+      for (int j = 0; j < 4; j++) sum[i][j] = first ? vdupq_n_f32(0.0f) : vld1q_f32(c + 32 * i + 4 * j);
     for (std::int64_t step = 0; step < steps; step++, a += 512, b += 512)
       for (int word = 0; word < 16; word += 2) {
         float32x2_t rows[4];
-        float32x4_t first[4], second[4];
+        float32x4_t even[4], odd[4];
         for (int i = 0; i < 4; i++) rows[i] = vreinterpret_f32_u32(vld1_u32(a + 16 * i + word));
         for (int j = 0; j < 4; j++) {
           const std::uint32_t* from = b + 16 * word + 4 * j;
-          first[j] = vreinterpretq_f32_u32(vld1q_u32(from)), second[j] = vreinterpretq_f32_u32(vld1q_u32(from + 16));
+          even[j] = vreinterpretq_f32_u32(vld1q_u32(from)), odd[j] = vreinterpretq_f32_u32(vld1q_u32(from + 16));
         }
         for (int i = 0; i < 4; i++)
           for (int j = 0; j < 4; j++)
-            sum[i][j] = vfmaq_lane_f32(vfmaq_lane_f32(sum[i][j], first[j], rows[i], 0), second[j], rows[i], 1);
+            sum[i][j] = vfmaq_lane_f32(vfmaq_lane_f32(sum[i][j], even[j], rows[i], 0), odd[j], rows[i], 1);
       }
     for (int i = 0; i < 4; i++)
       for (int j = 0; j < 4; j++) vst1q_f32(c + 32 * i + 4 * j, sum[i][j]);
@@ -143,7 +147,7 @@ struct Block {
   static constexpr bool multiplies_bf16 = false;
 #endif
   static constexpr bool interleaves = false;
-  static constexpr int high = registers / 4, wide = 2;
+  static constexpr int high = registers / 4, wide = 2, unrolled = 4;
 
   struct Session {
     ~Session() {}
@@ -157,25 +161,25 @@ struct Block {
 #endif
   }
 
-  template <class Between>
-  static void multiply(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c, Between) {
-    multiply(a, b, steps, c);
-  }
   // Must not be inlined: among an epilogue's variables the sums would lose their registers.
-  __attribute__((noinline)) static void multiply(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c) {
-    for (int row = 0; row < 32; row += high)
-      for (int column = 0; column < 32; column += wide * lanes) {
+  __attribute__((noinline)) static void multiply_part(const std::uint32_t* a, const std::uint32_t* b, std::int64_t steps, float* c,
+                                                      bool first) {
+    for (int column = 0; column < 32; column += wide * lanes)
+      for (int row = 0; row < 32; row += high) {
         Vec sum[high][wide];
-        for (auto& row_sums : sum)
-          for (Vec& x : row_sums) x = 0.0f;
+        for (int i = 0; i < high; i++)
+          for (int j = 0; j < wide; j++) sum[i][j] = first ? Vec(0.0f) : Vec::load(c + (row + i) * 32 + column + j * lanes);
         const std::uint32_t* a_row = a + row / 16 * 256 + row % 16 * 16;
-        for (std::int64_t step = 0; step < steps; step++)
-          for (int word = 0; word < 16; word++)
-            for (int j = 0; j < wide; j++) {
-              const int first = column + j * lanes;
-              const std::uint32_t* b_column = b + step * 512 + first / 16 * 256 + word * 16 + first % 16;
-              for (int i = 0; i < high; i++) sum[i][j] = multiply_add(a_row[step * 512 + i * 16 + word], b_column, sum[i][j]);
-            }
+        for (std::int64_t step = 0; step < steps; step++) {
+          for (int i = 0; i < high; i++) __builtin_prefetch(a_row + (step + 1) * 512 + i * 16);
+          for (int word = 0; word < 16; word += unrolled)
+            for (int w = word; w < word + unrolled; w++)
+              for (int j = 0; j < wide; j++) {
+                const int at = column + j * lanes;
+                const std::uint32_t* b_column = b + step * 512 + at / 16 * 256 + w * 16 + at % 16;
+                for (int i = 0; i < high; i++) sum[i][j] = multiply_add(a_row[step * 512 + i * 16 + w], b_column, sum[i][j]);
+              }
+        }
         for (int i = 0; i < high; i++)
           for (int j = 0; j < wide; j++) sum[i][j].store(c + (row + i) * 32 + column + j * lanes);
       }

@@ -97,8 +97,9 @@ struct Kernels {
 
   // Returns how many words `count` rows or columns of this depth take as panels (panels.h).
   std::int64_t (*packed_words)(std::int64_t count, std::int64_t depth);
-  // Returns the bytes of the left panels of this depth that all threads together have at hand.
-  std::int64_t (*left_bytes)(std::int64_t depth, int threads);
+  // Returns the bytes that all threads together have at hand in a product whose left panels, of this depth, each of them packs; of
+  // depth 0 those of a product whose panels are there.
+  std::int64_t (*workspace_bytes)(std::int64_t depth, int threads);
   // Packs the rows of a matrix as right panels (depth = width), or its columns (depth = rows).
   void (*pack_rows)(Matrix from, Word* to, int threads);
   void (*pack_columns)(Matrix from, Word* to, int threads);
@@ -111,15 +112,15 @@ struct Kernels {
 
   // Writes dz of some columns as left panels (its columns as rows, for dW) and as right panels (its rows as columns, for dH), and
   // its column sums unless they are null. Where products were kept, those of the tokens `sources`
-  // are read (of −1 they are 0), and `hidden` is not. The workspace has `left_bytes` of the width.
+  // are read (of −1 they are 0), and `hidden` is not. The workspace has `workspace_bytes` of the width.
   void (*linear_gradient)(const Word* hidden, std::int64_t rows, Matrix weight, Readout readout, Coefficients coefficients,
                           Kept<const float> kept, const std::int32_t* sources, Word* dz_left, Word* dz_right, float* column_sums,
                           void* workspace, int threads);
-  // Writes out[columns, width] = dzᵀ h, with h as packed columns.
+  // Writes out[columns, width] = dzᵀ h, with h as packed columns. The workspace has `workspace_bytes` of depth 0.
   void (*weight_gradient)(const Word* dz_left, std::int64_t columns, const Word* hidden_columns, std::int64_t rows,
-                          std::int64_t width, void* out, std::int64_t stride, Write write, int threads);
-  // Writes or adds dz W to `blocks`, which are [width / 32, rows / 32] transposed blocks of 32 x 32. The workspace has `left_bytes`
-  // of the columns, rounded up to 32.
+                          std::int64_t width, void* out, std::int64_t stride, Write write, void* workspace, int threads);
+  // Writes or adds dz W to `blocks`, which are [width / 32, rows / 32] transposed blocks of 32 x 32. The workspace has
+  // `workspace_bytes` of the columns, rounded up to 32.
   void (*hidden_gradient)(const Word* dz_right, std::int64_t rows, Matrix weight, float* blocks, bool add, void* workspace,
                           int threads);
   // Writes out[rows, width] from such blocks.
@@ -135,9 +136,9 @@ struct Kernels {
 
   // Packs the rows of a matrix as left panels (depth = width).
   void (*pack_left)(Matrix from, Word* to, int threads);
-  // Writes out[rows, columns] = h Wᵀ, with h as packed left panels and W as packed rows.
+  // Writes out[rows, columns] = h Wᵀ, with h as packed left panels and W as packed rows. The workspace has `workspace_bytes` of depth 0.
   void (*linear_products)(const Word* hidden, std::int64_t rows, const Word* weight, std::int64_t columns, std::int64_t width,
-                          float* out, std::int64_t stride, int threads);
+                          float* out, std::int64_t stride, void* workspace, int threads);
   // Folds products of P policies on the same tokens, fp32 [P, tokens, columns] of the columns from `first` on, into what a lens keeps
   // of them, and leaves logits in their place. `scratch` has as much room, and is read only where all pairs are asked for.
   void (*lens_statistics)(float* products, float* scratch, std::int64_t policies, std::int64_t tokens, std::int64_t columns,

@@ -281,7 +281,9 @@ void check_products(const Kernels& k, Shape shape, Dtype dtype, int threads, Ran
   k.pack_left(hidden.matrix(), left.data(), threads), k.pack_rows(weight.matrix(), right.data(), threads);
   const i64 stride = shape.columns + 5;
   std::vector<float> out(std::size_t(shape.rows * stride), sentinel);
-  k.linear_products(left.data(), shape.rows, right.data(), shape.columns, shape.width, out.data(), stride, threads);
+  std::vector<char> workspace(std::size_t(k.workspace_bytes(0, threads)));
+  k.linear_products(left.data(), shape.rows, right.data(), shape.columns, shape.width, out.data(), stride, workspace.data(),
+                    threads);
   for (i64 r = 0; r < shape.rows; r++) {
     for (i64 c = 0; c < shape.columns; c++) {
       double exact = 0, sum = 0;
@@ -343,7 +345,7 @@ void check_linear(const Kernels& k, Shape shape, Dtype dtype, Kind kind, bool wi
   };
   std::vector<Word> by_width(std::size_t(k.packed_words(rows, width))), by_rows(std::size_t(k.packed_words(width, up(rows))));
   k.pack_rows(hidden.matrix(), by_width.data(), threads), k.pack_columns(hidden.matrix(), by_rows.data(), threads);
-  std::vector<char> workspace(std::size_t(std::max(k.left_bytes(width, threads), k.left_bytes(up(columns), threads))));
+  std::vector<char> workspace(std::size_t(std::max(k.workspace_bytes(width, threads), k.workspace_bytes(up(columns), threads))));
   std::vector<Word> left(std::size_t(k.packed_words(columns, up(rows)))), right(std::size_t(k.packed_words(rows, up(columns))));
   std::vector<float> sums(std::size_t(columns), sentinel);
   k.linear_gradient(by_width.data(), rows, weight.matrix(), reading.readout(), gradient.coefficients(), {}, nullptr, left.data(),
@@ -386,10 +388,12 @@ void check_linear(const Kernels& k, Shape shape, Dtype dtype, Kind kind, bool wi
   const auto rounded_to = [&](std::uint16_t x) { return fp16 ? fp16_to_double(x) : to_double(x); };
   const double half_an_eps = fp16 ? 1.0 / 2048 : 1.0 / 256;
   std::vector<std::uint16_t> in_16_bit(std::size_t(columns * stride), untouched);
-  k.weight_gradient(left.data(), columns, by_rows.data(), rows, width, to_write.data(), stride, Write::fp32, threads);
-  k.weight_gradient(left.data(), columns, by_rows.data(), rows, width, to_add.data(), stride, Write::add_to_fp32, threads);
-  k.weight_gradient(left.data(), columns, by_rows.data(), rows, width, in_16_bit.data(), stride, fp16 ? Write::fp16 : Write::bf16,
+  k.weight_gradient(left.data(), columns, by_rows.data(), rows, width, to_write.data(), stride, Write::fp32, workspace.data(),
                     threads);
+  k.weight_gradient(left.data(), columns, by_rows.data(), rows, width, to_add.data(), stride, Write::add_to_fp32, workspace.data(),
+                    threads);
+  k.weight_gradient(left.data(), columns, by_rows.data(), rows, width, in_16_bit.data(), stride, fp16 ? Write::fp16 : Write::bf16,
+                    workspace.data(), threads);
   for (i64 c = 0; c < columns; c++)
     for (i64 i = 0; i < stride; i++) {
       const auto at = std::size_t(c * stride + i);
@@ -704,7 +708,7 @@ void check(const Kernels& k) {
   Random random{27};
   int threads = 1;
   const auto next = [&] { return threads = 4 - threads; };  // 1 and 3 in turn
-  for (const Shape shape : {Shape{1, 1, 1}, Shape{5, 70, 3}, Shape{33, 97, 34}, Shape{70, 260, 65}})
+  for (const Shape shape : {Shape{1, 1, 1}, Shape{5, 70, 3}, Shape{33, 97, 34}, Shape{70, 260, 65}, Shape{140, 300, 210}})
     for (const Kind kind : {identity, affine, softcap})
       for (const Dtype dtype : {Dtype::bf16, Dtype::fp16}) {
         if (dtype == Dtype::fp16 && k.multiplies_bf16) continue;
