@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -79,17 +80,20 @@ def examples(count: int) -> settings:
 
 def covering(cases: Sequence[Sequence], together: int = 2, *, unpacked: bool = False) -> list:
     """Parameters of a test that takes a whole product of options: ``make test-all`` runs every case, ``make test`` so many of them
-    that each pair of values, or so many ``together``, stands in one. Cases of one length, or dicts of the same keys; ``unpacked``
-    for as many parameters."""
+    that each pair of values, or so many ``together``, stands in one, and values of which there are fewer take turns. Cases of one
+    length, or dicts of the same keys; ``unpacked`` for as many parameters."""
+
+    def values(case: Sequence) -> list[str]:
+        return [f"{place}: {value}" for place, value in enumerate(case.values() if isinstance(case, dict) else case)]
 
     def groups(case: Sequence) -> set:
-        values = [f"{place}: {value}" for place, value in enumerate(case.values() if isinstance(case, dict) else case)]
-        return set(itertools.combinations(values, together))
+        return set(itertools.combinations(values(case), together))
 
-    left, chosen = set().union(*map(groups, cases)), []
+    left, chosen, uses = set().union(*map(groups, cases)), [], Counter()
     while left:
-        chosen.append(max(cases, key=lambda case: len(groups(case) & left)))
+        chosen.append(max(cases, key=lambda case: (len(groups(case) & left), -sum(uses[value] for value in values(case)))))
         left -= groups(chosen[-1])
+        uses.update(values(chosen[-1]))
     marks = [() if case in chosen else pytest.mark.broad for case in cases]
     return [pytest.param(*(case if unpacked else (case,)), marks=mark) for case, mark in zip(cases, marks, strict=True)]
 

@@ -221,6 +221,7 @@ for text in (ptx, "\\n".join(line for line in ptx.splitlines() if "wgmma.wait_gr
 """
 
 
+@pytest.mark.broad
 def test_a_product_that_ptxas_must_wait_for_is_noticed(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", SERIALISE, str(tmp_path / "kernel.ptx")]
