@@ -39,6 +39,7 @@ SHARED = {
     "test_trl.py": "trl",
     "test_verl.py": "verl",
     "test_verl_ulysses.py": "ulysses",
+    "test_vocab_parallel_lens.py": "vocabulary",
 }
 
 

@@ -15,7 +15,7 @@ import torch
 
 # An import takes four seconds of a core, a fork milliseconds. What forks has computed nothing, so no pool of threads is lost.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["bupo.trainer", "transformers.models.qwen3.modeling_qwen3"])
+FORKS.set_forkserver_preload(["bupo.trainer", "transformers.models.qwen3.modeling_qwen3", "problems"])
 
 
 def start(function: str, arguments: Sequence[str], output: Path, environment: Mapping[str, str] | None = None) -> BaseProcess:

@@ -245,6 +245,7 @@ def test_too_little_memory_is_no_verdict(driver, monkeypatch, small, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB\nmore")
 
     variant = Variant("torch", "float32")
+    monkeypatch.setattr(problems, "WIDTHS", (43,))
     monkeypatch.setattr(torch_.TorchRows, "fold", out_of_memory)
     assert command.main(["--device", "cpu", "--variant", variant.name]) == 0
     assert json.loads(capsys.readouterr().out) == {"refused": "CUDA out of memory. Tried to allocate 2.00 MiB"}

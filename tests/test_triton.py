@@ -3,6 +3,7 @@ run in Triton's interpreter, where each path is chosen by naming a GPU that has 
 
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -103,11 +104,10 @@ def test_any_shape_option_path_and_budget(data, arch, dtype):
         )
 
 
-@pytest.mark.parametrize("arch", PATHS.values(), ids=PATHS)
-@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize(("arch", "dtype"), covering([*product(PATHS, (BF16, FP32))], 1, unpacked=True), ids=str)
 def test_a_small_budget_cuts_the_backward_into_slices_and_blocks_of_rows(arch, dtype):
     case = random_case(270, 700, WIDTH, dtype=dtype, device=DEVICE)
-    with running_as(arch):
+    with running_as(PATHS[arch]):
         plan, _ = check(case, memory_budget=300 * 1024)
     assert 1 < plan.tile_plan.tile.rows < 270
     assert plan.tile_plan.tile.columns < 700
@@ -128,7 +128,7 @@ LAID_OUT = [(arch, layout, dtype) for arch in PATHS for layout in list(LAYOUTS)[
 LAID_OUT += [(arch, layout, BF16) for arch in ("sm_80", "sm_90") for layout in list(LAYOUTS)[2:]]
 
 
-@pytest.mark.parametrize(("arch", "layout", "dtype"), LAID_OUT, ids=str)
+@pytest.mark.parametrize(("arch", "layout", "dtype"), covering(LAID_OUT, 1, unpacked=True), ids=str)
 def test_operands_that_cannot_be_read_in_place_are_copied_in_pieces(arch, layout, dtype, monkeypatch):
     arch, (width, lay) = PATHS[arch], LAYOUTS[layout]
     case = random_case(270, 1100, width, dtype=dtype, device=DEVICE)
@@ -213,22 +213,26 @@ def test_the_cache_keeps_its_accuracy_far_from_zero(arch, offset):
         check(case, "triton:cached")
 
 
-@pytest.mark.parametrize("arch", PATHS.values(), ids=PATHS)
-@pytest.mark.parametrize("logit_scale", [-1.3, 0.0])
-@pytest.mark.parametrize("temperature", [0.7, "rows"], ids=str)
-@pytest.mark.parametrize("others", [{"bias": True}, {"softcap": 2.0}], ids=["bias", "softcap"])
+@pytest.mark.parametrize(
+    ("arch", "logit_scale", "temperature", "others"),
+    covering([*product(PATHS, (-1.3, 0.0), (0.7, "rows"), ({"bias": True}, {"softcap": 2.0}))], unpacked=True),
+    ids=str,
+)
 def test_a_scale_that_is_not_positive_finds_the_largest_logit_where_it_is(arch, logit_scale, temperature, others):
     options = {"logit_scale": logit_scale, "temperature": temperature, **others}
     case = case_with(options, 23, 264, WIDTH, dtype=BF16, device=DEVICE, scale=3.0)
-    with running_as(arch):
+    with running_as(PATHS[arch]):
         for backend in ("triton", "triton:cached"):
             if runs(backend, BF16, options):
                 check(case, backend)
 
 
-@pytest.mark.parametrize("backend", ["triton", "triton:cached"])
-@pytest.mark.parametrize("vocab", [7, 256, 257, 520, 1050])
-@pytest.mark.parametrize("targets", ["first tile", "last tile", "one row"])
+@pytest.mark.parametrize(
+    ("backend", "vocab", "targets"),
+    covering(
+        [*product(("triton", "triton:cached"), (7, 256, 257, 520, 1050), ("first tile", "last tile", "one row"))], unpacked=True
+    ),
+)
 def test_targets_are_found_wherever_they_are(backend, vocab, targets):
     # Tiles without a target skip the search for it, and all but the last one the end of the vocabulary.
     case = random_case(140, vocab, WIDTH, dtype=BF16, device=DEVICE)
