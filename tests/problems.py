@@ -83,18 +83,14 @@ def covering(cases: Sequence[Sequence], together: int = 2, *, unpacked: bool = F
     that each pair of values, or so many ``together``, stands in one, and values of which there are fewer take turns. Cases of one
     length, or dicts of the same keys; ``unpacked`` for as many parameters."""
 
-    def values(case: Sequence) -> list[str]:
-        return [f"{place}: {value}" for place, value in enumerate(case.values() if isinstance(case, dict) else case)]
-
-    def groups(case: Sequence) -> set:
-        return set(itertools.combinations(values(case), together))
-
-    left, chosen, uses = set().union(*map(groups, cases)), [], Counter()
+    values = [[f"{i}: {x}" for i, x in enumerate(case.values() if isinstance(case, dict) else case)] for case in cases]
+    groups = [set(itertools.combinations(of_case, together)) for of_case in values]
+    left, chosen, uses = set().union(*groups), set(), Counter()
     while left:
-        chosen.append(max(cases, key=lambda case: (len(groups(case) & left), -sum(uses[value] for value in values(case)))))
-        left -= groups(chosen[-1])
-        uses.update(values(chosen[-1]))
-    marks = [() if case in chosen else pytest.mark.broad for case in cases]
+        chosen.add(best := max(range(len(cases)), key=lambda i: (len(groups[i] & left), -sum(uses[x] for x in values[i]))))
+        left -= groups[best]
+        uses.update(values[best])
+    marks = [() if i in chosen else pytest.mark.broad for i in range(len(cases))]
     return [pytest.param(*(case if unpacked else (case,)), marks=mark) for case, mark in zip(cases, marks, strict=True)]
 
 

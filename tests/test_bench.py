@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import FAMILIES
-from problems import first_of
+from problems import covering, first_of
 
 from bupo import bench, cli
 from bupo.bench import SIDES, Case, Trainee, bench_config, compare, measure, random_batch
@@ -81,7 +81,11 @@ def bench_scaled(batch, factor):
 
 @pytest.mark.parametrize(
     ("precision", "checkpointing", "layer"),
-    [("float32", True, 1), ("float32", True, 2), ("float32", False, 3), ("bfloat16", True, 2), ("bfloat16", False, 3)],
+    covering(
+        [("float32", True, 1), ("float32", True, 2), ("float32", False, 3), ("bfloat16", True, 2), ("bfloat16", False, 3)],
+        1,
+        unpacked=True,
+    ),
 )
 def test_all_sides_compute_the_same_step_in_both_phases(trainee_of, precision, checkpointing, layer):
     trainee = trainee_of(precision=precision, checkpointing=checkpointing)
