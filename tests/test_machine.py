@@ -203,7 +203,6 @@ def test_what_bupo_tune_has_measured_replaces_the_prediction(there, monkeypatch)
     assert times[2].backward == pytest.approx(measured + of_dz)
 
 
-@pytest.mark.broad  # a page of all GPUs and models
 def test_predicted_md_is_what_the_model_says(capsys):
     assert predicted.main(["--check"]) == 0, capsys.readouterr().err
 
