@@ -51,7 +51,8 @@ study: $(RUNNABLE) ## runs of docs/study.md that are not there yet; three hours 
 	$(BIN)/python -m benchmarks.study $(if $(filter command line environment,$(origin MINUTES)),--minutes $(MINUTES))
 
 # A process a core, each with one thread: most of a test is Python's, and products of a few rows gain nothing from a second thread.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
+# Tests are compiled once, and kept so where the environment says otherwise: by each process it would be seven seconds again.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 test: install ## every behaviour once
 	$(PYTEST)

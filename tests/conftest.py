@@ -1,3 +1,4 @@
+import gc
 import os
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ SHARED = {
     "test_trl.py": "trl",
     "test_verl.py": "verl",
     "test_verl_ulysses.py": "ulysses",
+    "test_vocab_parallel_lens.py": "vocabulary",
 }
 
 
@@ -65,6 +67,10 @@ def pytest_collection_modifyitems(config, items):
     broad = [item for item in items if item.get_closest_marker("broad")]
     config.hook.pytest_deselected(items=broad)
     items[:] = [item for item in items if not item.get_closest_marker("broad")]
+
+
+def pytest_collection_finish():
+    gc.freeze()  # what is imported by now stays, and who collects garbage in a test need not look at all of it for 0.3 s
 
 
 @pytest.fixture(autouse=True)

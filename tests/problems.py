@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -79,18 +80,17 @@ def examples(count: int) -> settings:
 
 def covering(cases: Sequence[Sequence], together: int = 2, *, unpacked: bool = False) -> list:
     """Parameters of a test that takes a whole product of options: ``make test-all`` runs every case, ``make test`` so many of them
-    that each pair of values, or so many ``together``, stands in one. Cases of one length, or dicts of the same keys; ``unpacked``
-    for as many parameters."""
+    that each pair of values, or so many ``together``, stands in one, and values of which there are fewer take turns. Cases of one
+    length, or dicts of the same keys; ``unpacked`` for as many parameters."""
 
-    def groups(case: Sequence) -> set:
-        values = [f"{place}: {value}" for place, value in enumerate(case.values() if isinstance(case, dict) else case)]
-        return set(itertools.combinations(values, together))
-
-    left, chosen = set().union(*map(groups, cases)), []
+    values = [[f"{i}: {x}" for i, x in enumerate(case.values() if isinstance(case, dict) else case)] for case in cases]
+    groups = [set(itertools.combinations(of_case, together)) for of_case in values]
+    left, chosen, uses = set().union(*groups), set(), Counter()
     while left:
-        chosen.append(max(cases, key=lambda case: len(groups(case) & left)))
-        left -= groups(chosen[-1])
-    marks = [() if case in chosen else pytest.mark.broad for case in cases]
+        chosen.add(best := max(range(len(cases)), key=lambda i: (len(groups[i] & left), -sum(uses[x] for x in values[i]))))
+        left -= groups[best]
+        uses.update(values[best])
+    marks = [() if i in chosen else pytest.mark.broad for i in range(len(cases))]
     return [pytest.param(*(case if unpacked else (case,)), marks=mark) for case, mark in zip(cases, marks, strict=True)]
 
 

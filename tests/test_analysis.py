@@ -1,5 +1,6 @@
 """Statistics of a model on its responses: against plain float64, batch by batch, resumed, written, and as heat maps."""
 
+import itertools
 import math
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from analysis_models import FAMILIES, LARGEST, family_model, log_policy, points_by_hand, some_samples, values_by_hand
 from models import in_float64
-from problems import chain_error, contract, divergence_factor, entropy_factor, policy_error
+from problems import chain_error, contract, covering, divergence_factor, entropy_factor, policy_error
 
 from bupo.analysis import analyze, collect, heat_maps, read_statistics, statistics, write_statistics
 from bupo.analysis.blocks import UnsupportedModel
@@ -23,8 +24,6 @@ DEPTH = 4
 # Of the statistics of a model in float64, the least exact of which are divergences.
 EXACT = policy_error(family_model().config, 12, LARGEST, dtype=torch.float64) * divergence_factor(2 * LARGEST)
 EXACT_SUMS = 17 * 2 * LARGEST * EXACT  # of 17 tokens, and of squares
-families = pytest.mark.parametrize("family", FAMILIES)
-tying = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 
 
 def sums_of(model, samples, *, partial=None, max_tokens=2048, final_norm=False, temperature=1.0):
@@ -44,9 +43,9 @@ def same(one: Sums, other: Sums, tolerance: float = 0.0) -> bool:
 # ---- numbers
 
 
-@families
-@tying
-@pytest.mark.parametrize("final_norm", [False, True], ids=["raw", "normed"])
+@pytest.mark.parametrize(
+    ("family", "tied", "final_norm"), covering(list(itertools.product(FAMILIES, (False, True), (False, True))), 1, unpacked=True)
+)
 def test_statistics_equal_a_plain_float64_computation(family, tied, final_norm):
     model, samples = in_float64(family_model(family, tied)), some_samples()
     how = {"final_norm": final_norm, "temperature": 0.8}

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from models import FAMILIES
-from problems import first_of
+from problems import covering, first_of
 
 from bupo import bench, cli
 from bupo.bench import SIDES, Case, Trainee, bench_config, compare, measure, random_batch
@@ -81,7 +81,11 @@ def bench_scaled(batch, factor):
 
 @pytest.mark.parametrize(
     ("precision", "checkpointing", "layer"),
-    [("float32", True, 1), ("float32", True, 2), ("float32", False, 3), ("bfloat16", True, 2), ("bfloat16", False, 3)],
+    covering(
+        [("float32", True, 1), ("float32", True, 2), ("float32", False, 3), ("bfloat16", True, 2), ("bfloat16", False, 3)],
+        1,
+        unpacked=True,
+    ),
 )
 def test_all_sides_compute_the_same_step_in_both_phases(trainee_of, precision, checkpointing, layer):
     trainee = trainee_of(precision=precision, checkpointing=checkpointing)
@@ -209,13 +213,15 @@ def test_memory_is_what_a_step_needs_beyond_weights_and_optimizer_state(trainee_
 
 
 def test_the_command_writes_every_row_of_a_sweep(command, tmp_path):
-    code, printed = command("--layer", "1", "3", "--tokens", "16", "32", "--context", "8", "16", "--out", str(tmp_path / "out"))
+    sweep = ("--layer", "1", "3", "--tokens", "16", "32", "--context", "8", "16", "--sides", "naive", "bupo")
+    code, printed = command(*sweep, "--out", str(tmp_path / "out"))
     assert code == 0, printed.err
     rows = rows_in(tmp_path / "out")
     key = ("phase", "layer", "sequences", "length", "name")
     sizes = ((2, 8), (4, 8), (1, 16), (2, 16))
     policies = [(1, 1), (1, 3), (2, None)]
-    expected = {(*policy, *size, name) for policy in policies for size in sizes for name, _ in SIDES[policy[0]].values()}
+    names = {phase: [SIDES[phase][side][0] for side in ("naive", "bupo")] for phase in SIDES}
+    expected = {(*policy, *size, name) for policy in policies for size in sizes for name in names[policy[0]]}
     assert len(rows) == len(expected)
     assert {tuple(row[name] for name in key) for row in rows} == expected
     for row in rows:

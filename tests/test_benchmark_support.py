@@ -8,6 +8,11 @@ from benchmarks import report, support
 from benchmarks.records import read_results
 
 
+@pytest.fixture(autouse=True)
+def _no_rates(monkeypatch):
+    monkeypatch.setattr(support, "rates", lambda device: {})  # seconds of products
+
+
 def test_every_contender_is_measured_and_the_page_has_them(tmp_path, capsys):
     assert support.main(["--device", "cpu", "--models", "tiny", "--rounds", "2", "--out", str(tmp_path)]) == 0
     [path] = tmp_path.glob("*.json")

@@ -1,5 +1,6 @@
 """What `bupo.cost` states against models built from the same configs: counted, and run under torch's FLOP counter and allocator."""
 
+import itertools
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import FAMILIES, tiny_model
+from problems import covering
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -106,14 +108,13 @@ POLICIES = {
 }
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "policy"), covering(list(itertools.product(FAMILIES, POLICIES)), 1, unpacked=True))
 def test_flops_are_what_torch_counts(family, policy):
     # Eager attention: it is all torch can count on a CPU, of every pair, and with nothing computed twice.
     model = tiny_model(family)
     model.set_attn_implementation("eager")
     ids, targets = torch.randint(2, 61, (1, 24)), torch.randint(2, 61, (1, 24))
-    work = Work(tokens=24, pairs=24**2, head_rows=24)
+    work, policy = Work(tokens=24, pairs=24**2, head_rows=24), POLICIES[policy]
 
     assert counted(lambda: policy_logprobs(model, ids, targets, **policy)) == pass_flops(model.config, work, **policy).model
     found = counted(lambda: policy_loss(model, ids, targets, torch.ones(1, 1), **policy)[0].backward())
@@ -295,8 +296,9 @@ def small_model(family: str, vocab: int = 64, dtype: torch.dtype = torch.float32
     return model_class(config).to(dtype).train()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "dtype"), covering(list(itertools.product(("llama", "qwen3"), (torch.float32, torch.bfloat16))), 1, unpacked=True)
+)
 def test_activations_take_what_the_formula_says(family, dtype):
     model, tokens = small_model(family, dtype=dtype), 256
     ids, targets = torch.randint(64, (1, tokens)), torch.randint(64, (1, tokens))

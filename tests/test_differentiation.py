@@ -1,10 +1,12 @@
 """Every mode of differentiation that torch has: first derivatives in reverse mode are right, whatever else is asked for raises, and
 nothing is ever a silent zero."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
-from problems import assert_same_gradients, contract, first_of, gradients, random_case
+from problems import assert_same_gradients, contract, covering, first_of, gradients, random_case
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -59,6 +61,14 @@ def lens(hidden, weight, targets, backend):
 DIFFERENTIABLE = [logprobs, cross_entropy, policy_loss, sequence_loss, divergence, divergence_sum]
 ops = pytest.mark.parametrize("op", DIFFERENTIABLE)
 all_ops = pytest.mark.parametrize("op", [*DIFFERENTIABLE, lens])
+
+
+def on_backends_in_turn(ops: list) -> pytest.MarkDecorator:
+    """What is refused is refused by the op, and what is saved and handed on is torch's: each backend has some of the ops."""
+    cases = list(itertools.product(ops, ("torch", "native", "triton")))
+    return pytest.mark.parametrize(("op", "backend"), covering(cases, 1, unpacked=True), indirect=["backend"])
+
+
 RAISES = "accepted are first derivatives in reverse mode"
 
 
@@ -92,7 +102,7 @@ def penalty(op, case, backend):
     return g.pow(2).sum()
 
 
-@ops
+@on_backends_in_turn(DIFFERENTIABLE)
 @pytest.mark.parametrize(
     "ask",
     [
@@ -116,7 +126,7 @@ def test_T45_hessians_raise(op, case):
         torch.autograd.functional.hessian(lambda h: op(h, case.weight.detach(), case.targets, "torch"), case.hidden.detach())
 
 
-@ops
+@pytest.mark.parametrize("op", first_of(DIFFERENTIABLE))
 def test_T45_a_compiled_gradient_penalty_raises(op, case):
     torch._dynamo.reset()
     compiled = torch.compile(lambda h, w, y: op(h, w, y, "torch"), backend="aot_eager", fullgraph=True)
@@ -125,7 +135,7 @@ def test_T45_a_compiled_gradient_penalty_raises(op, case):
         torch.autograd.grad(loss, case.hidden, create_graph=True)[0].sum().backward()
 
 
-@ops
+@on_backends_in_turn(DIFFERENTIABLE)
 def test_T45_the_gradient_itself_is_right_whoever_takes_it(op, case, backend):
     arguments = case.hidden, case.weight, case.targets
     leaves = case.hidden, case.weight
@@ -160,7 +170,7 @@ def _unpacked(packed):
     return torch.from_numpy(packed) if isinstance(packed, np.ndarray) else packed
 
 
-@ops
+@on_backends_in_turn(DIFFERENTIABLE)
 def test_T45_several_upstream_gradients_at_once_are_those_one_after_the_other(op, case, backend):
     leaves = case.hidden, case.weight
     loss = op(case.hidden, case.weight, case.targets, backend)
@@ -174,7 +184,7 @@ def test_T45_several_upstream_gradients_at_once_are_those_one_after_the_other(op
 # ---- forward mode
 
 
-@all_ops
+@on_backends_in_turn([*DIFFERENTIABLE, lens])
 @pytest.mark.parametrize("leaf", [True, False])
 @pytest.mark.parametrize("tangent_of", ["hidden", "weight"])
 def test_T46_a_forward_mode_tangent_raises(op, tangent_of, leaf, case, backend):
@@ -266,7 +276,7 @@ def test_T47_a_transform_of_something_else_is_not_refused_but_would_be_with_a_gr
         torch.func.grad(beside(detached[0], case.weight))(x)
 
 
-@ops
+@on_backends_in_turn(DIFFERENTIABLE)
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_T47_vmap_gives_the_calls_of_each_sample_and_their_gradients(op, case, backend):
     targets = torch.stack([case.targets, case.targets.flip(0), case.targets.roll(1)])

@@ -176,7 +176,7 @@ def compare(alone: dict, together: dict, dtype: torch.dtype = torch.float32) -> 
             torch.testing.assert_close(other, gradient, atol=rel * largest, rtol=0, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("case", covering(CASES), ids=lambda case: " ".join(map(str, case.values())))
+@pytest.mark.parametrize("case", covering(CASES, 1), ids=lambda case: " ".join(map(str, case.values())))
 def test_two_ranks_do_what_one_process_does(case, folder, on_two_ranks):
     with process_group(Hardware(device="cpu")) as world:
         alone = two_updates(str(folder), case, world)

@@ -296,6 +296,7 @@ def test_what_was_asked_for_and_is_impossible_is_an_error(project):
     assert not modules(project)
 
 
+@pytest.mark.broad  # three builds
 def test_what_was_not_asked_for_is_left_out_with_a_line(project):
     script(project / "csrc/cuda/kernel.cu", "")
     for gpus, reason in ((0, "nvidia-smi lists no device here"), (1, "no bin/nvcc in CUDA_HOME, /nonexistent\n")):

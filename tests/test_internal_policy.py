@@ -1,9 +1,11 @@
 """Internal policies of real architectures: which hidden state, which layers run, which parameters learn, what is saved."""
 
+import itertools
+
 import pytest
 import torch
 from models import FAMILIES, LARGEST, in_float64, tiny_model, token_batch
-from problems import contract, divergence_factor, entropy_factor, head_error, model_error, policy_error
+from problems import contract, covering, divergence_factor, entropy_factor, head_error, model_error, policy_error
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -105,10 +107,10 @@ def test_only_the_layers_up_to_the_policys_run(family):
     assert ran == [-1, 1, 2]  # the FFN of layer 2 does not
 
 
-@families
-@tying
-@pytest.mark.parametrize("module", ["layer", "attention", "ffn"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "gradient checkpointing"])
+@pytest.mark.parametrize(
+    ("family", "tied", "module", "checkpointing"),
+    covering([*itertools.product(FAMILIES, (False, True), ("layer", "attention", "ffn"), (False, True))], unpacked=True),
+)
 def test_gradients_reach_what_the_policy_is_made_of_and_nothing_else(family, tied, module, checkpointing):
     layer = 2
     model, (ids, targets) = tiny_model(family, tied=tied), token_batch()

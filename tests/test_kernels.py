@@ -1,7 +1,6 @@
 """Every default kernel configuration, compiled ahead of time for every target: no GPU is needed for any of this."""
 
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -9,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from problems import wanted
 
 pytest.importorskip("triton")
 from bupo_kernels.backends.triton_ import compile as ahead
@@ -37,20 +37,19 @@ def run(*arguments, **changes):
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    @functools.cache
-    def of_target(target):
-        done = run("--json", "--brief", "--target", target, TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
-        assert done.returncode == 0, done.stderr
-        return [json.loads(line) for line in done.stdout.splitlines()]
-
-    return of_target
+def compiled(tmp_path_factory, request):
+    """The kernels of each target that a test is to look at. One command compiles all: each of its processes imports for seconds."""
+    targets = dict.fromkeys(wanted(request, "target"))
+    done = run("--json", "--brief", "--target", *targets, TRITON_CACHE_DIR=str(tmp_path_factory.mktemp("triton")))
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    return {target: [kernel for kernel in rows if kernel["target"] == target] for target in targets}
 
 
 @pytest.mark.broad
 @pytest.mark.parametrize("target", TARGETS)
 def test_no_configuration_spills_or_waits_or_asks_for_more_shared_memory_than_there_is(compiled, target):
-    of_target = compiled(target)
+    of_target = compiled[target]
     others = {"gradient_cached", "divergence_rows", "gathered_dots", "gathered_sums"}
     of_one_dtype = () if target in ahead.TWINS else ("merge", "lens_sums", "lens_comparison")
     assert {kernel["kernel"] for kernel in of_target} == {*PRODUCTS, *others, *of_one_dtype}
@@ -62,7 +61,7 @@ def test_no_configuration_spills_or_waits_or_asks_for_more_shared_memory_than_th
 @pytest.mark.broad
 @pytest.mark.parametrize("target", ["sm_100", "sm_103"])
 def test_on_blackwell_what_this_triton_specialises_is_compiled_in_both_forms(compiled, target):
-    found = [kernel for kernel in compiled(target) if kernel["kernel"] in PRODUCTS]
+    found = [kernel for kernel in compiled[target] if kernel["kernel"] in PRODUCTS]
     of_16_bit = [kernel for kernel in found if "16" in kernel["case"] and "all options" not in kernel["case"]]
     specialised = [kernel for kernel in of_16_bit if kernel["case"].endswith("warp-specialised")]
     others = [(kernel["kernel"], "E stored" in kernel["case"]) for kernel in of_16_bit if kernel not in specialised]
@@ -74,7 +73,7 @@ def test_on_blackwell_what_this_triton_specialises_is_compiled_in_both_forms(com
 @pytest.mark.broad
 @pytest.mark.parametrize("target", TARGETS)
 def test_products_run_on_the_tensor_cores_in_steps_that_do_not_depend_on_the_tile(compiled, target):
-    products = [kernel for kernel in compiled(target) if kernel["kernel"] in PRODUCTS]
+    products = [kernel for kernel in compiled[target] if kernel["kernel"] in PRODUCTS]
     assert len(products) >= 5 * (1 if target in ahead.TWINS else 2) - 1
     assert [kernel for kernel in products if not kernel["instruction"].startswith(TARGETS[target][0])] == []
     for dtype in ("bfloat16", "float32"):
@@ -221,6 +220,7 @@ for text in (ptx, "\\n".join(line for line in ptx.splitlines() if "wgmma.wait_gr
 """
 
 
+@pytest.mark.broad
 def test_a_product_that_ptxas_must_wait_for_is_noticed(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", SERIALISE, str(tmp_path / "kernel.ptx")]

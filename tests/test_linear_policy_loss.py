@@ -1,5 +1,6 @@
 """linear_policy_loss against the float64 oracle: loss, gradients, metrics, exact savings, options."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from problems import (
     assert_same_gradients,
     case_with,
     chain_error,
+    covering,
     device_of,
     examples,
     first_of,
@@ -116,9 +118,13 @@ def test_loss_metrics_and_gradients_match_the_oracle(objective, options, budget)
     check(case_with(options, 24, 301, 12, dtype=torch.float64), objective, budget=budget)
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize(
+    ("objective", "backend"),
+    covering([*itertools.product(OBJECTIVES, ("torch", "native", "triton"))], 1, unpacked=True),
+    indirect=["backend"],
+)
 def test_fp32_on_every_backend_matches_the_oracle(objective, backend):
-    check(random_case(24, 301, 12, device=device_of(backend)), objective, backend=backend)
+    check(random_case(24, 301, 12, device=device_of(backend)), OBJECTIVES[objective], backend=backend)
 
 
 @pytest.mark.parametrize("clip", ["ppo", "gmpo"])

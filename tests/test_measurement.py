@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bupo.measurement import finite, machine, peak_bytes, results_path, timed, write_section
+from bupo import measurement
+from bupo.measurement import finite, machine, peak_bytes, rates, results_path, timed, write_section
 
 CPU = torch.device("cpu")
 MIB = 2**20
@@ -104,6 +105,16 @@ def test_timed_calls_once_and_hands_on_the_result():
     assert found is result
     assert calls == [1]
     assert isinstance(seconds, float)
+
+
+def test_rates_are_of_products_in_each_dtype_and_of_a_copy(monkeypatch):
+    calls = []
+    monkeypatch.setattr(measurement, "timed", lambda call, device: (calls.append(call) or 0.5, None))
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: out.zero_())  # which takes seconds
+    found = rates(CPU)
+    assert found["gemm_tflops"] == dict.fromkeys(("bfloat16", "float32"), 2 * 2048**3 / 0.5 / 1e12)
+    assert found["copy_gb_per_s"] == 2 * 4 * 2**25 / 0.5 / 1e9
+    assert len(calls) == 3 * 7
 
 
 def test_peak_bytes_are_those_held_at_once_whether_kept_or_not():

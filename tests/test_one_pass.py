@@ -1,6 +1,7 @@
 """The one-pass loss where products are of 16 bit: dz lies over what the forward kept, dH is one product a chunk, and tiles follow
 from the bytes that the sums of dH and dW move."""
 
+import itertools
 import math
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import tensor_cores
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from problems import OPTIONS, assert_stored_gradients, case_with, device_of, leaves, random_case
+from problems import OPTIONS, assert_stored_gradients, case_with, covering, device_of, leaves, random_case
 from test_fallback import META, Recorder
 from test_numerics import toward_zero
 
@@ -81,10 +82,10 @@ DROPPED = {
 }
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-@pytest.mark.parametrize("dropped", DROPPED)
-@pytest.mark.parametrize("budget", [None, 150_000], ids=["one chunk", "chunks"])
+@pytest.mark.parametrize(
+    ("dropped", "backend", "dtype", "budget"),
+    covering(list(itertools.product(DROPPED, ("torch", "triton"), (BF16, FP16), (None, 150_000))), unpacked=True),
+)
 def test_rows_that_a_clip_decides_leave_and_the_others_have_their_gradients(products, dtype, backend, dropped, budget):
     if backend == "triton":
         pytest.importorskip("triton")
@@ -109,7 +110,7 @@ def test_every_option_gives_16_bit_gradients_over_the_logits_that_were_kept(prod
         case.targets[~mask] = -100
     counts = case.targets >= 0
     advantages = torch.randn(60)
-    for budget in (None, 60_000):
+    for budget in (None, 80_000):
         loss, _ = linear_policy_loss(
             *(case.hidden, case.weight, case.targets, advantages),
             objective=PolicyObjective(ratio="none", clip=None, entropy_coefficient=0.01),

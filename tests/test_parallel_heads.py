@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from models import in_float64, tiny_model, token_batch
+from problems import first_of
 from ranks import on_ranks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -99,7 +100,7 @@ def rank_torch() -> None:
         print("held")
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", first_of([2, 4]))
 def test_a_head_that_torch_has_split_answers_for_the_whole_vocabulary(size):
     assert [out.split()[-1] for out in on_ranks("test_parallel_heads:rank_torch", size)] == ["held"] * size
 

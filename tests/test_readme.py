@@ -3,9 +3,12 @@
 import re
 from pathlib import Path
 
+import pytest
+
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.broad  # at the sizes that a reader sees, while tests of each function take small ones
 def test_python_examples_run_as_printed(capsys):
     namespace = {}
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

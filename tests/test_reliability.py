@@ -3,10 +3,8 @@
 import logging
 import math
 import os
-import socket
 import subprocess
 import sys
-import time
 from itertools import pairwise, product
 
 import pytest
@@ -35,6 +33,7 @@ from problems import (
     roundoff,
     with_cached,
 )
+from ranks import on_ranks
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.fsdp import fully_shard
@@ -144,6 +143,8 @@ def test_T03_uniform_rows_reach_the_largest_entropy_and_their_gradient_sums_to_z
     # 70001 columns are 11.2 nat, where a filter on p would drop every column.
     if vocab > 5003 and backend == "triton" and config.interpreted():
         pytest.skip("ten seconds in the interpreter; on a GPU it runs")
+    if backend == "triton" and config.interpreted():
+        vocab //= 5
     device = device_of(backend)
     targets = torch.tensor([0, 1, vocab - 2, vocab - 1], device=device)
     weight = torch.randn(vocab, 2).to(device).requires_grad_()
@@ -214,7 +215,8 @@ def test_T05_sixteen_bit_inputs_are_closer_to_float64_than_rounded_logits(backen
 @with_cached
 def test_T06_weight_gradient_error_does_not_grow_with_the_number_of_rows(backend):
     errors = []
-    for rows in (64, 4096):
+    interpreted = backend.startswith("triton") and config.interpreted()  # which takes seconds for a thousand rows
+    for rows in (64, 1024 if interpreted else 4096):
         case = random_case(rows, 50, 32, dtype=torch.bfloat16, device=device_of(backend))
         (got,) = gradients(all_of(case, backend, memory_budget=SOME_MIB).logprobs.sum(), case.weight)
         exact_weight = case.weight.detach().double().requires_grad_()
@@ -526,9 +528,10 @@ def test_T16_a_sharded_weight_gets_a_sharded_gradient_inside_its_module_and_outs
         linear_logprobs(head.weight, head.weight, case.targets)
 
 
-def _rank_of_two(rank: int, port: int, found):
+def rank_of_two(folder: str) -> None:
     """Half of the rows, with a weight that is sharded: this rank's shard of the gradients of two ops."""
-    dist.init_process_group("gloo", rank=rank, world_size=2, init_method=f"tcp://127.0.0.1:{port}")
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     case = random_case(12, 50, 16)
     weight = distribute_tensor(case.weight.detach(), dist.init_device_mesh("cpu", (2,)), [Shard(0)]).requires_grad_()
     mine = slice(6 * rank, 6 * rank + 6)
@@ -537,26 +540,20 @@ def _rank_of_two(rank: int, port: int, found):
     shards = [weight.grad.to_local().clone()]
     weight.grad = None
     linear_policy_loss(hidden, weight, targets, torch.ones(6), denominator=12)[0].backward()
-    found.put((rank, [shard.numpy() for shard in (*shards, weight.grad.to_local())]))
+    torch.save([*shards, weight.grad.to_local()], f"{folder}/{rank}.pt")
     dist.destroy_process_group()
-    time.sleep(0.1)  # as in bupo.distributed.process_group
 
 
-def test_T16_ranks_with_rows_of_their_own_get_the_averaged_gradient_of_a_sharded_weight():
-    context = torch.multiprocessing.get_context("spawn")
-    found = context.SimpleQueue()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank_of_two, (port, found), nprocs=2)
-    by_rank = dict(found.get() for _ in range(2))
+def test_T16_ranks_with_rows_of_their_own_get_the_averaged_gradient_of_a_sharded_weight(tmp_path):
+    on_ranks("test_reliability:rank_of_two", 2, str(tmp_path))
+    by_rank = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     case = random_case(12, 50, 16)
     losses = (
         linear_logprobs(case.hidden, case.weight, case.targets).logprobs.sum(),
         linear_policy_loss(case.hidden, case.weight, case.targets, torch.ones(12))[0],
     )
     for op, loss in enumerate(losses):
-        got = torch.cat([torch.from_numpy(by_rank[rank][op]) for rank in range(2)])
+        got = torch.cat([by_rank[rank][op] for rank in range(2)])
         want = gradients(loss, case.weight)[0] / 2
         assert (got - want).norm() <= 8 * CONTRACT * want.norm()
 

@@ -189,15 +189,23 @@ def pieces(model=None, **how):
     return model, make_optimizer(model, Optimizer(**how))
 
 
-@pytest.fixture
-def saved(tmp_path) -> Checkpoints:
-    """Two checkpoints; in that of step n the weights are n, in that of step 2 the weight of the norm is 5."""
-    checkpoints, (model, optimizer) = Checkpoints(tmp_path, 2, ALONE), pieces()
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory) -> Path:
+    """In that of step n the weights are n."""
+    folder = tmp_path_factory.mktemp("two")
+    checkpoints, (model, optimizer) = Checkpoints(folder, 2, ALONE), pieces()
     with torch.no_grad():
         for step in (1, 2):
             for parameter in model.parameters():
                 parameter.fill_(step)
             checkpoints.save(step, model, optimizer, {"schedule": {}})
+    return folder
+
+
+@pytest.fixture
+def saved(two_checkpoints, tmp_path) -> Checkpoints:
+    """Of its own for each test, which may damage them."""
+    shutil.copytree(two_checkpoints, tmp_path, dirs_exist_ok=True)
     return Checkpoints(tmp_path, 2, ALONE)
 
 

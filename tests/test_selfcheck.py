@@ -219,11 +219,11 @@ def test_a_failure_is_kept_on_record_and_believed_for_a_day(driver, monkeypatch,
 
 def test_a_check_that_hangs_is_ended_with_its_children(driver, monkeypatch, tmp_path):
     alive = tmp_path / "alive"
-    child = f"import time; time.sleep(3); open({str(alive)!r}, 'w')"
+    child = f"import time; time.sleep(1.5); open({str(alive)!r}, 'w')"
     driver(f"import subprocess; subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)")
     monkeypatch.setattr(decision, "CHECK_SECONDS", 1)
     assert decision.why_not(VARIANT, CPU) == "the check did not end within 1 s"
-    time.sleep(3)
+    time.sleep(1.6)
     assert not alive.exists()
 
 
@@ -245,6 +245,7 @@ def test_too_little_memory_is_no_verdict(driver, monkeypatch, small, capsys):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB\nmore")
 
     variant = Variant("torch", "float32")
+    monkeypatch.setattr(problems, "WIDTHS", (43,))
     monkeypatch.setattr(torch_.TorchRows, "fold", out_of_memory)
     assert command.main(["--device", "cpu", "--variant", variant.name]) == 0
     assert json.loads(capsys.readouterr().out) == {"refused": "CUDA out of memory. Tried to allocate 2.00 MiB"}

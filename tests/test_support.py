@@ -1,5 +1,6 @@
 """Log-probs on supports: float64 on ragged sets, the full op where a support is the whole vocabulary, and what is refused."""
 
+import itertools
 import math
 from dataclasses import replace
 
@@ -96,11 +97,11 @@ def replace_support(case: Case) -> Case:
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize(
     ("backend", "dtype"),
-    covering([(b, d) for b in BACKENDS for d in (torch.float32, torch.bfloat16, torch.float16, torch.float64)], 1, unpacked=True),
+    covering(
+        [*itertools.product(BACKENDS, (torch.float32, torch.bfloat16, torch.float16)), ("torch", torch.float64)], 1, unpacked=True
+    ),
 )
 def test_values_and_gradients_are_those_of_float64(backend, dtype, name):
-    if dtype == torch.float64 and backend != "torch":
-        pytest.skip("the backend says so itself")
     case = case_with(OPTIONS[name], rows=9, vocab=41, width=37, dtype=dtype, device=device_of(backend))
     case.options["support"] = random_support(case, [1, 2, 3, 8, 41, 1, 17, 5, 2])
     judge(case, backend)
@@ -135,13 +136,13 @@ def test_ragged_sets_give_what_float64_gives(backend, case, width, budget, seed)
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_support_of_the_whole_vocabulary_gives_what_the_full_op_gives(backend):
-    case = case_with(OPTIONS["everything"], rows=6, vocab=300, width=24, dtype=torch.float32, device=device_of(backend))
-    support = whole(6, 300)
+    case = case_with(OPTIONS["everything"], rows=6, vocab=100, width=24, dtype=torch.float32, device=device_of(backend))
+    support = whole(6, 100)
     options = case.options | {"backend": backend}
     full = linear_logprobs(case.hidden, case.weight, case.targets, **options)
     on_support = linear_logprobs(case.hidden, case.weight, case.targets, support=support, **options)
     bound = 2 * contract_of(case)
-    for a, b, factor in zip(full, on_support, (1, entropy_factor(300), 1), strict=True):
+    for a, b, factor in zip(full, on_support, (1, entropy_factor(100), 1), strict=True):
         assert (a - b).abs().max() <= bound * factor
     losses = [(x.logprobs + 0.3 * x.entropy - 0.2 * x.logsumexp).sum() for x in (full, on_support)]
     assert_same_gradients(*(gradients(loss, *leaves(case)) for loss in losses), case)
@@ -366,8 +367,10 @@ def test_a_compiled_call_is_one_graph_for_any_number_of_rows_and_ids():
         assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    covering([*itertools.product(BACKENDS, (torch.float32, torch.bfloat16, torch.float16))], 1, unpacked=True),
+)
 def test_gradients_repeat_bit_for_bit_and_do_not_depend_on_threads(backend, dtype):
     case = random_case(40, 30, 48, dtype=dtype, device=device_of(backend))
     support = random_support(case, [1 + i % 9 for i in range(40)])

@@ -793,6 +793,7 @@ def test_files_that_are_not_text_are_named(config_file, tmp_path, capsys):
     assert "is a file, accepted is a new or empty folder" in error
 
 
+@pytest.mark.broad  # imports all in a process of its own
 def test_the_installed_command_finds_a_reward_in_the_current_folder(config_file, tmp_path, monkeypatch, capsys):
     (tmp_path / "my_rewards.py").write_text("def none(response, answer):\n    return 0.0\n")
     (tmp_path / "broken_rewards.py").write_text("def none(response, answer:\n")
