@@ -511,7 +511,11 @@ def held() -> Callable[[int], str]:
 
 @pytest.mark.parametrize(
     ("ranks", "check"),
-    [*itertools.product([3], CHECKS[:-1]), *(pytest.param(2, check, marks=pytest.mark.broad) for check in CHECKS)],
+    [
+        *itertools.product([3], CHECKS[:-1]),
+        (2, CHECKS[-1]),
+        *(pytest.param(2, check, marks=pytest.mark.broad) for check in CHECKS[:-1]),
+    ],
     ids=lambda x: getattr(x, "__name__", f"{x} ranks"),
 )
 def test_ranks_have_the_results_of_one_process(held, ranks, check):
