@@ -27,6 +27,7 @@ from problems import (
 )
 from torch import Tensor
 
+from bupo.measurement import peak_bytes
 from bupo_kernels import PolicyObjective, explain, linear_logprobs, linear_policy_loss, reference
 from bupo_kernels.backends import compiled, cpu_panels, lens_loop, native_rows, tile_loop
 from bupo_kernels.backends.compiled import MULTIPLY_BF16, address
@@ -277,6 +278,27 @@ def test_as_many_rows_are_kept_as_the_budget_holds(isa, dtype, mib):
     assert kept >= {1: 0, 4: 0, 16: 128, 256: 600}[mib]
     assert plan.flops_backward == (1 + (600 - kept) / 600) * plan.flops_forward
     assert "logits of 600 rows kept" in str(plan) or mib < 256
+
+
+@both_16_bit
+def test_a_one_pass_loss_takes_chunks_of_rows_whose_products_are_all_kept(isa, dtype):
+    case, objective = random_case(700, 9000, 40, dtype=dtype), PolicyObjective(ratio="none", clip=None)
+    options = {"objective": objective, "backend": f"native:{isa}", "memory_budget": 8 * 2**20}
+    plan = explain(case.hidden, case.weight, **options)
+    assert plan.tile_plan.chunk_rows in range(32, 700 // 2, 32)
+    assert plan.tile_plan.memory.working <= 8 * 2**20
+    assert plan.flops_forward == 3 * 2 * 700 * 9000 * 40
+    advantages = torch.randn(700)
+    peak = peak_bytes(lambda: linear_policy_loss(case.hidden, case.weight, case.targets, advantages, **options))
+    assert peak <= sum(plan.tile_plan.memory) + case.hidden.nbytes + case.weight.nbytes + 3 * 4 * 700
+    loss, _ = linear_policy_loss(case.hidden, case.weight, case.targets, advantages, **options)
+    stored = "native" if isa in MULTIPLY_BF16 else "torch"
+    assert_stored_gradients(torch.autograd.grad(loss, leaves(case)), case, [-advantages / 700, None, None], stored)
+
+    # Where the budget does not hold the sum of dW, all rows are one chunk, and some of the products are formed again.
+    wide = explain(torch.zeros(700, 300, dtype=dtype), torch.zeros(9000, 300, dtype=dtype, requires_grad=True), **options)
+    assert wide.tile_plan.chunk_rows == 700
+    assert 3 * 2 * 700 * 9000 * 300 > wide.flops_forward > 2 * 2 * 700 * 9000 * 300
 
 
 @all_dtypes

@@ -59,11 +59,21 @@ class CpuPanels(Backend):
         return TilePlan(problem, name, tile, memory(problem, tile, isa, cached).beside(kept), cached, isa=isa)
 
     def one_pass_plan(self, problem: Problem, strategy: str | None) -> TilePlan:
-        """Plan all rows at once: what is kept of them is as much as a forward keeps for its backward."""
-        plan = self.plan(problem, strategy)
-        used = Memory(plan.memory.working, 0, plan.memory.accumulator)
-        name = f"one pass, {plan.strategy}" if problem.needs_grad else plan.strategy
-        return plan._replace(strategy=name, memory=used, chunk_rows=max(problem.active_rows, 1))
+        """Plan as many rows at a time as leave their products, where the budget holds the sum of dW over several such chunks too;
+        else all at once, of which what is kept is as much as a forward keeps for its backward."""
+        plan, summed = self.plan(problem, strategy), 4 * problem.vocab * problem.width * problem.grad_weight
+        if not problem.needs_grad:
+            return plan._replace(chunk_rows=max(problem.active_rows, 1))
+        if not 0 < plan.cached_rows < problem.active_rows or summed > problem.memory_budget:
+            used = Memory(plan.memory.working, 0, plan.memory.accumulator)
+            return plan._replace(strategy=f"one pass, {plan.strategy}", memory=used, chunk_rows=max(problem.active_rows, 1))
+        chunks = -(-problem.active_rows // plan.cached_rows)
+        chunk = up(-(-problem.active_rows // chunks))
+        of_chunk = self.plan(replace(problem, active_rows=chunk), strategy)
+        used = Memory(of_chunk.memory.working + of_chunk.memory.accumulator, 0, summed)
+        return of_chunk._replace(
+            problem=problem, strategy="one pass", memory=used, cached_rows=problem.active_rows, chunk_rows=chunk
+        )
 
     def cached_rows(self, problem: Problem, strategy: str | None) -> int:
         """Return how many rows leave their products, in whole panels of them: what is left of the budget holds a tile of one. What
@@ -85,7 +95,8 @@ class CpuPanels(Backend):
     ) -> tuple[Statistics, Cache]:
         problem, threads = plan.problem, torch.get_num_threads()
         packing = Packing(operands, rows, plan.tile, plan.isa, for_weight=False)
-        kept = Kept(self.empty_cache(problem, plan.cached_rows if keep else 0))
+        cached = min(plan.cached_rows, len(rows)) if plan.chunk_rows else plan.cached_rows
+        kept = Kept(self.empty_cache(problem, cached if keep else 0))
         out = torch.empty(4, len(rows), dtype=torch.float32, device=rows.device)
         ids, weight = operands.targets.flatten()[rows].int(), _dense_rows(operands.weight)
         most = min(plan.tile.rows, len(rows))
