@@ -330,10 +330,10 @@ def rank_others() -> None:
 
         # Several chunks of rows, of which the narrowest plan decides.
         for dtype in (torch.float32, torch.bfloat16):
-            case = case_with(OPTIONS["everything"], rows=100, vocab=500, dtype=dtype)
+            case = case_with(OPTIONS["everything"], rows=100, vocab=200, dtype=dtype)
             case.options["backend"] = "torch"
             case.options["memory_budget"] = least_budget(case, PolicyObjective())
-            shard = sharded(case, [100, 400, 0][:ranks], rank)
+            shard = sharded(case, [50, 150, 0][:ranks], rank)
             plan = explain(shard.hidden, shard.weight, shard.targets, **shard.options, objective=PolicyObjective())
             assert plan.tile_plan.chunk_rows < plan.problem.active_rows // 3
             assert_equal_on_all_ranks(torch.tensor(plan.tile_plan.chunk_rows))
