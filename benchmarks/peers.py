@@ -26,6 +26,9 @@ VERSIONS = {"liger-kernel": "0.8.5", "trl": "1.16.0", "verl": "0.9.1", "cut-cros
 LIGER, TRL = f"Liger {VERSIONS['liger-kernel']}", f"TRL {VERSIONS['trl']}"
 VERL, APPLE = f"verl {VERSIONS['verl']}", f"Apple CCE {VERSIONS['cut-cross-entropy']}"
 
+# Where this library is installed verl loads it as a plugin, which replaces the heads that are to be measured.
+os.environ["VERL_USE_EXTERNAL_PLUGINS"] = "none"
+
 # Group -> products, where the logits for the gradients are ...
 KEPT = {"forward": 1, "forward+backward": 3, "one-pass loss": 3}
 RECOMPUTED = {"forward": 1, "forward+backward": 4, "one-pass loss": 4}

@@ -27,6 +27,15 @@ def contender(group: str, name: str, x: Inputs) -> Contender:
     return next(c for c in peers(group, x) if c.name == name)
 
 
+def test_the_heads_of_verl_are_its_own_although_this_library_is_a_plugin_of_it():
+    pytest.importorskip("verl")
+    from verl.utils.experimental.torch_functional import FusedLinearForPPO
+    from verl.utils.kernel import linear_cross_entropy
+
+    assert not FusedLinearForPPO.forward.__module__.startswith("bupo")
+    assert not linear_cross_entropy.linear_cross_entropy.__module__.startswith("bupo")
+
+
 def package_of(c: Contender) -> str:
     return OWNERS.get(c.name.split()[0], "torch")
 
