@@ -282,12 +282,12 @@ def test_as_many_rows_are_kept_as_the_budget_holds(isa, dtype, mib):
 
 @both_16_bit
 def test_a_one_pass_loss_takes_chunks_of_rows_whose_products_are_all_kept(isa, dtype):
-    case, objective = random_case(700, 9000, 40, dtype=dtype), PolicyObjective(ratio="none", clip=None)
+    case, objective = random_case(700, 4000, 40, dtype=dtype), PolicyObjective(ratio="none", clip=None)
     options = {"objective": objective, "backend": f"native:{isa}", "memory_budget": 8 * 2**20}
     plan = explain(case.hidden, case.weight, **options)
-    assert plan.tile_plan.chunk_rows in range(32, 700 // 2, 32)
+    assert plan.tile_plan.chunk_rows in range(256, 700, 32)
     assert plan.tile_plan.memory.working <= 8 * 2**20
-    assert plan.flops_forward == 3 * 2 * 700 * 9000 * 40
+    assert plan.flops_forward == 3 * 2 * 700 * 4000 * 40
     advantages = torch.randn(700)
     peak = peak_bytes(lambda: linear_policy_loss(case.hidden, case.weight, case.targets, advantages, **options))
     assert peak <= sum(plan.tile_plan.memory) + case.hidden.nbytes + case.weight.nbytes + 3 * 4 * 700

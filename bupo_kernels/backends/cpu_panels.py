@@ -25,6 +25,8 @@ from bupo_kernels.backends.native_rows import kept_rows, why_not_native
 # Rows whose packed panels are at hand together, and columns of dz. A slice's W, turned over, should stay in the second cache.
 MOST_ROWS, MOST_COLUMNS = 8192, 2048
 SMALLEST = Tile(PANEL, PANEL)
+# Rows of a chunk of a one-pass loss: the sum of dW is read and written for each, 8 bytes an element for 2 FLOP a row that it saves.
+LEAST_CHUNK = 256
 
 
 class CpuPanels(Backend):
@@ -62,18 +64,22 @@ class CpuPanels(Backend):
         """Plan as many rows at a time as leave their products, where the budget holds the sum of dW over several such chunks too;
         else all at once, of which what is kept is as much as a forward keeps for its backward."""
         plan, summed = self.plan(problem, strategy), 4 * problem.vocab * problem.width * problem.grad_weight
+        whole = max(problem.active_rows, 1)
         if not problem.needs_grad:
-            return plan._replace(chunk_rows=max(problem.active_rows, 1))
-        if not 0 < plan.cached_rows < problem.active_rows or summed > problem.memory_budget:
-            used = Memory(plan.memory.working, 0, plan.memory.accumulator)
-            return plan._replace(strategy=f"one pass, {plan.strategy}", memory=used, chunk_rows=max(problem.active_rows, 1))
-        chunks = -(-problem.active_rows // plan.cached_rows)
-        chunk = up(-(-problem.active_rows // chunks))
-        of_chunk = self.plan(replace(problem, active_rows=chunk), strategy)
-        used = Memory(of_chunk.memory.working + of_chunk.memory.accumulator, 0, summed)
-        return of_chunk._replace(
-            problem=problem, strategy="one pass", memory=used, cached_rows=problem.active_rows, chunk_rows=chunk
-        )
+            return plan._replace(chunk_rows=whole)
+        in_parts = 0 < plan.cached_rows < whole and summed <= problem.memory_budget
+        for chunks in range(2, whole // LEAST_CHUNK + 1) if in_parts else ():
+            chunk = up(-(-whole // chunks))
+            of_chunk = self.plan(replace(problem, rows=chunk, active_rows=chunk), strategy)
+            # Of a shard there is dH of one more chunk, which the ranks add while this one is at hand.
+            of_hidden = of_chunk.memory.accumulator * (1 + problem.sharded)
+            used = Memory(of_chunk.memory.working + of_hidden, 0, summed)
+            if of_chunk.cached_rows == chunk and used.working <= problem.memory_budget:
+                return of_chunk._replace(
+                    problem=problem, strategy="one pass", memory=used, cached_rows=problem.active_rows, chunk_rows=chunk
+                )
+        used = Memory(plan.memory.working, 0, plan.memory.accumulator)
+        return plan._replace(strategy=f"one pass, {plan.strategy}", memory=used, chunk_rows=whole)
 
     def cached_rows(self, problem: Problem, strategy: str | None) -> int:
         """Return how many rows leave their products, in whole panels of them: what is left of the budget holds a tile of one. What

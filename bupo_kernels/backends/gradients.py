@@ -247,7 +247,8 @@ class _SliceSums:
 
     def __init__(self, whole: Tensor, dtype: torch.dtype, parts: bool):
         self.whole, self.dtype = whole, dtype
-        self.total = whole.to(dtype) if parts else whole
+        apart = parts and whole.dtype != dtype
+        self.total = present(torch.empty_like(whole, dtype=dtype)) if apart else whole
         self.is_empty = True
 
     def open(self, columns: slice, unscale: Tensor | None, *, one_product: bool) -> None:
