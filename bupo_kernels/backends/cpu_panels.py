@@ -93,7 +93,7 @@ class CpuPanels(Backend):
         """Return memory for the blocks of so many ``rows``, as csrc/cpu/kernels.h has them in ``Kept``; nothing is subtracted."""
         if rows == 0:
             return super().empty_cache(problem, 0)
-        products = present(torch.empty(_kept_words(problem, rows), dtype=torch.float32, device=problem.device))
+        products = torch.empty(_kept_words(problem, rows), dtype=torch.float32, device=problem.device)
         return Cache(products, torch.empty(rows, 0, dtype=torch.float32, device=problem.device))
 
     def row_statistics(
@@ -103,6 +103,7 @@ class CpuPanels(Backend):
         packing = Packing(operands, rows, plan.tile, plan.isa, for_weight=False)
         cached = min(plan.cached_rows, len(rows)) if plan.chunk_rows else plan.cached_rows
         kept = Kept(self.empty_cache(problem, cached if keep else 0))
+        present(kept.cache.values)
         out = torch.empty(4, len(rows), dtype=torch.float32, device=rows.device)
         ids, weight = operands.targets.flatten()[rows].int(), _dense_rows(operands.weight)
         most = min(plan.tile.rows, len(rows))

@@ -18,7 +18,7 @@ from torch import Tensor
 from bupo_kernels.backends import compiled
 from bupo_kernels.backends.algebra import Coefficients, Statistics
 from bupo_kernels.backends.base import Cache, Memory, Operands, PolicyRows, Problem, Readout, Tile, TilePlan
-from bupo_kernels.backends.compiled import ISAS, address, dtype_name, isas, present
+from bupo_kernels.backends.compiled import ISAS, address, dtype_name, isas
 from bupo_kernels.backends.cpu_arguments import PANEL, CoefficientArguments, ReadoutArguments, padded, up
 from bupo_kernels.backends.gradients import MatrixTile, accumulate_, in_place_order
 from bupo_kernels.backends.tile_loop import CPU_TILE, Block, RowKernels, TileLoop, largest_tile, memory, recomputing_plan
@@ -98,7 +98,7 @@ class NativeCpu(TileLoop):
     def empty_cache(self, problem: Problem, rows: int) -> Cache:
         if rows == 0:
             return super().empty_cache(problem, 0)
-        logits = present(torch.empty(rows * problem.vocab, dtype=torch.float32, device=problem.device))
+        logits = torch.empty(rows * problem.vocab, dtype=torch.float32, device=problem.device)
         slices = _kept_elements(problem, _kept_columns(problem)) - problem.vocab
         return Cache(logits, torch.empty(rows, slices, dtype=torch.float32, device=problem.device))
 

@@ -147,6 +147,7 @@ class TileLoop(Backend):
             cache = Cache(logits, torch.empty(len(rows), slices, dtype=dtype, device=rows.device))
         elif keep:
             cache = self.empty_cache(problem, plan.cached_rows)
+            present(cache.values)
         kept = min(len(cache.offsets), len(rows))
         for block in _products(operands, rows, plan, dtype, cache, kept):
             r = block.rows
