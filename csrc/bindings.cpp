@@ -128,6 +128,8 @@ struct Cpu {
             "matrices of bf16, and of fp16 where panels are of fp32");
     return {at<const std::uint16_t>(data), stride, rows, width, of};
   }
+  // The workspace of a product whose panels are there, of which an instruction set may take none.
+  void* sums(Address workspace, int threads) const { return kernels->workspace_bytes(0, threads) ? at<void>(workspace) : nullptr; }
 };
 
 void bind_cpu(py::module_& module) {
@@ -199,7 +201,7 @@ void bind_cpu(py::module_& module) {
             const cpu::Write in_fp32 = add ? cpu::Write::add_to_fp32 : cpu::Write::fp32;
             self.kernels->weight_gradient(at<const cpu::Word>(dz_left), columns, at<const cpu::Word>(hidden_columns), rows, width,
                                           elements(out, of), apart(stride, columns, width),
-                                          of == cpu::Dtype::fp32 ? in_fp32 : in_16_bit, at_or_null<void>(workspace),
+                                          of == cpu::Dtype::fp32 ? in_fp32 : in_16_bit, self.sums(workspace, threads),
                                           counts(rows, columns, threads));
           },
           release())
@@ -249,7 +251,7 @@ void bind_cpu(py::module_& module) {
              Address workspace, int threads) {
             require(width >= 1, "matrices of 1 column and more");
             self.kernels->linear_products(at<const cpu::Word>(hidden), rows, at<const cpu::Word>(weight), columns, width,
-                                          at<float>(out), apart(stride, rows, columns), at_or_null<void>(workspace),
+                                          at<float>(out), apart(stride, rows, columns), self.sums(workspace, threads),
                                           counts(rows, columns, threads));
           },
           release())

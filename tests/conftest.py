@@ -79,6 +79,13 @@ def _seed():
 
 
 @pytest.fixture
+def no_rates(monkeypatch):
+    """The machine's rates take seconds of products: benchmarks have none."""
+    for name in ("divergence", "lens", "support"):
+        monkeypatch.setattr(f"benchmarks.{name}.rates", lambda device: {})
+
+
+@pytest.fixture
 def pictures_only_where_they_matter(request, monkeypatch):
     """Pictures of a run take seconds: an empty file stands for one, but in tests that have "picture" in their name."""
     if "picture" not in request.node.name:

@@ -7,10 +7,7 @@ import pytest
 from benchmarks import divergence, report
 from benchmarks.records import read_results
 
-
-@pytest.fixture(autouse=True)
-def _no_rates(monkeypatch):
-    monkeypatch.setattr(divergence, "rates", lambda device: {})  # seconds of products
+pytestmark = pytest.mark.usefixtures("no_rates")
 
 
 def test_every_contender_is_measured_and_the_page_has_them(tmp_path, capsys):

@@ -6,8 +6,7 @@ from benchmarks import lens, report
 from benchmarks.records import read_results
 
 
-def test_every_output_is_measured_over_the_bare_products_and_the_page_has_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(lens, "rates", lambda device: {})  # seconds of products
+def test_every_output_is_measured_over_the_bare_products_and_the_page_has_it(tmp_path, capsys, no_rates):
     assert lens.main(["--device", "cpu", "--models", "tiny", "--rounds", "2", "--out", str(tmp_path)]) == 0
     [path] = tmp_path.glob("*.json")
     rows = json.loads(path.read_text())["lens"]["rows"]

@@ -197,10 +197,10 @@ def memory(problem: Problem, tile: Tile, isa: str, cached: int = 0) -> Memory:
     forward = per_row + gathered + packed + k.statistics_bytes(rows, problem.vocab, width, threads)
     backward = 0
     if problem.needs_grad:
-        dz = k.packed_words(tile.columns, up(rows)) + k.packed_words(rows, tile.columns)
+        panels = k.packed_words(tile.columns, up(rows)) + k.packed_words(rows, tile.columns)  # dz, twice
+        panels += k.packed_words(width, up(rows)) * problem.grad_weight
         workspace = max(k.workspace_bytes(width, threads), k.workspace_bytes(tile.columns, threads))
-        dz += k.packed_words(width, up(rows)) * problem.grad_weight
-        backward = 2 * per_row + gathered + packed * (cached < active) + 4 * dz + workspace
+        backward = 2 * per_row + gathered + packed * (cached < active) + 4 * panels + workspace
         in_parts = 0 < cached < active
         blocks = (-(-active // rows) * up(rows) + PANEL * in_parts) * up(width) * 4
         backward += blocks * problem.grad_hidden

@@ -54,8 +54,8 @@ class NativeLens(LensRows):
         return kernels(strategy or isas()[0]).workspace_bytes(0, torch.get_num_threads())
 
     def multiply(self, out: Tensor, hidden: Tensor, weight: Tensor, width: int, strategy: str | None) -> None:  # [n, c]
-        k, (rows, columns), threads = kernels(strategy or isas()[0]), out.shape, torch.get_num_threads()
-        workspace = words(k.workspace_bytes(0, threads) // 4)
+        k, (rows, columns) = kernels(strategy or isas()[0]), out.shape
+        workspace = words(self.workspace_bytes(strategy) // 4)
         k.linear_products(
             address(hidden, torch.int32, k.packed_words(rows, width)),
             rows,
@@ -65,7 +65,7 @@ class NativeLens(LensRows):
             address(out, torch.float32, columns),
             out.stride(0),
             address(workspace),
-            threads,
+            torch.get_num_threads(),
         )
 
     def keeps(self, pairs: bool) -> bool:
